@@ -1,0 +1,36 @@
+"""Gemma Encoder (arXiv 2503.02656): Gemma decoders as bidirectional encoders, for Hugging Face transformers.
+
+Importing this package registers its classes, so that `AutoModel...from_pretrained` needs no remote code.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from .attention_gemma_encoder import verify_attention
+from .configuration_gemma_encoder import GemmaEncoderConfig
+from .losses_gemma_encoder import RANKING_LOSSES
+from .modeling_gemma_encoder import (
+    GemmaEncoderForRanking,
+    GemmaEncoderForSequenceClassification,
+    GemmaEncoderModel,
+    GemmaEncoderPreTrainedModel,
+)
+from .pooling_gemma_encoder import POOLERS
+from .version import __version__
+
+__all__ = [
+    "POOLERS",
+    "RANKING_LOSSES",
+    "GemmaEncoderConfig",
+    "GemmaEncoderForRanking",
+    "GemmaEncoderForSequenceClassification",
+    "GemmaEncoderModel",
+    "GemmaEncoderPreTrainedModel",
+    "__version__",
+    "verify_attention",
+]
+
+AutoConfig.register("gemma_encoder", GemmaEncoderConfig)
+AutoModel.register(GemmaEncoderConfig, GemmaEncoderModel)
+AutoModelForSequenceClassification.register(
+    GemmaEncoderConfig, (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)
+)

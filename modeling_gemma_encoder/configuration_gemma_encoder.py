@@ -1,0 +1,189 @@
+"""What a Gemma Encoder is: a Gemma decoder's own config plus the few choices that make it an encoder.
+
+Gemma Encoder (arXiv 2503.02656) = decoder weights + bidirectional attention + pooler + task layers + dropout.
+The decoder is described by `text_config`, untouched; every field of ours answers one question of the paper.
+"""
+
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import SubConfigSpec, strict
+from transformers.utils.type_validators import as_validated_field, interval
+
+# The decoders whose layers we know how to run bidirectionally, by `model_type`.
+DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
+# Multimodal configs whose text tower is one of them.
+MULTIMODAL = ("gemma3", "gemma4")
+# The fields of a decoder's config that a task-specific wrapper inherits from it.
+INHERITED = ("id2label", "label2id", "problem_type", "dtype", "torch_dtype", "quantization_config")
+
+
+@as_validated_field
+def activation_name(value: str):
+    if value not in ACT2FN:
+        raise ValueError(f"Value must be one of {sorted(ACT2FN)}, got {value!r}")
+
+
+@as_validated_field
+def radius(value: int | None):
+    if value is not None and (isinstance(value, bool) or value < 0):
+        raise ValueError(f"Value must be None or a radius of at least 0 tokens, got {value}")
+
+
+@as_validated_field
+def layer_sizes(value: list[int] | tuple[int, ...]):
+    if any(isinstance(size, bool) or size < 1 for size in value):
+        raise ValueError(f"Value must list the sizes of the hidden layers, each at least 1, got {value}")
+
+
+def _of_decoder(name: str) -> property:
+    """A field that is read from and written to `text_config`, so that there is one copy of it."""
+    return property(
+        lambda self: getattr(self.text_config, name),
+        lambda self, value: setattr(self.text_config, name, value),
+        doc=f"`text_config.{name}`.",
+    )
+
+
+@strict
+class GemmaEncoderConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Gemma Encoder. A raw Gemma `config.json` (Gemma 1, 2, 3, 4; multimodal Gemma 3 and 4 by their
+    text tower) loads through [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`.
+
+    Args:
+        text_config: The decoder's own config, or its dict. Gemma 2's defaults when not given.
+        attention: Who sees whom: every token every other ("bidirectional", the paper), or only earlier ones
+            ("causal", the decoder's own mask). It decides; flags of the decoder such as `is_causal` or
+            `use_bidirectional_attention` do not.
+        attention_window: Radius r: a token sees tokens at distance |i - j| <= r, in every layer and on top of the
+            decoder's own sliding layers. Distances are counted in tokens, not in padding. `None` for no limit.
+        pooling: How token states become one vector, a key of `POOLERS`.
+        pooling_k: Number of tokens averaged by "first_k" and "last_k". Paper: unstated; 1 is our choice.
+        pooling_num_probes: Number of learned latents of "query_probe" and "kv_probe". Our choice.
+        pooling_num_heads: Attention heads of "query_probe" and "kv_probe"; divides the hidden size. Our choice.
+        attention_dropout: Probability of dropping an attention weight while training (paper: 0.1).
+        feedforward_dropout: Probability of dropping an element of a feed-forward block's output while training, where
+            it enters the residual stream (paper: 0.1).
+        classifier_hidden_sizes: Sizes of the task MLP's hidden layers; empty for one linear layer.
+        classifier_activation: Activation between the task MLP's layers, a key of transformers' `ACT2FN`.
+        classifier_dropout: Probability of dropping an input of each of the task MLP's layers while training.
+        ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at construction or assignment,
+            or two of them do not go together.
+        ValueError: the decoder is not a Gemma, or a keyword is a misspelt field.
+    """
+
+    model_type = "gemma_encoder"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gemma2")}
+
+    text_config: PreTrainedConfig | dict[str, Any] | None = None
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    attention_window: int | None = radius(default=None)
+    pooling: Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"] = "mean"
+    pooling_k: int = interval(min=1)(default=1)
+    pooling_num_probes: int = interval(min=1)(default=8)
+    pooling_num_heads: int = interval(min=1)(default=4)
+    attention_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.1)
+    feedforward_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.1)
+    classifier_hidden_sizes: list[int] | tuple[int, ...] = layer_sizes(default=())
+    classifier_activation: str = activation_name(default="gelu")
+    classifier_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.0)
+    ranking_loss: Literal["softmax"] = "softmax"
+
+    hidden_size = _of_decoder("hidden_size")
+    intermediate_size = _of_decoder("intermediate_size")
+    num_hidden_layers = _of_decoder("num_hidden_layers")
+    num_attention_heads = _of_decoder("num_attention_heads")
+    vocab_size = _of_decoder("vocab_size")
+    max_position_embeddings = _of_decoder("max_position_embeddings")
+    initializer_range = _of_decoder("initializer_range")
+    pad_token_id = _of_decoder("pad_token_id")
+    bos_token_id = _of_decoder("bos_token_id")
+    eos_token_id = _of_decoder("eos_token_id")
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        self.text_config = _as_decoder_config(self.text_config)
+        super().__post_init__(**kwargs)
+
+    def validate_pooling(self):
+        probed = self.pooling in ("query_probe", "kv_probe")
+        if probed and self.hidden_size % self.pooling_num_heads:
+            raise ValueError(
+                f"`pooling_num_heads` ({self.pooling_num_heads}) must divide the hidden size ({self.hidden_size})"
+            )
+        if self.pooling == "kv_probe" and self.pooling_num_probes < 2:
+            raise ValueError(
+                "`pooling_num_probes` must be at least 2 for pooling='kv_probe': with one key every token attends to "
+                f"it fully and the pooled vector no longer depends on the text, got {self.pooling_num_probes}"
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _adopt_decoder(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As upstream, but keywords become part of the dict before the config is built and checked as a whole."""
+        cls._refuse_misspelt(kwargs)
+        config_dict = _adopt_decoder(config_dict)
+        if isinstance(kwargs.get("text_config"), dict):
+            kwargs["text_config"] = {**_to_dict(config_dict.get("text_config")), **kwargs["text_config"]}
+        for name in cls.__dataclass_fields__.keys() & kwargs.keys() - {"dtype"}:
+            config_dict[name] = kwargs.pop(name)
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As upstream, with an `auto_map` that names the checkpoint's own code, never another repository's."""
+        output = super().to_dict()
+        heads = [name for name in self.architectures or () if name.startswith("GemmaEncoderFor")]
+        output["auto_map"] = {
+            "AutoConfig": "configuration_gemma_encoder.GemmaEncoderConfig",
+            "AutoModel": "modeling_gemma_encoder.GemmaEncoderModel",
+            "AutoModelForSequenceClassification": "modeling_gemma_encoder."
+            + (heads[0] if heads else "GemmaEncoderForSequenceClassification"),
+        }
+        return output
+
+    @classmethod
+    def _refuse_misspelt(cls, kwargs: dict[str, Any]) -> None:
+        known = [*cls.__dataclass_fields__, "num_labels", "attn_implementation"]
+        for name in kwargs:
+            if name not in known and not hasattr(cls, name) and (close := get_close_matches(name, known, 1, 0.85)):
+                raise ValueError(f"`{name}` is not a field of {cls.__name__}. Did you mean `{close[0]}`?")
+
+
+def _to_dict(config: PreTrainedConfig | dict | None) -> dict[str, Any]:
+    return config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
+
+
+def _as_decoder_config(config: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:
+    """The text decoder's config object of a Gemma config, refusing other families by name."""
+    if config is None:
+        return None
+    model_type = config.get("model_type", DECODERS[1]) if isinstance(config, dict) else config.model_type
+    if model_type not in (*DECODERS, *MULTIMODAL):
+        raise ValueError(
+            f"model_type={model_type!r} is not a Gemma decoder that can run as an encoder. Supported: "
+            f"{', '.join(DECODERS)}, and {' and '.join(MULTIMODAL)} by their text tower."
+        )
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(model_type, **{name: config[name] for name in config if name != "model_type"})
+    return config.get_text_config()
+
+
+def _adopt_decoder(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A raw Gemma config as the `text_config` of an encoder's; an encoder's config as it is."""
+    if config_dict.get("model_type", GemmaEncoderConfig.model_type) == GemmaEncoderConfig.model_type:
+        return dict(config_dict)
+    adopted = {name: config_dict[name] for name in INHERITED if name in config_dict}
+    return {**adopted, "text_config": _as_decoder_config(config_dict)}
+
+
+GemmaEncoderConfig.register_for_auto_class()

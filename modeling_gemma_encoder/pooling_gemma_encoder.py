@@ -1,0 +1,151 @@
+"""Poolers turn the states of a sequence into one vector.
+
+Every pooler maps token states (total_tokens, hidden) and sequence offsets (batch + 1) to (batch, hidden) in fp32:
+sequence b owns the tokens offsets[b] .. offsets[b + 1] - 1, and tokens after offsets[-1] belong to no sequence.
+There is no padding here, so none can matter. A sequence without tokens is pooled to zeros.
+
+Gemma Encoder (arXiv 2503.02656) names the five poolers; K, the number of probes and their heads are our choice.
+"""
+
+import torch
+from torch import nn
+
+
+def sequence_ids(token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The sequence each token belongs to (total_tokens,); `batch` for tokens that belong to none."""
+    tokens = torch.arange(token_states.shape[0], device=token_states.device)
+    return torch.searchsorted(offsets[1:].to(tokens), tokens, right=True)
+
+
+def segment_sum(values: torch.Tensor, sequences: torch.Tensor, batch: int) -> torch.Tensor:
+    """Sums `values` (total_tokens, ...) over the tokens of each sequence, in fp32: (batch, ...)."""
+    sums = values.new_zeros((batch + 1, *values.shape[1:]), dtype=torch.float32)
+    return sums.index_add(0, sequences, values.float())[:batch]
+
+
+def segment_mean(token_states: torch.Tensor, offsets: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Averages the states of each sequence's tokens, or of those with `keep` (total_tokens,): (batch, hidden)."""
+    batch = offsets.shape[0] - 1
+    keep = token_states.new_ones(token_states.shape[0]) if keep is None else keep
+    sequences = sequence_ids(token_states, offsets)
+    sums = segment_sum(token_states.float() * keep.float()[:, None], sequences, batch)
+    return sums / segment_sum(keep, sequences, batch).clamp(min=1)[:, None]
+
+
+def segment_softmax(scores: torch.Tensor, sequences: torch.Tensor, batch: int) -> torch.Tensor:
+    """Softmax of `scores` (total_tokens, ...) over the tokens of each sequence, in fp32; each entry of ... apart."""
+    index = sequences.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
+    highest = scores.new_full((batch + 1, *scores.shape[1:]), -torch.inf)
+    highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
+    exponentials = (scores - highest[sequences]).exp()
+    sums = scores.new_zeros(highest.shape).index_add(0, sequences, exponentials)
+    return exponentials / sums[sequences]
+
+
+class MeanPooler(nn.Module):
+    """The mean of all token states."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return segment_mean(token_states, offsets)
+
+
+class FirstKPooler(nn.Module):
+    """The mean of the first `pooling_k` token states, or of all in a shorter sequence.
+
+    Averaging keeps the head's size independent of K and of the length; the paper does not say how K > 1 states combine.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.k = config.pooling_k
+
+    def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        starts = offsets[sequence_ids(token_states, offsets)]
+        tokens = torch.arange(token_states.shape[0], device=token_states.device)
+        return segment_mean(token_states, offsets, keep=tokens - starts < self.k)
+
+
+class LastKPooler(nn.Module):
+    """The mean of the last `pooling_k` token states, or of all in a shorter sequence."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.k = config.pooling_k
+
+    def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ends = torch.cat([offsets[1:], offsets[-1:]])[sequence_ids(token_states, offsets)]
+        tokens = torch.arange(token_states.shape[0], device=token_states.device)
+        return segment_mean(token_states, offsets, keep=ends - tokens <= self.k)
+
+
+class ProbePooler(nn.Module):
+    """What the two attention poolers share: learned latents and four projections.
+
+    Token states are RMS-normalised first, because a decoder's final states can be large (norms of 200 and more).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.pooling_num_heads
+        if config.hidden_size % self.num_heads:
+            raise ValueError(
+                f"`pooling_num_heads` ({self.num_heads}) must divide the hidden size ({config.hidden_size})"
+            )
+        self.probes = nn.Parameter(torch.randn(config.pooling_num_probes, config.hidden_size))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) -> (..., num_heads, head_dim) in fp32."""
+        return states.unflatten(-1, (self.num_heads, -1)).float()
+
+
+class QueryProbePooler(ProbePooler):
+    r"""The paper's query probe: learned latents P (num_probes, hidden) ask the tokens X of a sequence.
+
+    For head h: A_h = softmax(Q_h K_h^T / sqrt(d)) over the tokens, with Q = P W_q, K = X W_k, V = X W_v; the answers
+    concat_h(A_h V_h) W_o are averaged over the probes.
+    """
+
+    def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        batch = offsets.shape[0] - 1
+        sequences = sequence_ids(token_states, offsets)
+        states = self.norm(token_states.to(self.norm.weight.dtype))
+        queries, keys = self.heads(self.q_proj(self.probes)), self.heads(self.k_proj(states))
+        scores = torch.einsum("thd,phd->tph", keys, queries) * keys.shape[-1] ** -0.5
+        # The mean over probes commutes with the weighted sum and with W_o, so the tokens are summed once.
+        weights = segment_softmax(scores, sequences, batch).mean(1)  # (total_tokens, num_heads)
+        answers = segment_sum(weights[..., None] * self.heads(self.v_proj(states)), sequences, batch)
+        return self.o_proj(answers.flatten(1).to(states.dtype)).float()
+
+
+class KVProbePooler(ProbePooler):
+    r"""The paper's key-value probe: the tokens X of a sequence ask learned latents P (num_probes, hidden).
+
+    For head h: Y_h = softmax(Q_h K_h^T / sqrt(d)) V_h over the probes, with Q = X W_q, K = P W_k, V = P W_v; the
+    tokens' answers concat_h(Y_h) W_o are averaged over the sequence.
+    """
+
+    def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        states = self.norm(token_states.to(self.norm.weight.dtype))
+        queries = self.heads(self.q_proj(states))
+        keys, values = self.heads(self.k_proj(self.probes)), self.heads(self.v_proj(self.probes))
+        weights = (torch.einsum("thd,phd->thp", queries, keys) * keys.shape[-1] ** -0.5).softmax(-1)
+        answers = torch.einsum("thp,phd->thd", weights, values).flatten(1)  # (total_tokens, hidden)
+        # W_o is linear: averaging before it is averaging after it, for one row a sequence.
+        return self.o_proj(segment_mean(answers, offsets).to(states.dtype)).float()
+
+
+POOLERS = {
+    "mean": MeanPooler,
+    "first_k": FirstKPooler,
+    "last_k": LastKPooler,
+    "query_probe": QueryProbePooler,
+    "kv_probe": KVProbePooler,
+}

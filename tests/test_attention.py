@@ -1,0 +1,256 @@
+"""Laws of attention: it equals upstream's own, reaches exactly as far as the config says, and never sees padding."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from conftest import (
+    ATTENTIONS,
+    FAMILIES,
+    FAMILY_BACKENDS,
+    UNPADDED,
+    WINDOW,
+    backends,
+    build,
+    decoder_config,
+    encoder_config,
+    pad,
+    set_backend,
+    texts,
+)
+from transformers import AutoModel
+
+from modeling_gemma_encoder import (
+    POOLERS,
+    GemmaEncoderForSequenceClassification,
+    GemmaEncoderModel,
+    verify_attention,
+)
+
+BATCH = texts((10, 6, 3))
+
+
+def upstream(family: str, attention: str, encoder) -> torch.nn.Module:
+    """Upstream's own eager model with the encoder's weights; `is_causal=False` makes it bidirectional."""
+    config = decoder_config(family)
+    config.is_causal = attention == "causal"
+    config._attn_implementation = "eager"
+    model = AutoModel.from_config(config).eval()
+    model.load_state_dict(encoder.model.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(("family", "backend"), FAMILY_BACKENDS)
+def test_states_equal_upstream(family, backend, attention):
+    encoder = build(GemmaEncoderModel, encoder_config(family, attention=attention))
+    reference = upstream(family, attention, encoder)
+    batch = pad(BATCH)
+    real = batch["attention_mask"][..., None]
+    set_backend(encoder, backend)
+    with torch.no_grad():
+        expected = reference(**batch, use_cache=False).last_hidden_state * real
+        states = encoder(**batch).last_hidden_state
+    assert expected.abs().mean() > 0.1
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_upstream(family, attention):
+    config = encoder_config(family, attention=attention, attention_dropout=0, feedforward_dropout=0)
+    encoder = build(GemmaEncoderModel, config)
+    reference = upstream(family, attention, encoder)
+    batch = pad(BATCH)
+    real = batch["attention_mask"][..., None]
+    direction = torch.randn(3, 10, 32) * real
+    (reference(**batch, use_cache=False).last_hidden_state * direction).sum().backward()
+    for backend in backends(family):
+        if backend == "flex_attention":  # no backward on CPU
+            continue
+        set_backend(encoder, backend)
+        encoder.zero_grad()
+        (encoder(**batch).last_hidden_state * direction).sum().backward()
+        for (name, parameter), expected in zip(encoder.model.named_parameters(), reference.parameters(), strict=True):
+            scale = max(1.0, expected.grad.abs().max().item())
+            torch.testing.assert_close(parameter.grad / scale, expected.grad / scale, atol=1e-4, rtol=0, msg=name)
+
+
+def test_bidirectional_training_upstream_is_followed():
+    """EmbeddingGemma's own flag halves its window and counts it exclusively; our reach must be the same."""
+    fields = {"use_bidirectional_attention": True, "sliding_window": 8}
+    encoder = build(GemmaEncoderModel, encoder_config("gemma3_text", decoder=fields))
+    config = decoder_config("gemma3_text", **fields)
+    config._attn_implementation = "eager"
+    reference = AutoModel.from_config(config).eval()
+    reference.load_state_dict(encoder.model.state_dict())
+    ids = texts((14,))[0][None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encoder(ids).last_hidden_state, reference(ids, use_cache=False).last_hidden_state, atol=1e-5, rtol=1e-5
+        )
+
+
+def reach_matrix(model, length: int, left_padding: int = 0) -> torch.Tensor:
+    """(length, length): whether changing token j changes the state of token i; found by changing each token."""
+    ids = torch.arange(1, length + 1).repeat(length + 1, 1)
+    for j in range(length):
+        ids[j + 1, j] = 50
+    mask = torch.ones_like(ids)
+    ids, mask = (torch.nn.functional.pad(x, (left_padding, 0)) for x in (ids, mask))
+    with torch.no_grad():
+        states = model(ids, attention_mask=mask).last_hidden_state[:, left_padding:]
+    return ((states[1:] - states[:1]).abs().amax(-1) > 1e-6).T
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 2, 5])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_windows_reach_exactly(family, layer_type, attention, window):
+    decoder = {"layer_types": [layer_type], "num_hidden_layers": 1}
+    model = build(GemmaEncoderModel, encoder_config(family, decoder, attention=attention, attention_window=window))
+    i, j = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
+    expected = torch.ones(9, 9, dtype=torch.bool) if attention == "bidirectional" else j <= i
+    if layer_type == "sliding_attention":
+        # Upstream: a causal window of W holds W tokens with the token itself, a bidirectional one W on each side.
+        expected &= (i - j).abs() <= (WINDOW if attention == "bidirectional" else WINDOW - 1)
+    if window is not None:
+        expected &= (i - j).abs() <= window
+    for backend in set(backends(family)) - {"flex_attention"}:
+        set_backend(model, backend)
+        for left_padding in (0, 4):
+            assert torch.equal(reach_matrix(model, 9, left_padding), expected), (backend, left_padding)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_reach_exactly_in_flex_attention(family):
+    fields = (
+        {"num_hidden_layers": 1, "num_kv_shared_layers": 0} if family == "gemma4_text" else {"num_hidden_layers": 1}
+    )
+    if family != "gemma":
+        fields["layer_types"] = ["full_attention"]
+    model = build(GemmaEncoderModel, encoder_config(family, fields, attention_window=2))
+    set_backend(model, "flex_attention")
+    i, j = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
+    assert torch.equal(reach_matrix(model, 9, left_padding=3), (i - j).abs() <= 2)
+
+
+def test_flash_attention_is_given_the_same_reach():
+    """Flash counts a window W as |i - j| < W, so every layer hands it its reach plus one (and no mask)."""
+    model = GemmaEncoderModel(encoder_config("gemma2"))
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [WINDOW + 1, None] * 2
+    model = GemmaEncoderModel(encoder_config("gemma2", attention_window=2))
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [3] * 4
+    model = GemmaEncoderModel(encoder_config("gemma2", attention="causal"))
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [WINDOW, None] * 2
+    assert all(layer.self_attn.is_causal for layer in model.model.layers)
+
+
+def layouts():
+    """The same texts in other company: padded on either side, more, with any id, and in another order."""
+    yield "right", pad(BATCH), [0, 1, 2]
+    yield "left", pad(BATCH, "left"), [0, 1, 2]
+    yield "more padding", pad(BATCH, "right", extra=7), [0, 1, 2]
+    yield "another pad id", pad(BATCH, "left", extra=2, pad_id=98), [0, 1, 2]
+    yield "another order", pad([BATCH[2], BATCH[0], BATCH[1]], "left"), [1, 2, 0]
+
+
+def company_cases():
+    """All poolers, attention modes, families and backends; flex attention once a family, as it compiles for each."""
+    for (family, backend), attention, pooling in product(FAMILY_BACKENDS, ATTENTIONS, POOLERS):
+        if backend != "flex_attention" or (attention, pooling) == ("bidirectional", "mean"):
+            yield family, backend, attention, pooling
+
+
+@pytest.mark.parametrize(("family", "backend", "attention", "pooling"), company_cases())
+def test_company_never_changes_the_score(family, backend, attention, pooling):
+    """Padding, batch size and order: every text scores as it does alone."""
+    config = encoder_config(family, attention=attention, pooling=pooling, pooling_k=2, num_labels=3)
+    model = build(GemmaEncoderForSequenceClassification, config)
+    with torch.no_grad():
+        alone = torch.cat([model(ids[None]).logits for ids in BATCH])
+        set_backend(model, backend)
+        for name, batch, order in layouts():
+            if backend == "flex_attention" and name not in ("right", "left"):
+                continue
+            torch.testing.assert_close(model(**batch).logits[order], alone, atol=2e-5, rtol=1e-5, msg=name)
+    assert (alone[0] - alone[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", [UNPADDED, "eager"])
+def test_outputs_come_back_in_the_shape_they_came_in(backend):
+    model = build(GemmaEncoderModel, encoder_config("gemma2"))
+    set_backend(model, backend)
+    alone, batch = pad(BATCH[1:2]), pad(BATCH, "left", extra=2)
+    with torch.no_grad():
+        expected = model(**alone, output_hidden_states=True, output_attentions=True)
+        outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    real = batch["attention_mask"][..., None].bool()
+    for states in (outputs.last_hidden_state, *outputs.hidden_states):
+        assert states.shape == (3, 12, 32) and states.masked_select(~real).abs().max() == 0
+    assert len(outputs.hidden_states) == 5 and len(outputs.attentions) == 4
+    for states, alone_states in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(states[1:2, 6:], alone_states, atol=1e-5, rtol=1e-5)
+    for weights, alone_weights in zip(outputs.attentions, expected.attentions, strict=True):
+        assert weights.shape == (3, 4, 12, 12)
+        torch.testing.assert_close(weights[1:2, :, 6:, 6:], alone_weights, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(weights.sum(-1), real[:, None, :, 0].expand(-1, 4, -1).float())
+
+
+def test_a_hole_in_the_mask_is_no_token():
+    """Positions and windows count real tokens, so a masked token in the middle is as if it were not there."""
+    model = build(GemmaEncoderModel, encoder_config("gemma2", attention_window=2))
+    ids = BATCH[0][None]
+    mask = torch.ones_like(ids)
+    mask[0, 4] = 0
+    for backend in (UNPADDED, "eager"):
+        set_backend(model, backend)
+        with torch.no_grad():
+            pooled = model(ids, attention_mask=mask).pooler_output
+            expected = model(torch.cat([ids[:, :4], ids[:, 5:]], 1)).pooler_output
+        torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_verified_by_behaviour(family, attention):
+    for backend in set(backends(family)) - {"flex_attention"}:
+        model = build(GemmaEncoderModel, encoder_config(family, attention=attention))
+        set_backend(model, backend)
+        verify_attention(model.train())
+        assert model.training and model.pooler.training
+        lie = copy.deepcopy(model)
+        lie.config.attention = "causal" if attention == "bidirectional" else "bidirectional"
+        with pytest.raises(RuntimeError, match="layer 0"):
+            verify_attention(lie)
+
+
+def test_one_wrong_layer_is_found():
+    model = build(GemmaEncoderModel, encoder_config("gemma2"))
+    model.model.layers[2].self_attn.reach = (None, 0)
+    with pytest.raises(RuntimeError, match="layer 2") as error:
+        model.verify_attention()
+    assert "layer 1" not in str(error.value)
+
+
+def test_a_stock_model_is_no_encoder():
+    with pytest.raises(RuntimeError, match="not a Gemma Encoder"):
+        verify_attention(AutoModel.from_config(decoder_config("gemma2")))
+
+
+def test_no_cache_is_built(monkeypatch):
+    from transformers.models.gemma2 import modeling_gemma2
+
+    monkeypatch.setattr(modeling_gemma2, "DynamicCache", None)
+    for backend in (UNPADDED, "eager"):
+        model = build(GemmaEncoderModel, encoder_config("gemma2"))
+        set_backend(model, backend)
+        model(**pad(BATCH))
+
+
+def test_the_decoder_alone_refuses_to_run_unpadded():
+    model = build(GemmaEncoderModel, encoder_config("gemma2"))
+    with pytest.raises(ValueError, match="call the encoder"):
+        model.model(BATCH[0][None])

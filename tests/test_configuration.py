@@ -1,0 +1,149 @@
+"""Laws of the config: what goes in comes out, what is wrong is refused by name, a raw Gemma becomes a `text_config`."""
+
+import json
+from typing import get_args
+
+import pytest
+from conftest import FAMILIES, decoder_config, encoder_config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from modeling_gemma_encoder import POOLERS, RANKING_LOSSES, GemmaEncoderConfig
+
+CHOICES = {
+    "attention": "causal",
+    "attention_window": 7,
+    "pooling": "kv_probe",
+    "pooling_k": 3,
+    "pooling_num_probes": 5,
+    "pooling_num_heads": 2,
+    "attention_dropout": 0.2,
+    "feedforward_dropout": 0.3,
+    "classifier_hidden_sizes": [16, 8],
+    "classifier_activation": "tanh",
+    "classifier_dropout": 0.4,
+    "ranking_loss": "softmax",
+    "num_labels": 3,
+    "problem_type": "multi_label_classification",
+}
+
+
+@pytest.mark.parametrize("fields", [{}, CHOICES], ids=["defaults", "choices"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dict_and_file_are_fixpoints(family, fields, tmp_path):
+    config = encoder_config(family, **fields)
+    once = config.to_dict()
+    again = GemmaEncoderConfig.from_dict(once)
+    assert again.to_dict() == once
+    for name, value in fields.items():
+        assert getattr(again, name) == value
+    config.save_pretrained(tmp_path)
+    for loaded in (GemmaEncoderConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is GemmaEncoderConfig
+        assert {**loaded.to_dict(), "_name_or_path": ""} == once  # Auto classes note where it came from
+    assert type(again.text_config) is type(decoder_config(family))
+
+
+def test_choices_are_the_keys_of_what_they_choose():
+    hints = GemmaEncoderConfig.__annotations__
+    assert set(get_args(hints["pooling"])) == set(POOLERS)
+    assert set(get_args(hints["ranking_loss"])) == set(RANKING_LOSSES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_raw_decoder_becomes_the_text_config(family, tmp_path):
+    raw = decoder_config(family, dtype="bfloat16")
+    raw.save_pretrained(tmp_path)
+    config = GemmaEncoderConfig.from_pretrained(tmp_path, pooling="last_k", num_labels=5)
+    assert config.model_type == "gemma_encoder" and config.pooling == "last_k" and config.num_labels == 5
+    assert config.text_config.to_dict() == {**raw.to_dict(), "architectures": config.text_config.architectures}
+    assert str(config.dtype) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_a_multimodal_decoder_gives_its_text_tower(family, tmp_path):
+    text = {"model_type": f"{family}_text", "hidden_size": 64, "num_hidden_layers": 6, "vocab_size": 77}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "text_config": text, "vision_config": {}}))
+    config = GemmaEncoderConfig.from_pretrained(tmp_path)
+    assert config.text_config.model_type == f"{family}_text"
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (64, 6, 77)
+
+
+def test_the_labels_of_a_classifier_are_kept(tmp_path):
+    decoder_config("gemma2", id2label={0: "no", 1: "maybe", 2: "yes"}).save_pretrained(tmp_path)
+    config = GemmaEncoderConfig.from_pretrained(tmp_path)
+    assert config.num_labels == 3 and config.id2label[2] == "yes"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bert", "gemma3n", "t5gemma"])
+def test_another_family_is_refused_by_name(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=model_type):
+        GemmaEncoderConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=model_type):
+        GemmaEncoderConfig(text_config={"model_type": model_type})
+
+
+WRONG = [
+    ("attention", "bidirect", "'bidirectional', 'causal'"),
+    ("pooling", "max", "'mean', 'first_k', 'last_k', 'query_probe', 'kv_probe'"),
+    ("ranking_loss", "hinge", "'softmax'"),
+    ("classifier_activation", "gelo", "'gelu'"),
+    ("attention_window", -1, "-1"),
+    ("attention_window", 2.5, "2.5"),
+    ("pooling_k", 0, "0"),
+    ("pooling_num_probes", 0, "0"),
+    ("pooling_num_heads", 0, "0"),
+    ("attention_dropout", 1.0, "1.0"),
+    ("attention_dropout", -0.1, "-0.1"),
+    ("feedforward_dropout", 1.5, "1.5"),
+    ("classifier_dropout", "high", "high"),
+    ("classifier_hidden_sizes", [8, 0], "0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), WRONG)
+def test_a_wrong_value_is_refused_wherever_it_enters(name, value, says, tmp_path):
+    decoder_config("gemma2").save_pretrained(tmp_path)
+    for enter in (
+        lambda: encoder_config(**{name: value}),
+        lambda: setattr(encoder_config(), name, value),
+        lambda: GemmaEncoderConfig.from_pretrained(tmp_path, **{name: value}),
+        lambda: GemmaEncoderConfig.from_dict({**encoder_config().to_dict(), name: value}),
+    ):
+        with pytest.raises(StrictDataclassError) as error:
+            enter()
+        assert name in str(error.value) and says in str(error.value)
+
+
+def test_poolers_that_cannot_work_are_refused():
+    with pytest.raises(StrictDataclassError, match=r"pooling_num_heads.*5.*32"):
+        encoder_config(pooling="query_probe", pooling_num_heads=5)
+    with pytest.raises(StrictDataclassError, match="pooling_num_probes"):
+        encoder_config(pooling="kv_probe", pooling_num_probes=1)
+
+
+@pytest.mark.parametrize(("misspelt", "meant"), [("poling", "pooling"), ("atention_window", "attention_window")])
+def test_a_misspelt_field_is_refused(misspelt, meant, tmp_path):
+    decoder_config("gemma2").save_pretrained(tmp_path)
+    for enter in (
+        lambda: encoder_config(**{misspelt: 1}),
+        lambda: GemmaEncoderConfig.from_pretrained(tmp_path, **{misspelt: 1}),
+    ):
+        with pytest.raises(ValueError, match=f"`{misspelt}`.*`{meant}`"):
+            enter()
+
+
+def test_it_answers_as_any_config_does():
+    config = encoder_config("gemma2", num_labels=4)
+    assert (config.hidden_size, config.vocab_size, config.num_hidden_layers, config.num_attention_heads) == (
+        32,
+        99,
+        4,
+        4,
+    )
+    assert (config.max_position_embeddings, config.pad_token_id, config.num_labels) == (64, 0, 4)
+    config.pad_token_id = 7
+    assert config.text_config.pad_token_id == 7 == config.get_text_config().pad_token_id
+    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    assert GemmaEncoderConfig.from_dict(config.to_dict()).sentence_transformers == config.sentence_transformers

@@ -1,0 +1,351 @@
+"""Laws of the encoder and its heads: loading any Gemma, exact losses, dropout, and everything a torch model can do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import FAMILIES, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from modeling_gemma_encoder import (
+    GemmaEncoderForRanking,
+    GemmaEncoderForSequenceClassification,
+    GemmaEncoderModel,
+)
+
+BATCH = pad(texts((10, 6, 3)))
+LISTS = {name: values.view(2, 3, 7) for name, values in pad(texts((7, 5, 4, 6, 3, 2))).items()}
+
+
+# Loading
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_gemma_checkpoint_loads_and_only_pooler_and_head_are_new(family, tmp_path):
+    decoder = AutoModelForCausalLM.from_config(decoder_config(family)).eval()
+    decoder.save_pretrained(tmp_path)
+    model, info = GemmaEncoderForSequenceClassification.from_pretrained(
+        tmp_path, pooling="query_probe", num_labels=3, attention="causal", output_loading_info=True
+    )
+    assert model.config.model_type == "gemma_encoder" and model.config.num_labels == 3
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"pooler", "classifier"}
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    for name, parameter in decoder.get_decoder().named_parameters():
+        assert torch.equal(parameter, model.model.get_parameter(name)), name
+    with torch.no_grad():
+        expected = decoder.get_decoder()(BATCH["input_ids"][:1], use_cache=False).last_hidden_state
+        encoder = GemmaEncoderModel.from_pretrained(tmp_path, attention="causal").eval()
+        states = encoder(BATCH["input_ids"][:1]).last_hidden_state
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_without_a_language_model_head_loads(tmp_path):
+    decoder = AutoModel.from_config(decoder_config("gemma3_text"))
+    decoder.save_pretrained(tmp_path)
+    model, info = GemmaEncoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(model.model.embed_tokens.weight, decoder.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("tower", ["model.language_model.", "language_model.model."])
+def test_the_text_tower_of_a_multimodal_checkpoint_loads(tower, tmp_path):
+    """Both spellings: transformers 5 saves the first, the Hub's Gemma 3 repositories hold the second."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Gemma3Config
+
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = decoder_config("gemma3_text").to_dict()
+    config = Gemma3Config(text_config=text, vision_config={"model_type": "siglip_vision_model", **vision})
+    multimodal = AutoModelForImageTextToText.from_config(config)
+    multimodal.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {
+        key.replace("language_model.model.", tower).replace("model.language_model.", tower): value
+        for key, value in load_file(path).items()
+    }
+    assert any(key.startswith(tower) for key in weights) and any("vision_tower" in key for key in weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    model, info = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier"}
+    assert not info["unexpected_keys"]
+    for name, parameter in multimodal.model.language_model.named_parameters():
+        assert torch.equal(parameter, model.model.get_parameter(name)), name
+    model.save_pretrained(tmp_path / "encoder")
+    saved = load_file(tmp_path / "encoder" / "model.safetensors")
+    assert set(saved) == set(model.state_dict())
+
+
+def test_keywords_of_from_pretrained_reach_the_layers(tmp_path):
+    AutoModelForCausalLM.from_config(decoder_config("gemma2")).save_pretrained(tmp_path)
+    model = GemmaEncoderModel.from_pretrained(
+        tmp_path, attention_dropout=0.25, feedforward_dropout=0.5, attention="causal", attention_window=2
+    )
+    assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.25}
+    assert {layer.post_feedforward_layernorm.output_dropout for layer in model.model.layers} == {0.5}
+    assert {layer.self_attn.reach for layer in model.model.layers} == {(2, 0)}
+    model.verify_attention()
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", ["attention_dropout", "feedforward_dropout", "classifier_dropout"])
+def test_dropout_is_for_training_only_and_at_each_place(place, family):
+    places = {"attention_dropout": 0, "feedforward_dropout": 0, "classifier_dropout": 0}
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(family, **{**places, place: 0.5}))
+    without = build(GemmaEncoderForSequenceClassification, encoder_config(family, **places)).train()
+    with torch.no_grad():
+        evaluated = model(**BATCH).logits
+        torch.testing.assert_close(model(**BATCH).logits, evaluated)
+        torch.testing.assert_close(without(**BATCH).logits, evaluated, atol=1e-5, rtol=1e-5)
+        model.train()
+        assert not torch.allclose(model(**BATCH).logits, model(**BATCH).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_feedforward_dropout_drops_what_enters_the_residual(family):
+    """What a block adds to the residual stream is zero or scaled by 1 / (1 - p), in the expected share."""
+    model = build(GemmaEncoderModel, encoder_config(family, attention_dropout=0, feedforward_dropout=0.25)).train()
+    layer = model.model.layers[0]
+    block = layer.mlp if family == "gemma" else layer.post_feedforward_layernorm
+    added = []
+    block.register_forward_hook(lambda module, args, output: added.append(output))
+    block.register_forward_hook(lambda module, args, output: None, prepend=True)
+    with torch.no_grad():
+        model(**pad(texts((60,) * 20)))
+        model.eval()(**pad(texts((60,) * 20)))
+    dropped, whole = added
+    kept = dropped != 0
+    assert (~kept).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.75, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_dropout_equals_upstreams_under_the_same_random_state():
+    """With texts of one length the unpadded attention is upstream's eager attention, dropout included."""
+    model = build(GemmaEncoderModel, encoder_config("gemma2", attention_dropout=0.3, feedforward_dropout=0)).train()
+    batch = pad(texts((8, 8)))
+    states = []
+    for backend in (UNPADDED, "eager"):
+        set_backend(model, backend)
+        torch.manual_seed(1)
+        states.append(model(**batch).last_hidden_state)
+    torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+
+
+# Heads
+
+
+def test_single_label_multi_label_and_regression_losses_equal_torch():
+    def outputs(labels, **fields):
+        model = build(GemmaEncoderForSequenceClassification, encoder_config(**fields))
+        result = model(**BATCH, labels=labels)
+        assert result.logits.dtype == torch.float32 and model.config.problem_type == fields.get("problem_type")
+        return result.loss, result.logits
+
+    labels = torch.tensor([2, 0, 1])
+    loss, logits = outputs(labels, num_labels=3)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    labels[1] = -100
+    loss, logits = outputs(labels, num_labels=3)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    labels = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]])
+    loss, logits = outputs(labels, num_labels=3)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, labels))
+    loss, logits = outputs(labels, num_labels=3, problem_type="regression")
+    torch.testing.assert_close(loss, F.mse_loss(logits, labels))
+    labels = torch.tensor([0.5, 4.0, -1.0])
+    loss, logits = outputs(labels, num_labels=1)
+    torch.testing.assert_close(loss, F.mse_loss(logits[:, 0], labels))
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_ignored_labels_give_zero_loss_and_zero_gradient(problem_type):
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(num_labels=2, problem_type=problem_type))
+    labels = torch.full((3,) if problem_type.startswith("single") else (3, 2), -100)
+    loss = model(**BATCH, labels=labels).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_the_task_mlp_is_what_the_config_says():
+    config = encoder_config(classifier_hidden_sizes=[16, 8], classifier_activation="tanh", num_labels=3)
+    model = build(GemmaEncoderForSequenceClassification, config)
+    pooled, head = torch.randn(4, 32), model.classifier
+    states = F.rms_norm(pooled, (32,), head.norm.weight, eps=1e-6)
+    for layer in head.layers:
+        states = torch.tanh(layer(states))
+    assert [layer.out_features for layer in head.layers] == [16, 8]
+    torch.testing.assert_close(head(pooled), head.out_proj(states))
+    assert not build(GemmaEncoderForSequenceClassification, encoder_config()).classifier.layers
+
+
+def test_large_final_states_do_not_blow_up_a_fresh_head():
+    model = GemmaEncoderForSequenceClassification(encoder_config(num_labels=3)).eval()
+    model.model.norm.weight.data.fill_(200)
+    assert model(**BATCH).logits.abs().max() < 5
+
+
+def test_a_list_scores_as_its_documents_do_alone():
+    model = build(GemmaEncoderForRanking, encoder_config())
+    flat = {name: values.flatten(0, 1) for name, values in LISTS.items()}
+    with torch.no_grad():
+        lists, alone = model(**LISTS).logits, model(**flat).logits
+        assert lists.shape == (2, 3) and alone.shape == (6, 1) and lists.dtype == torch.float32
+        torch.testing.assert_close(lists.flatten(), alone[:, 0])
+        embeds = model.get_input_embeddings()(LISTS["input_ids"])
+        torch.testing.assert_close(
+            model(inputs_embeds=embeds, attention_mask=LISTS["attention_mask"]).logits, lists, atol=1e-5, rtol=1e-5
+        )
+        states = model(**LISTS, output_hidden_states=True).hidden_states
+    assert states[-1].shape == (2, 3, 7, 32)
+
+
+def test_ranking_loss_is_listwise_and_ragged_lists_do_not_matter():
+    model = build(GemmaEncoderForRanking, encoder_config())
+    labels = torch.tensor([[0, 1, 0], [2, 0, 0]])
+    outputs = model(**LISTS, labels=labels)
+    expected = F.cross_entropy(outputs.logits, labels.float())  # with graded targets: -sum y log softmax
+    torch.testing.assert_close(outputs.loss, expected)
+    outputs.loss.backward()
+    gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+
+    model.zero_grad()
+    ragged = {name: F.pad(values, (0, 0, 0, 2)) for name, values in LISTS.items()}  # two documents that are not there
+    padded = model(**ragged, labels=F.pad(labels, (0, 2), value=-100))
+    padded.loss.backward()
+    assert padded.logits.isfinite().all()
+    torch.testing.assert_close(padded.loss, outputs.loss)
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+# Everything a torch model can do
+
+
+def loss_and_gradient(model):
+    model.zero_grad()
+    loss = model(**BATCH, labels=torch.tensor([0, 1, 1])).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
+    """Dropout is on: the recomputation must see the same random state."""
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(family)).train()
+    torch.manual_seed(0)
+    loss, gradients = loss_and_gradient(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert model.is_gradient_checkpointing
+    torch.manual_seed(0)
+    again, recomputed = loss_and_gradient(model)
+    torch.testing.assert_close(again, loss)
+    assert gradients.keys() == recomputed.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_embeddings_can_be_given(family):
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(family))
+    embeds = model.get_input_embeddings()(BATCH["input_ids"])
+    for backend in (UNPADDED, "eager"):
+        set_backend(model, backend)
+        with torch.no_grad():
+            given = model(inputs_embeds=embeds, attention_mask=BATCH["attention_mask"]).logits
+            torch.testing.assert_close(given, model(**BATCH).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vocabulary_can_grow(family, tmp_path):
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(family))
+    with torch.no_grad():
+        before = model(**BATCH).logits
+        model.resize_token_embeddings(110)
+        assert model.config.vocab_size == 110 == model.config.text_config.vocab_size
+        torch.testing.assert_close(model(**BATCH).logits, before)
+        assert model(torch.full((1, 4), 109)).logits.isfinite().all()
+        model.save_pretrained(tmp_path)
+        loaded = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(**BATCH).logits, before, atol=1e-6, rtol=1e-6)
+
+
+def test_deepcopy_and_pickle_are_whole():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(feedforward_dropout=0.5))
+    with torch.no_grad():
+        expected = model(**BATCH).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(twin(**BATCH).logits, expected)
+            twin.train()
+            assert not torch.allclose(twin(**BATCH).logits, twin(**BATCH).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_keeps_the_head_in_fp32(family, tmp_path):
+    build(GemmaEncoderForSequenceClassification, encoder_config(family, num_labels=3)).save_pretrained(tmp_path)
+    full = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
+    half = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in half.classifier.parameters()} == {torch.float32}
+    with torch.no_grad():
+        expected = full(**BATCH).logits
+        for logits in (half(**BATCH).logits, full.bfloat16()(**BATCH).logits):
+            assert logits.dtype == torch.float32
+            torch.testing.assert_close(logits, expected, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "query_probe", "kv_probe"])
+def test_autocast_trains_with_fp32_scores(pooling):
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(pooling=pooling)).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(**BATCH, labels=torch.tensor([0, 1, 1]))
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.float32 and outputs.loss.isfinite()
+
+
+@pytest.mark.parametrize("backend", [UNPADDED, "eager"])
+def test_compiled_is_the_same(backend):
+    torch._dynamo.reset()
+    model = build(GemmaEncoderForSequenceClassification, encoder_config("gemma2"))
+    set_backend(model, backend)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=backend == "eager")
+    with torch.no_grad():
+        for lengths in ((10, 6, 3), (4, 8)):
+            batch = pad(texts(lengths))
+            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_padded_path_exports():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config("gemma2"))
+    set_backend(model, "eager")
+    batch_size, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", max=64)
+    shapes = {name: {0: batch_size, 1: length} for name in BATCH}
+    program = torch.export.export(model, (), dict(BATCH), dynamic_shapes=shapes)
+    other = pad(texts((5, 9, 2, 7)))
+    torch.testing.assert_close(program.module()(**other).logits, model(**other).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_device_map_places_it(tmp_path):
+    model = build(GemmaEncoderForSequenceClassification, encoder_config("gemma2"))
+    model.save_pretrained(tmp_path)
+    placed = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, device_map={"": "cpu"})
+    offloaded = GemmaEncoderForSequenceClassification.from_pretrained(
+        tmp_path,
+        device_map={"model": "cpu", "model.layers.1": "disk", "pooler": "cpu", "classifier": "cpu"},
+        offload_folder=tmp_path / "offload",
+    )
+    with torch.no_grad():
+        for loaded in (placed, offloaded):
+            torch.testing.assert_close(loaded(**BATCH).logits, model(**BATCH).logits, atol=1e-6, rtol=1e-6)
+    assert model._no_split_modules == {"GemmaDecoderLayer", "Gemma2DecoderLayer"}
+
+
+def test_tuples_are_returned_when_asked():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config())
+    outputs = model(**BATCH, labels=torch.tensor([0, 1, 1]), return_dict=False)
+    assert isinstance(outputs, tuple) and len(outputs) == 2
