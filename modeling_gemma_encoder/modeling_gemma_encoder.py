@@ -64,6 +64,20 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             self.model.get_correct_attn_implementation(requested)
         return super().get_correct_attn_implementation(requested, is_init_check)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+        """As upstream, except where it would be silently wrong.
+
+        Raises:
+            ValueError: `use_reentrant=True` on a Gemma 4 whose layers share keys and values: their gradient is lost.
+        """
+        shares = self.config.text_config.to_dict().get("num_kv_shared_layers")
+        if shares and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`use_reentrant=True` loses gradients of a Gemma 4 whose layers share keys and values; pass "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.RMSNorm):
@@ -106,6 +120,8 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     if torch.compiler.is_compiling():
         return mask
     if input_ids is not None:
+        if input_ids.is_floating_point():
+            raise ValueError(f"`input_ids` must be integers, got {input_ids.dtype}; pass vectors as `inputs_embeds`.")
         lowest, highest = input_ids.where(mask, 0).aminmax()  # padding ids may be anything
         if lowest < 0 or highest >= config.vocab_size:
             raise ValueError(
@@ -374,6 +390,13 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
                 f"`labels` of shape {tuple(labels.shape)} do not match logits of shape {tuple(logits.shape)} for "
                 f"problem_type={problem_type!r}."
             )
+        if problem_type == "single_label_classification" and not torch.compiler.is_compiling():
+            lowest, highest = labels.where(labels != IGNORE, 0).aminmax()
+            if lowest < 0 or highest >= logits.shape[-1]:
+                raise ValueError(
+                    f"`labels` has classes from {lowest} to {highest}, but the model has {logits.shape[-1]}: load it "
+                    f"with `num_labels={int(highest) + 1}`, or mark rows to ignore with {IGNORE}."
+                )
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE).sum().clamp(min=1)
         elif isinstance(num_items_in_batch, torch.Tensor):

@@ -1,0 +1,134 @@
+"""Laws of the stock Trainer: batch size and accumulation never change a step, and training learns."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, encoder_config, pad, texts
+from transformers import Trainer, TrainingArguments
+
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+
+NO_DROPOUT = {"attention_dropout": 0, "feedforward_dropout": 0}
+LENGTHS = (9, 3, 5, 7, 2, 8, 4, 6)
+
+
+def arguments(folder, **fields) -> TrainingArguments:
+    defaults = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **fields})
+
+
+def collate_texts(examples):
+    return {
+        **pad([example["ids"] for example in examples]),
+        "labels": torch.tensor([example["label"] for example in examples]),
+    }
+
+
+def collate_lists(examples):
+    documents = [ids for example in examples for ids in example["documents"]]
+    batch = {name: values.unflatten(0, (len(examples), -1)) for name, values in pad(documents).items()}
+    return {**batch, "labels": torch.tensor([example["label"] for example in examples])}
+
+
+def step(model, data, collate, folder, batch_size, accumulation):
+    """The weights after one plain SGD step: their change is the gradient."""
+    args = arguments(
+        folder,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+    )
+    trainer = Trainer(model, args, train_dataset=data, data_collator=collate)
+    loss = trainer.train().training_loss
+    return loss, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+CLASSIFIERS = [
+    {"num_labels": 3, "labels": [0, 2, 1, 1, 0, 2, 2, 0]},
+    {"num_labels": 3, "labels": [0, -100, -100, -100, 0, 2, -100, 0]},
+    {"num_labels": 1, "labels": [0.5, 1.0, -1.0, 2.0, 0.0, 0.1, 3.0, 1.0]},
+    {"num_labels": 2, "labels": [[0.0, 1.0], [1.0, 1.0]] * 4},
+]
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=["single-label", "some-ignored", "regression", "multi-label"])
+def test_accumulation_never_changes_a_step_of_a_classifier(case, tmp_path):
+    data = [{"ids": ids, "label": label} for ids, label in zip(texts(LENGTHS), case["labels"], strict=True)]
+    config = encoder_config(num_labels=case["num_labels"], **NO_DROPOUT)
+    results = [
+        step(build(GemmaEncoderForSequenceClassification, config), data, collate_texts, tmp_path, batch, accumulation)
+        for batch, accumulation in ((8, 1), (4, 2), (1, 8))
+    ]
+    check_same(results, build(GemmaEncoderForSequenceClassification, config))
+
+
+def test_accumulation_never_changes_a_step_of_a_ranker(tmp_path):
+    documents = texts(LENGTHS * 3)
+    labels = [[1, 0, 0], [0, 2, 1], [0, 0, 1], [1, 0, -100], [0, 1, 0], [3, 0, 0], [0, 0, 0], [0, 0, 1]]
+    data = [{"documents": documents[3 * row : 3 * row + 3], "label": label} for row, label in enumerate(labels)]
+    config = encoder_config(**NO_DROPOUT)
+    results = [
+        step(build(GemmaEncoderForRanking, config), data, collate_lists, tmp_path, batch, accumulation)
+        for batch, accumulation in ((8, 1), (4, 2), (1, 8))
+    ]
+    check_same(results, build(GemmaEncoderForRanking, config))
+
+
+def check_same(results, start):
+    (loss, weights), *others = results
+    for other_loss, other_weights in others:
+        assert other_loss == pytest.approx(loss, rel=1e-4)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other_weights[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    moved = {name for name, parameter in start.named_parameters() if not torch.allclose(parameter, weights[name])}
+    assert {"model.layers.0.self_attn.q_proj.weight", "classifier.out_proj.weight"} <= moved
+
+
+def test_the_trainer_trains_evaluates_and_predicts(tmp_path):
+    """A text's label is whether its first token is below 50: the loss falls and held-out texts are told apart."""
+    torch.manual_seed(0)
+    sequences = texts(LENGTHS * 40, seed=1)
+    data = [{"ids": ids, "label": int(ids[0] < 50)} for ids in sequences]
+    model = GemmaEncoderForSequenceClassification(encoder_config(pooling="first_k", **NO_DROPOUT))
+
+    def accuracy(predictions):
+        return {"accuracy": np.mean(predictions.predictions.argmax(-1) == predictions.label_ids)}
+
+    args = arguments(
+        tmp_path,
+        max_steps=120,
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+        remove_unused_columns=False,
+        eval_strategy="steps",
+        eval_steps=60,
+        gradient_checkpointing=True,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=data[:280],
+        eval_dataset=data[280:],
+        data_collator=collate_texts,
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert "eval_loss" in metrics and metrics["eval_accuracy"] >= 0.9
+    model.verify_attention()
+
+
+def test_the_trainer_predicts_ragged_lists(tmp_path):
+    documents = texts(LENGTHS * 3)
+    lists = [{"documents": documents[3 * row : 3 * row + 3], "label": [1, 0, 0]} for row in range(4)]
+    lists += [{"documents": documents[12:14], "label": [0, 1]} for _ in range(4)]
+    args = arguments(tmp_path, per_device_eval_batch_size=4, remove_unused_columns=False)
+    trainer = Trainer(build(GemmaEncoderForRanking, encoder_config()), args, data_collator=collate_lists)
+    predictions = trainer.predict(lists)
+    assert predictions.predictions.shape == (8, 3) and "test_loss" in predictions.metrics
+    assert (predictions.label_ids[4:, 2] == -100).all()
