@@ -5,7 +5,6 @@ offsets (batch + 1), pooled (batch, hidden), logits (batch, num_labels) or (batc
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,17 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from transformers.models.gemma.modeling_gemma import GemmaPreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .attention_gemma_encoder import (
-    UNPADDED,
-    layer_reach,
-    layer_type_of,
-    padded_mask,
-    restore_attentions,
-    unpad,
-    verify_attention,
-    with_dense_masks,
-)
+from .attention_gemma_encoder import UNPADDED, layer_reach, layer_type_of, verify_attention
 from .configuration_gemma_encoder import GemmaEncoderConfig
+from .encoding_gemma_encoder import Encoded, check_inputs, run_padded, run_unpadded, to_padded
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES
 from .pooling_gemma_encoder import POOLERS, ProbePooler
 
@@ -46,6 +37,14 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     _keep_in_fp32_modules_strict = ["classifier"]
     _keys_to_ignore_on_load_unexpected = NOT_OURS
     _can_record_outputs = None  # the decoder records its own
+
+    def __init__(self, config: GemmaEncoderConfig, *args, **kwargs):
+        if config.model_type != GemmaEncoderConfig.model_type:
+            raise ValueError(
+                f"`config` has model_type={config.model_type!r}. Pass GemmaEncoderConfig(text_config=config), or no "
+                "config to `from_pretrained`."
+            )
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
@@ -92,59 +91,6 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         embeddings = self.model.resize_token_embeddings(*args, **kwargs)
         self.config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings
-
-
-def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tensor:
-    """The boolean mask (batch, seq_len) of the real tokens of well-formed inputs.
-
-    Raises:
-        ValueError: names the argument, its value and what to do. Values are not looked at inside torch.compile.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-    name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-    expected = ["batch", "seq_len"] + [config.hidden_size] * (inputs_embeds is not None)
-    shape = tuple(inputs.shape)
-    if inputs.dim() != len(expected) or (inputs_embeds is not None and shape[-1] != config.hidden_size):
-        raise ValueError(f"`{name}` must have shape ({', '.join(map(str, expected))}), got {shape}.")
-    if 0 in shape:
-        raise ValueError(f"`{name}` is empty: its shape is {shape}. Pass at least one sequence of one token.")
-    if attention_mask is None:
-        attention_mask = torch.ones(shape[:2], device=inputs.device)
-    if attention_mask.shape != shape[:2]:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; it must be {shape[:2]} as `{name}` has, "
-            "one for real tokens and zero for padding."
-        )
-    mask = attention_mask.to(device=inputs.device, dtype=torch.bool)
-    if torch.compiler.is_compiling():
-        return mask
-    if input_ids is not None:
-        if input_ids.is_floating_point():
-            raise ValueError(f"`input_ids` must be integers, got {input_ids.dtype}; pass vectors as `inputs_embeds`.")
-        lowest, highest = input_ids.where(mask, 0).aminmax()  # padding ids may be anything
-        if lowest < 0 or highest >= config.vocab_size:
-            raise ValueError(
-                f"`input_ids` has ids from {lowest} to {highest}, but the model's vocabulary has {config.vocab_size} "
-                "tokens. Is this the model's tokenizer? Call `resize_token_embeddings` after adding tokens to it."
-            )
-    if (longest := mask.sum(-1).max()) > config.max_position_embeddings:
-        raise ValueError(
-            f"`{name}` has a sequence of {longest} tokens, more than `max_position_embeddings` "
-            f"({config.max_position_embeddings}). Truncate when tokenizing."
-        )
-    return mask
-
-
-class Encoded(NamedTuple):
-    """What a head needs of a batch: its tokens, padding apart, and where they came from."""
-
-    token_states: torch.Tensor  # (tokens, hidden): the real tokens first, in order
-    offsets: torch.Tensor  # (batch + 1,)
-    indices: torch.Tensor  # (tokens,) of the token states in (batch * seq_len)
-    mask: torch.Tensor  # (batch, seq_len)
-    hidden_states: tuple[torch.Tensor, ...] | None
-    attentions: tuple[torch.Tensor, ...] | None
 
 
 def drop_feedforward_output(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
@@ -199,8 +145,9 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
                 f"`output_attentions=True` needs attn_implementation {UNPADDED!r} or 'eager', not {implementation!r}: "
                 "the others never hold the attention weights."
             )
-        run = self._run_padded if implementation in ("eager", "sdpa", "flex_attention") else self._run_unpadded
+        run = run_padded if implementation in ("eager", "sdpa", "flex_attention") else run_unpadded
         return run(
+            self,
             input_ids,
             inputs_embeds,
             mask,
@@ -208,64 +155,6 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             output_hidden_states=output_hidden_states,
             use_cache=False,
         )
-
-    def _run_unpadded(self, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
-        """Every layer sees (1, total_tokens, hidden)."""
-        unpadding = unpad(mask)
-        if unpadding.max_length == 0:  # nothing but padding
-            states = self.get_input_embeddings().weight.new_zeros(0, self.config.hidden_size)
-            return Encoded(states, unpadding.offsets, unpadding.indices, mask, None, None)
-        if input_ids is not None:
-            input_ids = input_ids.flatten()[unpadding.indices][None]
-        else:
-            inputs_embeds = inputs_embeds.flatten(0, 1)[unpadding.indices][None]
-        if self.model.config._attn_implementation == UNPADDED:
-            kwargs["unpadding"] = with_dense_masks(unpadding, {layer.self_attn.reach for layer in self.model.layers})
-        else:  # flash attention keeps sequences apart by their lengths
-            offsets = unpadding.offsets.int()
-            kwargs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
-            kwargs.update(max_length_q=unpadding.max_length, max_length_k=unpadding.max_length)
-            if self.config.text_config.model_type == "gemma" and self.config.attention_window is not None:
-                kwargs["sliding_window"] = self.config.attention_window + 1  # Gemma 1's layers do not pass their own
-        outputs = self.model(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=unpadding.positions[None], **kwargs
-        )
-        hidden_states, attentions = outputs.hidden_states, outputs.attentions
-        if hidden_states is not None:
-            hidden_states = tuple(to_padded(states[0], unpadding.indices, mask) for states in hidden_states)
-        if attentions is not None:
-            attentions = tuple(restore_attentions(weights, unpadding, mask.shape[1]) for weights in attentions)
-        states = outputs.last_hidden_state[0]
-        return Encoded(states, unpadding.offsets, unpadding.indices, mask, hidden_states, attentions)
-
-    def _run_padded(self, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
-        """Every layer sees (batch, seq_len, hidden), with masks of ours; shapes do not depend on the data."""
-        if input_ids is not None:
-            input_ids = input_ids.where(mask, 0)
-        else:
-            inputs_embeds = inputs_embeds.where(mask[..., None], 0)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        decoder = self.model.config
-        reaches = {layer_type_of(layer.self_attn): layer.self_attn.reach for layer in self.model.layers}
-        masks = {kind: padded_mask(mask, positions, reach, decoder, self.dtype) for kind, reach in reaches.items()}
-        outputs = self.model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            # Gemma 1 takes one mask; its layers are all of one type.
-            attention_mask=masks["full_attention"] if decoder.model_type == "gemma" else masks,
-            position_ids=positions,
-            **kwargs,
-        )
-        hidden_states, attentions = outputs.hidden_states, outputs.attentions
-        if hidden_states is not None:
-            hidden_states = tuple(states.where(mask[..., None], 0) for states in hidden_states)
-        if attentions is not None:
-            real = mask[:, None, :, None] & mask[:, None, None, :]
-            attentions = tuple(weights.where(real, 0) for weights in attentions)
-        indices = mask.flatten().long().argsort(descending=True, stable=True)  # real tokens first, in order
-        offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
-        states = outputs.last_hidden_state.flatten(0, 1)[indices]
-        return Encoded(states, offsets, indices, mask, hidden_states, attentions)
 
     def pool(self, encoded: Encoded) -> torch.Tensor:
         """Token states -> (batch, hidden) in fp32, outside autocast."""
@@ -305,12 +194,6 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
     def verify_attention(self) -> None:
         """Raises RuntimeError unless every layer attends as the config says; see `verify_attention`."""
         verify_attention(self)
-
-
-def to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Token states (tokens, hidden) back in (batch, seq_len, hidden), zeros at padding."""
-    padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, indices, states)
-    return padded.view(*mask.shape, -1).where(mask[..., None], 0)
 
 
 class GemmaEncoderHead(nn.Module):

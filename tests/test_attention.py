@@ -1,7 +1,7 @@
 """Laws of attention: it equals upstream's own, reaches exactly as far as the config says, and never sees padding."""
 
 import copy
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from conftest import (
     set_backend,
     texts,
 )
-from transformers import AutoModel
+from transformers import AttentionInterface, AutoModel
 
 from modeling_gemma_encoder import (
     POOLERS,
@@ -146,6 +146,40 @@ def test_flash_attention_is_given_the_same_reach():
     model = GemmaEncoderModel(encoder_config("gemma2", attention="causal"))
     assert [layer.self_attn.sliding_window for layer in model.model.layers] == [WINDOW, None] * 2
     assert all(layer.self_attn.is_causal for layer in model.model.layers)
+
+
+def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, scaling, **kwargs):
+    """Flash attention as its documentation describes it, one sequence at a time in plain torch."""
+    assert attention_mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    assert cu_seq_lens_q.dtype == torch.int32 and kwargs["max_length_q"] == cu_seq_lens_q.diff().max()
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        q, k, v = (states[0, :, start:end] for states in (query, key, value))
+        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+        scores = q @ k.mT * scaling
+        if kwargs.get("softcap") is not None:
+            scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        if kwargs.get("sliding_window") is not None:
+            scores = scores.masked_fill(distance.abs() >= kwargs["sliding_window"], -torch.inf)
+        if module.is_causal:
+            scores = scores.masked_fill(distance < 0, -torch.inf)
+        outputs.append(scores.softmax(-1) @ v)
+    return torch.cat(outputs, 1).transpose(0, 1)[None], None
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attentions_arguments_mean_the_same(family, attention, window):
+    """The kernel needs a GPU; what it is told does not."""
+    AttentionInterface.register("varlen_reference", varlen_attention)
+    model = build(GemmaEncoderModel, encoder_config(family, attention=attention, attention_window=window))
+    with torch.no_grad():
+        expected = model(**pad(BATCH, "left")).last_hidden_state
+        set_backend(model, "varlen_reference")
+        torch.testing.assert_close(model(**pad(BATCH, "left")).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
 def layouts():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import UNPADDED, build, encoder_config, pad, set_backend, texts
+from conftest import UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
 
@@ -135,3 +135,8 @@ def test_an_unknown_backend_is_refused_and_the_old_one_stays():
             model.set_attn_implementation(backend)
         assert model.config._attn_implementation == UNPADDED == model.model.config._attn_implementation
         model(**BATCH)
+
+
+def test_a_decoders_config_is_no_encoders():
+    with pytest.raises(ValueError, match=r"model_type='gemma2'.*GemmaEncoderConfig\(text_config=config\)"):
+        GemmaEncoderForSequenceClassification(decoder_config("gemma2"))

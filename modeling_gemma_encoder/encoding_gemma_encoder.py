@@ -1,0 +1,138 @@
+"""How a batch runs: checked, through the decoder's layers with or without padding, and back in its own shape.
+
+`run_unpadded` is the default and what flash attention uses; `run_padded` is for upstream's backends that take masks.
+Both give the same `Encoded`, which is all that poolers and heads see.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .attention_gemma_encoder import (
+    UNPADDED,
+    layer_type_of,
+    padded_mask,
+    restore_attentions,
+    unpad,
+    with_dense_masks,
+)
+
+
+class Encoded(NamedTuple):
+    """What a head needs of a batch: its tokens, padding apart, and where they came from."""
+
+    token_states: torch.Tensor  # (tokens, hidden): the real tokens first, in order
+    offsets: torch.Tensor  # (batch + 1,)
+    indices: torch.Tensor  # (tokens,) of the token states in (batch * seq_len)
+    mask: torch.Tensor  # (batch, seq_len)
+    hidden_states: tuple[torch.Tensor, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
+
+
+def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tensor:
+    """The boolean mask (batch, seq_len) of the real tokens of well-formed inputs.
+
+    Raises:
+        ValueError: names the argument, its value and what to do. Values are not looked at inside torch.compile.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+    name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    expected = ["batch", "seq_len"] + [config.hidden_size] * (inputs_embeds is not None)
+    shape = tuple(inputs.shape)
+    if inputs.dim() != len(expected) or (inputs_embeds is not None and shape[-1] != config.hidden_size):
+        raise ValueError(f"`{name}` must have shape ({', '.join(map(str, expected))}), got {shape}.")
+    if 0 in shape:
+        raise ValueError(f"`{name}` is empty: its shape is {shape}. Pass at least one sequence of one token.")
+    if attention_mask is None:
+        attention_mask = torch.ones(shape[:2], device=inputs.device)
+    if attention_mask.shape != shape[:2]:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; it must be {shape[:2]} as `{name}` has, "
+            "one for real tokens and zero for padding."
+        )
+    mask = attention_mask.to(device=inputs.device, dtype=torch.bool)
+    if torch.compiler.is_compiling():
+        return mask
+    if input_ids is not None:
+        if input_ids.is_floating_point():
+            raise ValueError(f"`input_ids` must be integers, got {input_ids.dtype}; pass vectors as `inputs_embeds`.")
+        lowest, highest = input_ids.where(mask, 0).aminmax()  # padding ids may be anything
+        if lowest < 0 or highest >= config.vocab_size:
+            raise ValueError(
+                f"`input_ids` has ids from {lowest} to {highest}, but the model's vocabulary has {config.vocab_size} "
+                "tokens. Is this the model's tokenizer? Call `resize_token_embeddings` after adding tokens to it."
+            )
+    if (longest := mask.sum(-1).max()) > config.max_position_embeddings:
+        raise ValueError(
+            f"`{name}` has a sequence of {longest} tokens, more than `max_position_embeddings` "
+            f"({config.max_position_embeddings}). Truncate when tokenizing."
+        )
+    return mask
+
+
+def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
+    """Every layer sees (1, total_tokens, hidden)."""
+    unpadding = unpad(mask)
+    if unpadding.max_length == 0:  # nothing but padding
+        states = encoder.get_input_embeddings().weight.new_zeros(0, encoder.config.hidden_size)
+        return Encoded(states, unpadding.offsets, unpadding.indices, mask, None, None)
+    if input_ids is not None:
+        input_ids = input_ids.flatten()[unpadding.indices][None]
+    else:
+        inputs_embeds = inputs_embeds.flatten(0, 1)[unpadding.indices][None]
+    if encoder.model.config._attn_implementation == UNPADDED:
+        kwargs["unpadding"] = with_dense_masks(unpadding, {layer.self_attn.reach for layer in encoder.model.layers})
+    else:  # flash attention keeps sequences apart by their lengths
+        offsets = unpadding.offsets.int()
+        kwargs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+        kwargs.update(max_length_q=unpadding.max_length, max_length_k=unpadding.max_length)
+        if encoder.config.text_config.model_type == "gemma" and encoder.config.attention_window is not None:
+            kwargs["sliding_window"] = encoder.config.attention_window + 1  # Gemma 1's layers do not pass their own
+    outputs = encoder.model(
+        input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=unpadding.positions[None], **kwargs
+    )
+    hidden_states, attentions = outputs.hidden_states, outputs.attentions
+    if hidden_states is not None:
+        hidden_states = tuple(to_padded(states[0], unpadding.indices, mask) for states in hidden_states)
+    if attentions is not None:
+        attentions = tuple(restore_attentions(weights, unpadding, mask.shape[1]) for weights in attentions)
+    states = outputs.last_hidden_state[0]
+    return Encoded(states, unpadding.offsets, unpadding.indices, mask, hidden_states, attentions)
+
+
+def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
+    """Every layer sees (batch, seq_len, hidden), with masks of ours; shapes do not depend on the data."""
+    if input_ids is not None:
+        input_ids = input_ids.where(mask, 0)
+    else:
+        inputs_embeds = inputs_embeds.where(mask[..., None], 0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    decoder = encoder.model.config
+    reaches = {layer_type_of(layer.self_attn): layer.self_attn.reach for layer in encoder.model.layers}
+    masks = {kind: padded_mask(mask, positions, reach, decoder, encoder.dtype) for kind, reach in reaches.items()}
+    outputs = encoder.model(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        # Gemma 1 takes one mask; its layers are all of one type.
+        attention_mask=masks["full_attention"] if decoder.model_type == "gemma" else masks,
+        position_ids=positions,
+        **kwargs,
+    )
+    hidden_states, attentions = outputs.hidden_states, outputs.attentions
+    if hidden_states is not None:
+        hidden_states = tuple(states.where(mask[..., None], 0) for states in hidden_states)
+    if attentions is not None:
+        real = mask[:, None, :, None] & mask[:, None, None, :]
+        attentions = tuple(weights.where(real, 0) for weights in attentions)
+    indices = mask.flatten().long().argsort(descending=True, stable=True)  # real tokens first, in order
+    offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
+    states = outputs.last_hidden_state.flatten(0, 1)[indices]
+    return Encoded(states, offsets, indices, mask, hidden_states, attentions)
+
+
+def to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Token states (tokens, hidden) back in (batch, seq_len, hidden), zeros at padding."""
+    padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, indices, states)
+    return padded.view(*mask.shape, -1).where(mask[..., None], 0)
