@@ -71,6 +71,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
         classifier_activation: Activation between the task MLP's layers, a key of transformers' `ACT2FN`.
         classifier_dropout: Probability of dropping an input of each of the task MLP's layers while training.
         ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`.
+        problem_type: Which loss a classifier has, as in transformers; inferred from the labels when None.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at construction or assignment,
@@ -94,6 +95,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     classifier_activation: str = activation_name(default="gelu")
     classifier_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.0)
     ranking_loss: Literal["softmax"] = "softmax"
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
     hidden_size = _of_decoder("hidden_size")
     intermediate_size = _of_decoder("intermediate_size")
@@ -110,6 +112,10 @@ class GemmaEncoderConfig(PreTrainedConfig):
         self._refuse_misspelt(kwargs)
         self.text_config = _as_decoder_config(self.text_config)
         super().__post_init__(**kwargs)
+
+    def validate_labels(self):
+        if not self.num_labels:
+            raise ValueError(f"`num_labels` must be at least 1, got {self.num_labels}")
 
     def validate_pooling(self):
         probed = self.pooling in ("query_probe", "kv_probe")

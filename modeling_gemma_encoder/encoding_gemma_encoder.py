@@ -38,6 +38,11 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+    for name, value in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds), ("attention_mask", attention_mask)):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f'`{name}` must be a tensor, got {type(value).__name__}. Tokenize with return_tensors="pt".'
+            )
     name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
     expected = ["batch", "seq_len"] + [config.hidden_size] * (inputs_embeds is not None)
     shape = tuple(inputs.shape)
@@ -55,6 +60,11 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     mask = attention_mask.to(device=inputs.device, dtype=torch.bool)
     if torch.compiler.is_compiling():
         return mask
+    if attention_mask.dtype != torch.bool and (attention_mask < 0).any():
+        raise ValueError(
+            "`attention_mask` has negative values. It must be one for real tokens and zero for padding; additive masks "
+            "(zero and minus infinity) are not supported."
+        )
     if input_ids is not None:
         if input_ids.is_floating_point():
             raise ValueError(f"`input_ids` must be integers, got {input_ids.dtype}; pass vectors as `inputs_embeds`.")
@@ -67,7 +77,7 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     if (longest := mask.sum(-1).max()) > config.max_position_embeddings:
         raise ValueError(
             f"`{name}` has a sequence of {longest} tokens, more than `max_position_embeddings` "
-            f"({config.max_position_embeddings}). Truncate when tokenizing."
+            f"({config.max_position_embeddings}). Pass `truncation=True` and `max_length` to the tokenizer or pipeline."
         )
     return mask
 

@@ -43,6 +43,8 @@ def softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Documents labelled -100 are not part of their list; a list without a positive label contributes zero.
     """
     valid = labels != IGNORE
+    if not torch.compiler.is_compiling() and (labels.where(valid, 0) < 0).any():
+        raise ValueError(f"`labels` must be 0 or more, or {IGNORE} to ignore a document, got {labels.tolist()}")
     log_probabilities = scores.float().masked_fill(~valid, torch.finfo(torch.float32).min).log_softmax(-1)
     gains = labels.float().where(valid, 0)
     return -(gains * log_probabilities.where(valid, 0)).sum(-1).mean()

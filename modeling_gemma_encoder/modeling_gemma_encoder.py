@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel
+from transformers import AttentionInterface, AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
@@ -38,13 +38,18 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = NOT_OURS
     _can_record_outputs = None  # the decoder records its own
 
-    def __init__(self, config: GemmaEncoderConfig, *args, **kwargs):
+    def __init__(self, config: GemmaEncoderConfig, **unknown):
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} does not know {', '.join(unknown)}. An encoder's options are the "
+                "fields of GemmaEncoderConfig; its decoder's are given as `text_config={...}`."
+            )
         if config.model_type != GemmaEncoderConfig.model_type:
             raise ValueError(
                 f"`config` has model_type={config.model_type!r}. Pass GemmaEncoderConfig(text_config=config), or no "
                 "config to `from_pretrained`."
             )
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
@@ -59,23 +64,28 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As upstream, with unpadded execution as the default; the decoder has a say (Gemma 2 refuses "sdpa")."""
         requested = requested_attention or self.config.text_config._attn_implementation or UNPADDED
+        if requested not in ("eager", *AttentionInterface().valid_keys()):
+            raise ValueError(
+                f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
+                "'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
+            )
         if not is_init_check:
             self.model.get_correct_attn_implementation(requested)
         return super().get_correct_attn_implementation(requested, is_init_check)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, *args, **kwargs):
         """As upstream, except where it would be silently wrong.
 
         Raises:
             ValueError: `use_reentrant=True` on a Gemma 4 whose layers share keys and values: their gradient is lost.
         """
         shares = self.config.text_config.to_dict().get("num_kv_shared_layers")
-        if shares and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if shares and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "`use_reentrant=True` loses gradients of a Gemma 4 whose layers share keys and values; pass "
                 '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -102,13 +112,13 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
     """A Gemma decoder as an encoder: token states, and one pooled vector for each sequence.
 
     `model` is upstream's own Gemma 1, 2, 3 or 4 text model with its own parameter names, so its checkpoints load as
-    they are. Dropout follows the paper (section 3): on attention weights and on feed-forward outputs.
+    they are. Dropout follows the paper: on attention weights and on feed-forward outputs.
     """
 
     _keys_to_ignore_on_load_unexpected = [*NOT_OURS, r"^classifier\."]
 
-    def __init__(self, config: GemmaEncoderConfig):
-        super().__init__(config)
+    def __init__(self, config: GemmaEncoderConfig, **unknown):
+        super().__init__(config, **unknown)
         config.text_config._attn_implementation = config._attn_implementation
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         for layer in self.model.layers:
@@ -135,6 +145,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
     ) -> Encoded:
         """Runs the decoder's layers on the real tokens of a batch."""
         mask = check_inputs(self.config, input_ids, attention_mask, inputs_embeds)
+        if input_ids is not None and attention_mask is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -205,11 +217,12 @@ class GemmaEncoderHead(nn.Module):
     def __init__(self, config: GemmaEncoderConfig, num_outputs: int):
         super().__init__()
         sizes = [config.hidden_size, *config.classifier_hidden_sizes]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.layers = nn.ModuleList(nn.Linear(size, next_size) for size, next_size in pairwise(sizes))
+        fp32 = {"dtype": torch.float32}  # also when the decoder is loaded in bf16
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6, **fp32)
+        self.layers = nn.ModuleList(nn.Linear(size, next_size, **fp32) for size, next_size in pairwise(sizes))
         self.activation = ACT2FN[config.classifier_activation]
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(sizes[-1], num_outputs)
+        self.out_proj = nn.Linear(sizes[-1], num_outputs, **fp32)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         with torch.autocast(pooled.device.type, enabled=False):
@@ -225,8 +238,8 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
     accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`, and the loss divides by it
     _keys_to_ignore_on_load_unexpected = NOT_OURS
 
-    def __init__(self, config: GemmaEncoderConfig):
-        super().__init__(config)
+    def __init__(self, config: GemmaEncoderConfig, **unknown):
+        super().__init__(config, **unknown)
         self.classifier = GemmaEncoderHead(config, config.num_labels)
         self.post_init()
 
@@ -260,6 +273,8 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         )
 
     def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
+        if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
+            raise TypeError(f"`labels` must be a tensor with one label or row of labels a text, got {labels!r}.")
         problem_type = self.config.problem_type
         if problem_type is None and logits.shape[-1] == 1:
             problem_type = "regression"
@@ -270,15 +285,16 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         expected = logits.shape[0] if problem_type == "single_label_classification" else logits.numel()
         if labels.numel() != expected or labels.shape[0] != logits.shape[0]:
             raise ValueError(
-                f"`labels` of shape {tuple(labels.shape)} do not match logits of shape {tuple(logits.shape)} for "
-                f"problem_type={problem_type!r}."
+                f"`labels` of shape {tuple(labels.shape)} and {labels.dtype} do not match logits of shape "
+                f"{tuple(logits.shape)} for problem_type={problem_type!r}. One class a text is an integer, (batch,); "
+                "several labels a text are floats, (batch, num_labels)."
             )
         if problem_type == "single_label_classification" and not torch.compiler.is_compiling():
             lowest, highest = labels.where(labels != IGNORE, 0).aminmax()
             if lowest < 0 or highest >= logits.shape[-1]:
                 raise ValueError(
-                    f"`labels` has classes from {lowest} to {highest}, but the model has {logits.shape[-1]}: load it "
-                    f"with `num_labels={int(highest) + 1}`, or mark rows to ignore with {IGNORE}."
+                    f"`labels` has classes from {lowest} to {highest}, but the model has {logits.shape[-1]}, counted "
+                    f"from 0: is `num_labels` right? Rows to ignore are labelled {IGNORE}."
                 )
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE).sum().clamp(min=1)
@@ -293,11 +309,11 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
     accepts_loss_kwargs = False  # a list counts once whatever its length, which the Trainer's count does not know
     _keys_to_ignore_on_load_unexpected = NOT_OURS
 
-    def __init__(self, config: GemmaEncoderConfig):
+    def __init__(self, config: GemmaEncoderConfig, **unknown):
         if config.num_labels > 2:  # 2 is every config's default
             raise ValueError(f"`num_labels` must be 1 for ranking, one score a document, got {config.num_labels}")
         config.num_labels = 1
-        super().__init__(config)
+        super().__init__(config, **unknown)
         self.classifier = GemmaEncoderHead(config, num_outputs=1)
         self.post_init()
 

@@ -84,7 +84,8 @@ class LastKPooler(nn.Module):
 class ProbePooler(nn.Module):
     """What the two attention poolers share: learned latents and four projections.
 
-    Token states are RMS-normalised first, because a decoder's final states can be large (norms of 200 and more).
+    Token states are RMS-normalised first, because a decoder's final states can be large (norms of 200 and more). The
+    projections are not called q_proj and so on: an adapter for the decoder's layers must not attach to a fresh pooler.
     """
 
     def __init__(self, config):
@@ -96,10 +97,10 @@ class ProbePooler(nn.Module):
             )
         self.probes = nn.Parameter(torch.randn(config.pooling_num_probes, config.hidden_size))
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def heads(self, states: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., num_heads, head_dim) in fp32."""
@@ -117,12 +118,12 @@ class QueryProbePooler(ProbePooler):
         batch = offsets.shape[0] - 1
         sequences = sequence_ids(token_states, offsets)
         states = self.norm(token_states.to(self.norm.weight.dtype))
-        queries, keys = self.heads(self.q_proj(self.probes)), self.heads(self.k_proj(states))
+        queries, keys = self.heads(self.query(self.probes)), self.heads(self.key(states))
         scores = torch.einsum("thd,phd->tph", keys, queries) * keys.shape[-1] ** -0.5
         # The mean over probes commutes with the weighted sum and with W_o, so the tokens are summed once.
         weights = segment_softmax(scores, sequences, batch).mean(1)  # (total_tokens, num_heads)
-        answers = segment_sum(weights[..., None] * self.heads(self.v_proj(states)), sequences, batch)
-        return self.o_proj(answers.flatten(1).to(states.dtype)).float()
+        answers = segment_sum(weights[..., None] * self.heads(self.value(states)), sequences, batch)
+        return self.output(answers.flatten(1).to(states.dtype)).float()
 
 
 class KVProbePooler(ProbePooler):
@@ -134,12 +135,12 @@ class KVProbePooler(ProbePooler):
 
     def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         states = self.norm(token_states.to(self.norm.weight.dtype))
-        queries = self.heads(self.q_proj(states))
-        keys, values = self.heads(self.k_proj(self.probes)), self.heads(self.v_proj(self.probes))
+        queries = self.heads(self.query(states))
+        keys, values = self.heads(self.key(self.probes)), self.heads(self.value(self.probes))
         weights = (torch.einsum("thd,phd->thp", queries, keys) * keys.shape[-1] ** -0.5).softmax(-1)
         answers = torch.einsum("thp,phd->thd", weights, values).flatten(1)  # (total_tokens, hidden)
         # W_o is linear: averaging before it is averaging after it, for one row a sequence.
-        return self.o_proj(segment_mean(answers, offsets).to(states.dtype)).float()
+        return self.output(segment_mean(answers, offsets).to(states.dtype)).float()
 
 
 POOLERS = {

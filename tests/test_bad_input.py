@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
+from transformers import modeling_utils
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
 
@@ -37,6 +38,7 @@ def ranker():
         ({"input_ids": IDS.clone().fill_(99)}, r"`input_ids` has ids from 99 to 99.*99 tokens"),
         ({"input_ids": IDS.clone().fill_(-1)}, r"`input_ids` has ids from -1"),
         ({"input_ids": torch.ones(1, 65, dtype=torch.long)}, r"65 tokens.*`max_position_embeddings` \(64\)"),
+        ({"input_ids": IDS, "attention_mask": (1.0 - MASK.float()) * -1e9}, "`attention_mask` has negative values"),
         ({"input_ids": IDS.float()}, r"`input_ids` must be integers, got torch.float32"),
         ({"input_ids": IDS, "labels": torch.tensor([0, 1])}, r"`labels` of shape \(2,\).*\(3, 3\)"),
         ({"input_ids": IDS, "labels": torch.tensor([0, 1, 3])}, r"`labels` has classes from 0 to 3.*3"),
@@ -55,8 +57,23 @@ def test_a_misspelt_keyword_is_refused(model, tmp_path):
     with pytest.raises(TypeError, match="atention_mask"):
         model(IDS, atention_mask=MASK)
     model.save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="poolerr_k"):
-        GemmaEncoderModel.from_pretrained(tmp_path, poolerr_k_=3)
+    for model_class in (GemmaEncoderModel, GemmaEncoderForSequenceClassification, GemmaEncoderForRanking):
+        with pytest.raises(TypeError, match=r"does not know window.*fields of GemmaEncoderConfig"):
+            model_class.from_pretrained(tmp_path, window=3, num_labels=1)
+
+
+def test_lists_are_not_tensors(model):
+    with pytest.raises(TypeError, match="`input_ids` must be a tensor, got list"):
+        model(IDS.tolist())
+    with pytest.raises(TypeError, match="`labels` must be a tensor"):
+        model(IDS, labels=[0, 1, 2])
+
+
+def test_padding_without_a_mask_is_warned_of(model, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", lambda text, *args: warnings.append(text))
+    model(IDS)
+    assert any("attention_mask" in text for text in warnings)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first_k", "last_k", "query_probe", "kv_probe"])

@@ -88,6 +88,7 @@ WRONG = [
     ("attention", "bidirect", "'bidirectional', 'causal'"),
     ("pooling", "max", "'mean', 'first_k', 'last_k', 'query_probe', 'kv_probe'"),
     ("ranking_loss", "hinge", "'softmax'"),
+    ("problem_type", "multi", "'regression', 'single_label_classification', 'multi_label_classification'"),
     ("classifier_activation", "gelo", "'gelu'"),
     ("attention_window", -1, "-1"),
     ("attention_window", 2.5, "2.5"),
@@ -114,6 +115,11 @@ def test_a_wrong_value_is_refused_wherever_it_enters(name, value, says, tmp_path
         with pytest.raises(StrictDataclassError) as error:
             enter()
         assert name in str(error.value) and says in str(error.value)
+
+
+def test_a_classifier_without_classes_is_refused():
+    with pytest.raises(StrictDataclassError, match="`num_labels` must be at least 1, got 0"):
+        encoder_config(num_labels=0)
 
 
 def test_poolers_that_cannot_work_are_refused():

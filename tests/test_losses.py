@@ -40,6 +40,11 @@ def test_lists_of_nothing_are_zero():
     assert loss.item() == 0 and scores.grad.abs().sum() == 0
 
 
+def test_negative_relevance_is_refused():
+    with pytest.raises(ValueError, match="`labels` must be 0 or more, or -100"):
+        softmax_loss(torch.zeros(1, 2), torch.tensor([[-1, 1]]))
+
+
 def test_classification_losses_by_hand():
     logits = torch.tensor([[0.0, math.log(3.0)], [5.0, -5.0]])
     assert CLASSIFICATION_LOSSES["single_label_classification"](

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import FAMILIES, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -13,6 +14,7 @@ from modeling_gemma_encoder import (
     GemmaEncoderForRanking,
     GemmaEncoderForSequenceClassification,
     GemmaEncoderModel,
+    verify_attention,
 )
 
 BATCH = pad(texts((10, 6, 3)))
@@ -239,14 +241,14 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
     if family == "gemma4_text" and use_reentrant:
         model = GemmaEncoderModel(encoder_config(family))
         with pytest.raises(ValueError, match="use_reentrant"):  # layers share keys and values past the checkpoint
-            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
         return
     model = build(GemmaEncoderForSequenceClassification, encoder_config(family)).train()
     torch.manual_seed(0)
     loss, gradients = loss_and_gradient(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     torch.manual_seed(0)
     again, recomputed = loss_and_gradient(model)
     torch.testing.assert_close(again, loss)
@@ -302,6 +304,44 @@ def test_bf16_keeps_the_head_in_fp32(family, tmp_path):
         for logits in (half(**BATCH).logits, full.bfloat16()(**BATCH).logits):
             assert logits.dtype == torch.float32
             torch.testing.assert_close(logits, expected, atol=0.3, rtol=0.1)
+
+
+def test_a_fresh_head_on_a_bf16_decoder_is_fp32_and_stays_the_same_when_reloaded(tmp_path):
+    AutoModelForCausalLM.from_config(decoder_config("gemma2"), dtype=torch.bfloat16).save_pretrained(tmp_path / "gemma")
+    config = {"pooling": "query_probe", "num_labels": 3, "classifier_hidden_sizes": [16]}
+    model = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path / "gemma", **config).eval()
+    assert model.dtype == torch.bfloat16 == model.pooler.query.weight.dtype
+    assert {parameter.dtype for parameter in model.classifier.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path / "encoder")
+    loaded = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
+    assert loaded.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**BATCH).logits, model(**BATCH).logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "kv_probe"])
+def test_an_adapter_leaves_pooler_and_head_to_modules_to_save(pooling, tmp_path):
+    decoder, adapter = tmp_path / "gemma", tmp_path / "adapter"
+    AutoModelForCausalLM.from_config(decoder_config("gemma2")).save_pretrained(decoder)
+    model = GemmaEncoderForSequenceClassification.from_pretrained(decoder, pooling=pooling)
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        modules_to_save=["classifier", "pooler"] if pooling == "kv_probe" else ["classifier"],
+    )
+    model = get_peft_model(model, config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.2)
+            assert "self_attn" in name or "modules_to_save" in name, name
+    verify_attention(model)
+    model.save_pretrained(adapter)
+    again = GemmaEncoderForSequenceClassification.from_pretrained(decoder, pooling=pooling)
+    again = PeftModel.from_pretrained(again, adapter).eval()
+    with torch.no_grad():
+        expected = model(**BATCH).logits
+        torch.testing.assert_close(again(**BATCH).logits, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(again.merge_and_unload()(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "query_probe", "kv_probe"])

@@ -40,8 +40,8 @@ def test_values_by_hand(pooling, k, expected):
 def attention_by_torch(pooler, queries, keys_values):
     """torch.nn.MultiheadAttention with the pooler's projections: an independent multi-head attention."""
     reference = torch.nn.MultiheadAttention(32, pooler.num_heads, bias=False, batch_first=True)
-    reference.in_proj_weight.data = torch.cat([pooler.q_proj.weight, pooler.k_proj.weight, pooler.v_proj.weight])
-    reference.out_proj.weight.data = pooler.o_proj.weight
+    reference.in_proj_weight.data = torch.cat([pooler.query.weight, pooler.key.weight, pooler.value.weight])
+    reference.out_proj.weight.data = pooler.output.weight
     return reference(queries[None], keys_values[None], keys_values[None], need_weights=False)[0][0].mean(0)
 
 
