@@ -90,7 +90,10 @@ def read_passages(limit: int) -> dict[str, Dataset]:
         for text, for_testing in docstrings(library, limit):
             rows["test" if for_testing else "train"].setdefault(text, label)
     rows["train"] = {text: label for text, label in rows["train"].items() if text not in rows["test"]}
-    return {name: Dataset.from_dict({"text": list(of), "label": list(of.values())}) for name, of in rows.items()}
+    return {
+        split: Dataset.from_dict({"text": list(labels), "label": list(labels.values())})
+        for split, labels in rows.items()
+    }
 
 
 def make_nano_decoder(texts: list[str], folder: Path) -> None:

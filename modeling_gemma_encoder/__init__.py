@@ -5,7 +5,6 @@ Importing this package registers its classes, so that `AutoModel...from_pretrain
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from .attention_gemma_encoder import verify_attention
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .losses_gemma_encoder import RANKING_LOSSES
 from .modeling_gemma_encoder import (
@@ -15,6 +14,7 @@ from .modeling_gemma_encoder import (
     GemmaEncoderPreTrainedModel,
 )
 from .pooling_gemma_encoder import POOLERS
+from .verification_gemma_encoder import verify_attention
 from .version import __version__
 
 __all__ = [

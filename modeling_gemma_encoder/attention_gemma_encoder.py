@@ -1,4 +1,4 @@
-"""Who sees whom, and how it runs: windows, unpadding, the attention function, masks, and a probe that it is true.
+"""Who sees whom, and how it runs: windows, unpadding, the attention function, and masks.
 
 The default execution, `attn_implementation="gemma_encoder_unpadded"`, drops padding before the embedding and runs the
 decoder's own layers on (1, total_tokens, hidden). Only inside attention do sequences regain a batch dimension, so
@@ -48,6 +48,14 @@ def layer_type_of(attention: nn.Module) -> str:
     return getattr(attention, "layer_type", None) or "full_attention"
 
 
+def set_reach(attention: nn.Module, config) -> None:
+    """Tells a decoder's attention module who sees whom, in the terms of every backend."""
+    attention.reach = layer_reach(config, layer_type_of(attention))
+    attention.is_causal = config.attention == "causal"
+    # Flash attention takes windows from here and counts them exclusively; the others take masks.
+    attention.sliding_window = None if attention.reach[0] is None else attention.reach[0] + 1
+
+
 def within_reach(queries: torch.Tensor, keys: torch.Tensor, reach: Reach) -> torch.Tensor:
     """Whether a token at position `queries` sees one at position `keys`; shapes broadcast."""
     left, right = reach
@@ -66,22 +74,22 @@ class Unpadding(NamedTuple):
     offsets: torch.Tensor  # (batch + 1,) of the sequences among the real tokens
     positions: torch.Tensor  # (total_tokens,) of each token in its sequence
     max_length: int  # tokens of the longest sequence
-    dense: torch.Tensor | None = None  # (total_tokens,) of the tokens in (batch * max_length); None: no padding at all
-    masks: tuple = ()  # (reach, mask (batch or 1, 1, max_length, max_length) or None: everyone sees everyone) pairs
+    padded: torch.Tensor | None = None  # (total_tokens,) of the tokens in (batch * max_length); None: no padding at all
+    masks: dict[Reach, torch.Tensor | None] | None = None  # (batch or 1, 1, max_length, max_length); None: all see all
 
     def pad(self, states: torch.Tensor) -> torch.Tensor:
         """(1, heads, total_tokens, head_dim) -> (batch, heads, max_length, head_dim)."""
         states = states[0].transpose(0, 1)  # (total_tokens, heads, head_dim)
         batch = self.offsets.shape[0] - 1
-        if self.dense is not None:
-            padded = states.new_zeros(batch * self.max_length, *states.shape[1:])
-            states = padded.index_copy(0, self.dense, states)
+        if self.padded is not None:
+            zeros = states.new_zeros(batch * self.max_length, *states.shape[1:])
+            states = zeros.index_copy(0, self.padded, states)
         return states.unflatten(0, (batch, self.max_length)).transpose(1, 2)
 
     def unpad(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, max_length, heads, head_dim) -> (1, total_tokens, heads, head_dim)."""
         states = states.flatten(0, 1)
-        return (states if self.dense is None else states[self.dense])[None]
+        return (states if self.padded is None else states[self.padded])[None]
 
     def attend(self, module, query, key, value, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention within each sequence, by upstream's own functions on a batch made for this call only.
@@ -89,7 +97,7 @@ class Unpadding(NamedTuple):
         Soft-capping and returned weights need upstream's eager function; everything else runs in torch's fused one.
         """
         query, key, value = self.pad(query), self.pad(key), self.pad(value)
-        mask = dict(self.masks)[module.reach]
+        mask = self.masks[module.reach]
         if kwargs.get("softcap") is None and not kwargs.get("output_attentions"):
             output, weights = sdpa_attention_forward(module, query, key, value, mask, **{**kwargs, "is_causal": False})
         else:
@@ -130,7 +138,7 @@ def with_dense_masks(unpadding: Unpadding, reaches: set[Reach]) -> Unpadding:
     batch, total = offsets.shape[0] - 1, unpadding.indices.shape[0]
     steps = torch.arange(length, device=offsets.device)
     real = steps < offsets.diff()[:, None]  # (batch, max_length)
-    masks = []
+    masks = {}
     for reach in reaches:
         mask = None
         if total < batch * length or reach != (None, None):
@@ -138,16 +146,17 @@ def with_dense_masks(unpadding: Unpadding, reaches: set[Reach]) -> Unpadding:
         if total < batch * length:
             # Rows of padding see everything: what they see is never read, but a row that sees nothing is NaN.
             mask = mask & real[:, None, None, :] | ~real[:, None, :, None]
-        masks.append((reach, mask))
-    dense = real.flatten().nonzero()[:, 0] if total < batch * length else None
-    return unpadding._replace(dense=dense, masks=tuple(masks))
+        masks[reach] = mask
+    padded = real.flatten().nonzero()[:, 0] if total < batch * length else None
+    return unpadding._replace(padded=padded, masks=masks)
 
 
 def restore_attentions(weights: torch.Tensor, unpadding: Unpadding, seq_len: int) -> torch.Tensor:
     """Attention weights (batch, heads, max_length, max_length) where the tokens came from, (..., seq_len, seq_len)."""
     batch, _, length, _ = weights.shape
+    indices, positions = unpadding.indices.to(weights.device), unpadding.positions.to(weights.device)
     source = torch.full((batch * seq_len,), length, device=weights.device)
-    source = source.index_copy(0, unpadding.indices, unpadding.positions).view(batch, seq_len)
+    source = source.index_copy(0, indices, positions).view(batch, seq_len)
     weights = nn.functional.pad(weights, (0, 1, 0, 1))  # the row and column that padding reads
     rows = torch.arange(batch, device=weights.device)[:, None, None]
     return weights[rows, :, source[:, :, None], source[:, None, :]].permute(0, 3, 1, 2)
@@ -175,62 +184,3 @@ def padded_mask(mask: torch.Tensor, positions: torch.Tensor, reach: Reach, confi
         device=mask.device,
         config=config,
     )
-
-
-@torch.no_grad()
-def verify_attention(model: nn.Module, trials: int = 4) -> None:
-    """Checks by behaviour that every layer of a Gemma Encoder attends as `model.config` says.
-
-    Each layer's attention is given sequences of two random tokens, (a, b), (a, c) and (c, b): its output at the first
-    token differs between the first two if, and only if, the last token reaches the first; its output at the last
-    token differs between the first and third if, and only if, the first reaches the last.
-
-    It runs when called, not on load: loading must work where a model cannot run yet (meta device, sharded, offloaded).
-    The cost is one forward pass of `6 * trials` tokens. Works through PEFT and other wrappers.
-
-    Raises:
-        RuntimeError: `model` is not a Gemma Encoder, or some layers do not attend as the config says.
-    """
-    layers = [module for module in model.modules() if hasattr(module, "reach")]
-    if not layers:
-        raise RuntimeError(f"{type(model).__name__} is not a Gemma Encoder: none of its attention layers is ours.")
-    seen = {}
-
-    def give_probe(module, args, kwargs):
-        states = kwargs["hidden_states"]
-        a, b, c = torch.randn(3, trials, states.shape[-1], generator=torch.Generator().manual_seed(0)).to(states)
-        sequences = torch.stack([a, b, a, c, c, b], dim=1)  # (trials, 6, hidden): three sequences of two tokens
-        return args, {**kwargs, "hidden_states": sequences.view(states.shape)}
-
-    def compare(module, args, output):
-        states = output[0].reshape(trials, 6, -1).float()
-        tolerance = 1e-4 + 2 * torch.finfo(output[0].dtype).eps
-        last_reaches_first = (states[:, 0] - states[:, 2]).norm() > tolerance * states[:, 0].norm()
-        first_reaches_last = (states[:, 1] - states[:, 5]).norm() > tolerance * states[:, 1].norm()
-        seen[module.layer_idx] = (bool(first_reaches_last), bool(last_reaches_first))
-
-    handles = [layer.register_forward_pre_hook(give_probe, with_kwargs=True, prepend=True) for layer in layers]
-    handles += [layer.register_forward_hook(compare) for layer in layers]
-    training = [module for module in model.modules() if module.training]
-    ids = torch.zeros(3 * trials, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    try:
-        model.eval()
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    finally:
-        for module in training:
-            module.training = True
-        for handle in handles:
-            handle.remove()
-
-    wrong = []
-    for layer in layers:
-        expected = tuple(limit != 0 for limit in layer_reach(model.config, layer_type_of(layer)))
-        if seen[layer.layer_idx] != expected:
-            wrong.append(
-                f"layer {layer.layer_idx}: sees (earlier, later) tokens {seen[layer.layer_idx]}, not {expected}"
-            )
-    if wrong:
-        raise RuntimeError(
-            f"The model does not run attention={model.config.attention!r}, "
-            f"attention_window={model.config.attention_window} as its config says:\n" + "\n".join(wrong)
-        )

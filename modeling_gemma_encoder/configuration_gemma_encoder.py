@@ -1,9 +1,10 @@
 """What a Gemma Encoder is: a Gemma decoder's own config plus the few choices that make it an encoder.
 
 Gemma Encoder (arXiv 2503.02656) = decoder weights + bidirectional attention + pooler + task layers + dropout.
-The decoder is described by `text_config`, untouched; every field of ours answers one question of the paper.
+The decoder is described by `text_config`, in its own words; every field of ours answers one question of the paper.
 """
 
+import copy
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -40,11 +41,14 @@ def layer_sizes(value: list[int] | tuple[int, ...]):
 
 def _of_decoder(name: str) -> property:
     """A field that is read from and written to `text_config`, so that there is one copy of it."""
-    return property(
-        lambda self: getattr(self.text_config, name),
-        lambda self, value: setattr(self.text_config, name, value),
-        doc=f"`text_config.{name}`.",
-    )
+
+    def read(self):
+        try:
+            return getattr(self.text_config, name)
+        except Exception as error:  # Gemma 4's layers differ, and upstream's own error is no AttributeError
+            raise AttributeError(str(error)) from error
+
+    return property(read, lambda self, value: setattr(self.text_config, name, value), doc=f"`text_config.{name}`.")
 
 
 @strict
@@ -74,8 +78,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
         problem_type: Which loss a classifier has, as in transformers; inferred from the labels when None.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at construction or assignment,
-            or two of them do not go together.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at construction or assignment;
+            or two of them do not go together, at construction, saving, or when the model is built.
         ValueError: the decoder is not a Gemma, or a keyword is a misspelt field.
     """
 
@@ -97,10 +101,17 @@ class GemmaEncoderConfig(PreTrainedConfig):
     ranking_loss: Literal["softmax"] = "softmax"
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
+    head_dim = _of_decoder("head_dim")
     hidden_size = _of_decoder("hidden_size")
     intermediate_size = _of_decoder("intermediate_size")
     num_hidden_layers = _of_decoder("num_hidden_layers")
+    layer_types = _of_decoder("layer_types")
     num_attention_heads = _of_decoder("num_attention_heads")
+    num_key_value_heads = _of_decoder("num_key_value_heads")
+    rms_norm_eps = _of_decoder("rms_norm_eps")
+    sliding_window = _of_decoder("sliding_window")
+    tie_word_embeddings = _of_decoder("tie_word_embeddings")
+    use_cache = _of_decoder("use_cache")
     vocab_size = _of_decoder("vocab_size")
     max_position_embeddings = _of_decoder("max_position_embeddings")
     initializer_range = _of_decoder("initializer_range")
@@ -111,6 +122,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         self.text_config = _as_decoder_config(self.text_config)
+        self.architectures = self.architectures or []  # AutoModelForSequenceClassification looks a head up in it
         super().__post_init__(**kwargs)
 
     def validate_labels(self):
@@ -161,6 +173,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
     def _refuse_misspelt(cls, kwargs: dict[str, Any]) -> None:
         known = [*cls.__dataclass_fields__, "num_labels", "attn_implementation"]
         for name in kwargs:
+            if name in ("is_causal", "use_bidirectional_attention"):
+                raise ValueError(f'`{name}` does not decide here: pass attention="bidirectional" or "causal".')
             if name not in known and not hasattr(cls, name) and (close := get_close_matches(name, known, 1, 0.85)):
                 raise ValueError(f"`{name}` is not a field of {cls.__name__}. Did you mean `{close[0]}`?")
 
@@ -181,7 +195,7 @@ def _as_decoder_config(config: PreTrainedConfig | dict | None) -> PreTrainedConf
         )
     if isinstance(config, dict):
         config = AutoConfig.for_model(model_type, **{name: config[name] for name in config if name != "model_type"})
-    return config.get_text_config()
+    return copy.deepcopy(config.get_text_config())  # it is ours to set a backend on, not the caller's decoder's
 
 
 def _adopt_decoder(config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -85,16 +85,25 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
 def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     """Every layer sees (1, total_tokens, hidden)."""
     unpadding = unpad(mask)
-    if unpadding.max_length == 0:  # nothing but padding
-        states = encoder.get_input_embeddings().weight.new_zeros(0, encoder.config.hidden_size)
-        return Encoded(states, unpadding.offsets, unpadding.indices, mask, None, None)
+    if unpadding.max_length == 0:
+        # Nothing but padding: run one token of no sequence, so that hooks, gradients and collectives happen as ever.
+        unpadding = unpad(torch.arange(mask.numel(), device=mask.device).view_as(mask) == 0)
+        input_ids, inputs_embeds = (None if x is None else torch.zeros_like(x) for x in (input_ids, inputs_embeds))
     if input_ids is not None:
         input_ids = input_ids.flatten()[unpadding.indices][None]
     else:
         inputs_embeds = inputs_embeds.flatten(0, 1)[unpadding.indices][None]
-    if encoder.model.config._attn_implementation == UNPADDED:
+    implementation = encoder.model.config._attn_implementation
+    if implementation == UNPADDED:
         kwargs["unpadding"] = with_dense_masks(unpadding, {layer.self_attn.reach for layer in encoder.model.layers})
     else:  # flash attention keeps sequences apart by their lengths
+        softcap = encoder.config.text_config.to_dict().get("attn_logit_softcapping")
+        dropout = encoder.training and encoder.config.attention_dropout
+        if "flash" in implementation and dropout and (softcap or implementation != "flash_attention_2"):
+            raise ValueError(
+                f"attn_implementation={implementation!r} cannot drop attention weights here: train with {UNPADDED!r}, "
+                "or load the model with attention_dropout=0."
+            )
         offsets = unpadding.offsets.int()
         kwargs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
         kwargs.update(max_length_q=unpadding.max_length, max_length_k=unpadding.max_length)
@@ -108,8 +117,10 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         hidden_states = tuple(to_padded(states[0], unpadding.indices, mask) for states in hidden_states)
     if attentions is not None:
         attentions = tuple(restore_attentions(weights, unpadding, mask.shape[1]) for weights in attentions)
+        attentions = tuple(weights.where(_pairs(mask).to(weights.device), 0) for weights in attentions)
     states = outputs.last_hidden_state[0]
-    return Encoded(states, unpadding.offsets, unpadding.indices, mask, hidden_states, attentions)
+    offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
+    return Encoded(states, offsets, unpadding.indices, mask, hidden_states, attentions)
 
 
 def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
@@ -121,7 +132,8 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     decoder = encoder.model.config
     reaches = {layer_type_of(layer.self_attn): layer.self_attn.reach for layer in encoder.model.layers}
-    masks = {kind: padded_mask(mask, positions, reach, decoder, encoder.dtype) for kind, reach in reaches.items()}
+    dtype = encoder.get_input_embeddings().weight.dtype
+    masks = {kind: padded_mask(mask, positions, reach, decoder, dtype) for kind, reach in reaches.items()}
     outputs = encoder.model(
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
@@ -134,15 +146,20 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     if hidden_states is not None:
         hidden_states = tuple(states.where(mask[..., None], 0) for states in hidden_states)
     if attentions is not None:
-        real = mask[:, None, :, None] & mask[:, None, None, :]
-        attentions = tuple(weights.where(real, 0) for weights in attentions)
+        attentions = tuple(weights.where(_pairs(mask), 0) for weights in attentions)
     indices = mask.flatten().long().argsort(descending=True, stable=True)  # real tokens first, in order
     offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
     states = outputs.last_hidden_state.flatten(0, 1)[indices]
     return Encoded(states, offsets, indices, mask, hidden_states, attentions)
 
 
+def _pairs(mask: torch.Tensor) -> torch.Tensor:
+    """(batch, 1, seq_len, seq_len): pairs of real tokens."""
+    return mask[:, None, :, None] & mask[:, None, None, :]
+
+
 def to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Token states (tokens, hidden) back in (batch, seq_len, hidden), zeros at padding."""
+    indices, mask = indices.to(states.device), mask.to(states.device)  # layers may be spread over devices
     padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, indices, states)
     return padded.view(*mask.shape, -1).where(mask[..., None], 0)

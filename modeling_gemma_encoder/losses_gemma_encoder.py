@@ -40,11 +40,12 @@ def softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     .. math:: \ell(y, s) = -\sum_j y_j \log \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}
 
-    Documents labelled -100 are not part of their list; a list without a positive label contributes zero.
+    Documents labelled -100 are not part of their list. A list without a positive label adds zero to the sum and counts
+    in the average, so that accumulating batches of one size gives the gradient of one large batch.
     """
     valid = labels != IGNORE
-    if not torch.compiler.is_compiling() and (labels.where(valid, 0) < 0).any():
-        raise ValueError(f"`labels` must be 0 or more, or {IGNORE} to ignore a document, got {labels.tolist()}")
+    if not torch.compiler.is_compiling() and (lowest := labels.where(valid, 0).min()) < 0:
+        raise ValueError(f"`labels` must be 0 or more, or {IGNORE} to ignore a document, got {lowest.item()}")
     log_probabilities = scores.float().masked_fill(~valid, torch.finfo(torch.float32).min).log_softmax(-1)
     gains = labels.float().where(valid, 0)
     return -(gains * log_probabilities.where(valid, 0)).sum(-1).mean()

@@ -4,6 +4,7 @@ Gemma Encoder: arXiv 2503.02656. Shapes: padded inputs (batch, seq_len), inside 
 offsets (batch + 1), pooled (batch, hidden), logits (batch, num_labels) or (batch, num_docs).
 """
 
+import copy
 from itertools import pairwise
 
 import torch
@@ -16,11 +17,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from transformers.models.gemma.modeling_gemma import GemmaPreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .attention_gemma_encoder import UNPADDED, layer_reach, layer_type_of, verify_attention
+from .attention_gemma_encoder import UNPADDED, set_reach
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .encoding_gemma_encoder import Encoded, check_inputs, run_padded, run_unpadded, to_padded
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES
 from .pooling_gemma_encoder import POOLERS, ProbePooler
+from .verification_gemma_encoder import verify_attention
 
 # Multimodal Gemma checkpoints keep the decoder in a text tower, under one of these names.
 TEXT_TOWER = {r"^(model\.)?language_model\.(model\.)?(?=layers|embed_tokens|norm|per_layer)": "model."}
@@ -32,7 +34,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     """Loading and saving: any Gemma decoder checkpoint loads, and what is saved carries its own code."""
 
     config: GemmaEncoderConfig
-    # Scores stay apart: neither bf16 rounding nor 4-bit loading may touch the head.
+    # Scores stay apart: neither bf16 rounding nor 4-bit loading may touch the head. FSDP shards it apart for its dtype.
+    _no_split_modules = ["GemmaEncoderHead"]
     _keep_in_fp32_modules = ["classifier"]
     _keep_in_fp32_modules_strict = ["classifier"]
     _keys_to_ignore_on_load_unexpected = NOT_OURS
@@ -64,7 +67,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As upstream, with unpadded execution as the default; the decoder has a say (Gemma 2 refuses "sdpa")."""
         requested = requested_attention or self.config.text_config._attn_implementation or UNPADDED
-        if requested not in ("eager", *AttentionInterface().valid_keys()):
+        if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
             raise ValueError(
                 f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
                 "'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
@@ -122,12 +125,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         config.text_config._attn_implementation = config._attn_implementation
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         for layer in self.model.layers:
-            attention = layer.self_attn
-            attention.reach = layer_reach(config, layer_type_of(attention))
-            attention.is_causal = config.attention == "causal"
-            attention.attention_dropout = config.attention_dropout
-            # Flash attention counts windows exclusively and takes them from here; the others take masks.
-            attention.sliding_window = None if attention.reach[0] is None else attention.reach[0] + 1
+            set_reach(layer.self_attn, config)
+            layer.self_attn.attention_dropout = config.attention_dropout
             # The block ends with Gemma 2's second norm where there is one: dropped elements stay zero in the residual.
             last = getattr(layer, "post_feedforward_layernorm", layer.mlp)
             last.output_dropout = config.feedforward_dropout
@@ -170,8 +169,9 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
 
     def pool(self, encoded: Encoded) -> torch.Tensor:
         """Token states -> (batch, hidden) in fp32, outside autocast."""
-        with torch.autocast(encoded.token_states.device.type, enabled=False):
-            return self.pooler(encoded.token_states, encoded.offsets)
+        states = encoded.token_states
+        with torch.autocast(states.device.type, enabled=False):
+            return self.pooler(states, encoded.offsets.to(states.device))
 
     @can_return_tuple
     def forward(
@@ -232,6 +232,11 @@ class GemmaEncoderHead(nn.Module):
             return self.out_proj(self.dropout(states)).float()
 
 
+def check_labels(labels) -> None:
+    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
+        raise TypeError(f"`labels` must be a tensor with a label or a row of labels for each text, got {labels!r}.")
+
+
 class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
     """A Gemma Encoder that classifies (one or several labels) or predicts numbers, by `problem_type`."""
 
@@ -273,8 +278,7 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         )
 
     def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
-        if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
-            raise TypeError(f"`labels` must be a tensor with one label or row of labels a text, got {labels!r}.")
+        check_labels(labels)
         problem_type = self.config.problem_type
         if problem_type is None and logits.shape[-1] == 1:
             problem_type = "regression"
@@ -298,9 +302,8 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
                 )
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE).sum().clamp(min=1)
-        elif isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(logits.device).clamp(min=1)
-        return CLASSIFICATION_LOSSES[problem_type](logits, labels) / num_items_in_batch
+        num_items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
+        return CLASSIFICATION_LOSSES[problem_type](logits, labels) / num_items
 
 
 class GemmaEncoderForRanking(GemmaEncoderModel):
@@ -312,7 +315,9 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
     def __init__(self, config: GemmaEncoderConfig, **unknown):
         if config.num_labels > 2:  # 2 is every config's default
             raise ValueError(f"`num_labels` must be 1 for ranking, one score a document, got {config.num_labels}")
-        config.num_labels = 1
+        if config.num_labels != 1:
+            config = copy.deepcopy(config)
+            config.num_labels = 1
         super().__init__(config, **unknown)
         self.classifier = GemmaEncoderHead(config, num_outputs=1)
         self.post_init()
@@ -337,30 +342,32 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         Returns:
             `logits` (batch, num_docs) for lists, (n, 1) for flat inputs, in fp32; higher is more relevant.
         """
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        lists = None
-        if inputs is not None and inputs.dim() == (3 if inputs_embeds is None else 4):
-            lists = inputs.shape[:2]
-            input_ids = None if input_ids is None else input_ids.flatten(0, 1)
-            inputs_embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
-            if attention_mask is not None and attention_mask.shape[:2] == lists:
-                attention_mask = attention_mask.flatten(0, 1)
+        list_shape = None
+        if (input_ids is not None and input_ids.dim() == 3) or (inputs_embeds is not None and inputs_embeds.dim() == 4):
+            list_shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            input_ids, attention_mask, inputs_embeds = (
+                values if values is None or values.shape[:2] != list_shape else values.flatten(0, 1)
+                for values in (input_ids, attention_mask, inputs_embeds)
+            )
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         logits = self.classifier(self.pool(encoded))  # (n, 1)
         hidden_states, attentions = encoded.hidden_states, encoded.attentions
-        if lists is not None:
-            logits = logits.view(lists)
-            hidden_states = hidden_states and tuple(states.unflatten(0, lists) for states in hidden_states)
-            attentions = attentions and tuple(weights.unflatten(0, lists) for weights in attentions)
-        loss = None
-        if labels is not None:
-            if labels.dim() != 2 or labels.numel() != logits.numel() or (lists and labels.shape != lists):
-                raise ValueError(
-                    f"`labels` of shape {tuple(labels.shape)} do not match scores of shape {tuple(logits.shape)}: one "
-                    "label for each document of each list, (batch, num_docs)."
-                )
-            loss = RANKING_LOSSES[self.config.ranking_loss](logits.view(labels.shape), labels.to(logits.device))
+        if list_shape is not None:
+            logits = logits.view(list_shape)
+            hidden_states = hidden_states and tuple(states.unflatten(0, list_shape) for states in hidden_states)
+            attentions = attentions and tuple(weights.unflatten(0, list_shape) for weights in attentions)
+        loss = None if labels is None else self._loss(logits, labels, list_shape)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
+
+    def _loss(self, logits, labels, list_shape) -> torch.Tensor:
+        check_labels(labels)
+        matches = labels.shape == list_shape if list_shape else labels.dim() == 2 and labels.shape[1] > 1
+        if not matches or labels.numel() != logits.numel():
+            raise ValueError(
+                f"`labels` of shape {tuple(labels.shape)} do not match scores of shape {tuple(logits.shape)}: one "
+                "label for each document of each list, (batch, num_docs)."
+            )
+        return RANKING_LOSSES[self.config.ranking_loss](logits.view(labels.shape), labels.to(logits.device))
 
 
 GemmaEncoderModel.register_for_auto_class("AutoModel")

@@ -91,10 +91,7 @@ class ProbePooler(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.pooling_num_heads
-        if config.hidden_size % self.num_heads:
-            raise ValueError(
-                f"`pooling_num_heads` ({self.num_heads}) must divide the hidden size ({config.hidden_size})"
-            )
+        config.validate_pooling()  # fields may have been assigned since it was built
         self.probes = nn.Parameter(torch.randn(config.pooling_num_probes, config.hidden_size))
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)

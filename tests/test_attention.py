@@ -182,6 +182,17 @@ def test_flash_attentions_arguments_mean_the_same(family, attention, window):
         torch.testing.assert_close(model(**pad(BATCH, "left")).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "version"), [("gemma3_text", 3), ("gemma2", 2)], ids=["no dropout", "no dropout with soft-capping"]
+)
+def test_flash_attention_never_drops_dropout_silently(family, version):
+    """transformers hands a kernel what it takes: FlashAttention 3 no dropout, 2 none with soft-capping."""
+    model = build(GemmaEncoderModel, encoder_config(family)).train()
+    model.model.config._attn_implementation_internal = f"flash_attention_{version}"
+    with pytest.raises(ValueError, match="attention_dropout=0"):
+        model(**pad(BATCH))
+
+
 def layouts():
     """The same texts in other company: padded on either side, more, with any id, and in another order."""
     yield "right", pad(BATCH), [0, 1, 2]
@@ -192,9 +203,9 @@ def layouts():
 
 
 def company_cases():
-    """All poolers, attention modes, families and backends; flex attention once a family, as it compiles for each."""
+    """All poolers, attention modes, families and backends; flex attention, which compiles, has its own test."""
     for (family, backend), attention, pooling in product(FAMILY_BACKENDS, ATTENTIONS, POOLERS):
-        if backend != "flex_attention" or (attention, pooling) == ("bidirectional", "mean"):
+        if backend != "flex_attention":
             yield family, backend, attention, pooling
 
 
@@ -207,10 +218,24 @@ def test_company_never_changes_the_score(family, backend, attention, pooling):
         alone = torch.cat([model(ids[None]).logits for ids in BATCH])
         set_backend(model, backend)
         for name, batch, order in layouts():
-            if backend == "flex_attention" and name not in ("right", "left"):
-                continue
             torch.testing.assert_close(model(**batch).logits[order], alone, atol=2e-5, rtol=1e-5, msg=name)
     assert (alone[0] - alone[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_company_never_changes_the_score_in_flex_attention(family, attention):
+    for pooling in POOLERS:
+        config = encoder_config(family, attention=attention, pooling=pooling, pooling_k=2, num_labels=3)
+        model = build(GemmaEncoderForSequenceClassification, config)
+        with torch.no_grad():
+            alone = torch.cat([model(ids[None]).logits for ids in BATCH])
+            if pooling == "mean":
+                set_backend(model, "flex_attention")
+            else:  # compiled already
+                model.set_attn_implementation("flex_attention")
+            for side in ("right", "left"):
+                torch.testing.assert_close(model(**pad(BATCH, side)).logits, alone, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", [UNPADDED, "eager"])
@@ -267,6 +292,18 @@ def test_one_wrong_layer_is_found():
     with pytest.raises(RuntimeError, match="layer 2") as error:
         model.verify_attention()
     assert "layer 1" not in str(error.value)
+
+
+def test_wrappers_and_compiled_models_are_verified_too():
+    model = build(GemmaEncoderModel, encoder_config("gemma2"))
+    verify_attention(torch.nn.DataParallel(model))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**pad(BATCH))
+    verify_attention(compiled)
+    model.model.layers[1].self_attn.reach = (None, 0)
+    with pytest.raises(RuntimeError, match="layer 1"):
+        verify_attention(compiled)
 
 
 def test_a_stock_model_is_no_encoder():

@@ -67,6 +67,8 @@ def test_lists_are_not_tensors(model):
         model(IDS.tolist())
     with pytest.raises(TypeError, match="`labels` must be a tensor"):
         model(IDS, labels=[0, 1, 2])
+    with pytest.raises(TypeError, match="`labels` must be a tensor"):
+        build(GemmaEncoderForRanking, encoder_config())(IDS.view(1, 3, 10), labels=[[0, 1, 2]])
 
 
 def test_padding_without_a_mask_is_warned_of(model, monkeypatch):
@@ -121,6 +123,7 @@ def test_long_padding_is_not_a_long_text(model):
         ((1, 3, 10), torch.zeros(3, 1), r"`labels` of shape \(3, 1\)"),
         ((3, 10), torch.zeros(2, 2), r"`labels` of shape \(2, 2\)"),
         ((3, 10), torch.zeros(3), r"`labels` of shape \(3,\)"),
+        ((3, 10), torch.zeros(3, 1), r"`labels` of shape \(3, 1\)"),
     ],
 )
 def test_lists_that_do_not_match_their_labels_are_named(ranker, shape, labels, says):
@@ -129,7 +132,7 @@ def test_lists_that_do_not_match_their_labels_are_named(ranker, shape, labels, s
 
 
 def test_a_ranking_mask_of_the_wrong_shape_is_named(ranker):
-    with pytest.raises(ValueError, match="`attention_mask` has shape"):
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(1, 2, 10\)"):
         ranker(IDS.view(1, 3, 10), attention_mask=MASK.view(1, 3, 10)[:, :2])
 
 

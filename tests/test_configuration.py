@@ -8,7 +8,7 @@ from conftest import FAMILIES, decoder_config, encoder_config
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from modeling_gemma_encoder import POOLERS, RANKING_LOSSES, GemmaEncoderConfig
+from modeling_gemma_encoder import POOLERS, RANKING_LOSSES, GemmaEncoderConfig, GemmaEncoderModel
 
 CHOICES = {
     "attention": "causal",
@@ -140,6 +140,19 @@ def test_a_misspelt_field_is_refused(misspelt, meant, tmp_path):
             enter()
 
 
+def test_fields_assigned_together_are_checked_when_the_model_is_built():
+    config = encoder_config(pooling="kv_probe")
+    config.pooling_num_probes = 1
+    with pytest.raises(ValueError, match="pooling_num_probes"):
+        GemmaEncoderModel(config)
+
+
+@pytest.mark.parametrize("flag", ["is_causal", "use_bidirectional_attention"])
+def test_the_decoders_flags_do_not_decide(flag):
+    with pytest.raises(ValueError, match=f"`{flag}` does not decide here"):
+        encoder_config(**{flag: True})
+
+
 def test_it_answers_as_any_config_does():
     config = encoder_config("gemma2", num_labels=4)
     assert (config.hidden_size, config.vocab_size, config.num_hidden_layers, config.num_attention_heads) == (
@@ -149,6 +162,10 @@ def test_it_answers_as_any_config_does():
         4,
     )
     assert (config.max_position_embeddings, config.pad_token_id, config.num_labels) == (64, 0, 4)
+    assert (config.head_dim, config.num_key_value_heads, config.sliding_window, config.use_cache) == (8, 2, 3, True)
+    assert not hasattr(encoder_config("gemma4_text"), "head_dim")  # its layers differ
+    assert GemmaEncoderConfig(text_config=decoder_config("gemma2"), sliding_window=9).text_config.sliding_window == 9
+    config.use_cache = False
     config.pad_token_id = 7
     assert config.text_config.pad_token_id == 7 == config.get_text_config().pad_token_id
     config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}

@@ -8,9 +8,15 @@ import torch
 from conftest import FAMILIES, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 from modeling_gemma_encoder import (
+    GemmaEncoderConfig,
     GemmaEncoderForRanking,
     GemmaEncoderForSequenceClassification,
     GemmaEncoderModel,
@@ -77,6 +83,24 @@ def test_the_text_tower_of_a_multimodal_checkpoint_loads(tower, tmp_path):
     model.save_pretrained(tmp_path / "encoder")
     saved = load_file(tmp_path / "encoder" / "model.safetensors")
     assert set(saved) == set(model.state_dict())
+
+
+def test_a_config_alone_makes_a_model(tmp_path):
+    config = encoder_config(num_labels=3)
+    assert type(AutoModelForSequenceClassification.from_config(config)) is GemmaEncoderForSequenceClassification
+    AutoModelForCausalLM.from_config(decoder_config("gemma2")).save_pretrained(tmp_path)
+    config = GemmaEncoderConfig.from_pretrained(tmp_path, num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, config=config)
+    assert type(model) is GemmaEncoderForSequenceClassification and model.classifier.out_proj.out_features == 3
+
+
+def test_what_it_is_built_from_is_left_alone():
+    decoder = AutoModel.from_config(decoder_config("gemma2"))
+    GemmaEncoderModel(GemmaEncoderConfig(text_config=decoder.config))
+    decoder(BATCH["input_ids"], use_cache=False)
+    config = encoder_config(id2label={0: "no", 1: "yes"})
+    assert GemmaEncoderForRanking(config).config.num_labels == 1
+    assert config.id2label == {0: "no", 1: "yes"}
 
 
 def test_keywords_of_from_pretrained_reach_the_layers(tmp_path):
@@ -171,6 +195,33 @@ def test_ignored_labels_give_zero_loss_and_zero_gradient(problem_type):
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_no_items_at_all_is_zero_loss():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config())
+    assert model(**BATCH, labels=torch.full((3,), -100), num_items_in_batch=0).loss == 0
+
+
+def test_a_batch_of_nothing_but_padding_runs_as_any_other():
+    """Shapes, hidden states and a (zero) gradient for every parameter, as collectives across devices need."""
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(pooling="query_probe"))
+    for backend in (UNPADDED, "eager"):
+        set_backend(model, backend)
+        model.zero_grad()
+        nothing = torch.zeros_like(BATCH["attention_mask"])
+        outputs = model(
+            BATCH["input_ids"],
+            attention_mask=nothing,
+            labels=torch.tensor([0, 1, 1]),
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+        outputs.loss.backward()
+        assert len(outputs.hidden_states) == 5 and len(outputs.attentions) == 4
+        assert all(states.shape == (3, 10, 32) and states.abs().max() == 0 for states in outputs.hidden_states)
+        assert all(weights.shape == (3, 4, 10, 10) and weights.abs().max() == 0 for weights in outputs.attentions)
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert all(parameter.grad.abs().max() == 0 for parameter in model.model.parameters())
 
 
 def test_the_task_mlp_is_what_the_config_says():
@@ -389,7 +440,8 @@ def test_a_device_map_places_it(tmp_path):
     with torch.no_grad():
         for loaded in (placed, offloaded):
             torch.testing.assert_close(loaded(**BATCH).logits, model(**BATCH).logits, atol=1e-6, rtol=1e-6)
-    assert model._no_split_modules == {"GemmaDecoderLayer", "Gemma2DecoderLayer"}
+        verify_attention(offloaded)
+    assert model._no_split_modules == {"GemmaEncoderHead", "Gemma2DecoderLayer"}
 
 
 def test_tuples_are_returned_when_asked():

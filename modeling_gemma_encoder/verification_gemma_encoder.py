@@ -1,0 +1,74 @@
+"""Is what runs what the config says? A probe of every layer's attention by its behaviour, not by its settings."""
+
+import torch
+from torch import nn
+
+from .attention_gemma_encoder import layer_reach, layer_type_of
+
+
+@torch.no_grad()
+def verify_attention(model: nn.Module, trials: int = 4) -> None:
+    """Checks that every layer of a Gemma Encoder attends as its config's `attention` says.
+
+    Each layer's attention is given sequences of two random tokens, (a, b), (a, c) and (c, b): its output at the first
+    token differs between the first two if, and only if, the last token reaches the first; its output at the last
+    token differs between the first and third if, and only if, the first reaches the last. Two tokens do not measure
+    how far a window reaches; the masks are tested for that.
+
+    It runs when called, not on load: loading must work where a model cannot run yet (meta device, sharded, offloaded).
+    The cost is one forward pass of `6 * trials` tokens. It looks through wrappers (PEFT, DDP, torch.compile), restores
+    train mode, and must not run while another thread uses the model.
+
+    Raises:
+        RuntimeError: `model` holds no Gemma Encoder, or some layers do not attend as the config says.
+    """
+    encoder = next((module for module in model.modules() if hasattr(type(module), "encode")), None)
+    layers = [] if encoder is None else [module for module in encoder.modules() if hasattr(module, "reach")]
+    if not layers:
+        raise RuntimeError(f"{type(model).__name__} is not a Gemma Encoder: none of its attention layers is ours.")
+    seen = _probe(encoder, layers, trials)
+    wrong = []
+    for layer in layers:
+        expected = tuple(limit != 0 for limit in layer_reach(encoder.config, layer_type_of(layer)))
+        if seen.get(layer) != expected:
+            found = seen.get(layer, "it did not run")
+            wrong.append(f"layer {layer.layer_idx}: sees (earlier, later) tokens: {found}, expected {expected}")
+    if wrong:
+        raise RuntimeError(
+            f"The model does not run attention={encoder.config.attention!r}, "
+            f"attention_window={encoder.config.attention_window} as its config says:\n" + "\n".join(wrong)
+        )
+
+
+def _probe(encoder: nn.Module, layers: list[nn.Module], trials: int) -> dict[nn.Module, tuple[bool, bool]]:
+    """Whether each layer's attention lets a token see (an earlier, a later) one."""
+    seen = {}
+
+    def give_random_tokens(module, args, kwargs):
+        states = kwargs["hidden_states"]
+        a, b, c = torch.randn(3, trials, states.shape[-1], generator=torch.Generator().manual_seed(0)).to(states)
+        sequences = torch.stack([a, b, a, c, c, b], dim=1)  # (trials, 6, hidden): three sequences of two tokens
+        return args, {**kwargs, "hidden_states": sequences.view(states.shape)}
+
+    def compare(module, args, output):
+        states = output[0].reshape(trials, 6, -1).float()
+        tolerance = 1e-4 + 2 * torch.finfo(output[0].dtype).eps
+        first_reaches_last = (states[:, 1] - states[:, 5]).norm() > tolerance * states[:, 1].norm()
+        last_reaches_first = (states[:, 0] - states[:, 2]).norm() > tolerance * states[:, 0].norm()
+        seen[module] = (bool(first_reaches_last), bool(last_reaches_first))
+
+    handles = [layer.register_forward_pre_hook(give_random_tokens, with_kwargs=True, prepend=True) for layer in layers]
+    handles += [layer.register_forward_hook(compare) for layer in layers]
+    training = [module for module in encoder.modules() if module.training]
+    device = encoder.get_input_embeddings().weight.device
+    ids = torch.zeros(3 * trials, 2, dtype=torch.long, device="cpu" if device.type == "meta" else device)
+    try:
+        encoder.eval()
+        with torch.compiler.set_stance("force_eager"):  # compiled layers skip hooks
+            encoder.encode(ids, torch.ones_like(ids))
+    finally:
+        for module in training:
+            module.training = True
+        for handle in handles:
+            handle.remove()
+    return seen
