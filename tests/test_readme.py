@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 from conftest import decoder_config
-from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GemmaTokenizer
 
@@ -29,15 +28,18 @@ def tiny_gemma(folder: Path) -> GemmaTokenizer:
 
 def test_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenizer = tiny_gemma(tmp_path / "gemma")
-    texts = ["A text.", "Another, longer text."]
-    rows = {**tokenizer(texts), "labels": [0, 2]}
-    names = {"dataset": Dataset.from_dict(rows)}
+    tiny_gemma(tmp_path / "gemma")
+    for split in ("train", "test"):
+        rows = "text,label\nIt rains.,wet\nThe sun is out.,dry\nSnow and a longer text.,cold\n"
+        (tmp_path / f"{split}.csv").write_text(rows)
+    names = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block.replace("google/gemma-2-2b", "gemma"), names)
     assert names["logits"].shape == (2, 3)
     assert type(names["model"]).__name__ == "GemmaEncoderForSequenceClassification"
-    assert names["loss"].item() > 0
+    assert names["model"].config.id2label == {0: "cold", 1: "dry", 2: "wet"}
     assert (tmp_path / "my-encoder" / "attention_gemma_encoder.py").exists()
+    assert sorted(names["best_first"].tolist()) == [0, 1] and names["loss"].item() > 0
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
