@@ -24,6 +24,7 @@ from typing import Literal
 import matplotlib
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -57,7 +58,7 @@ class DemoArguments:
     )
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     pooling: Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"] = "mean"
-    passages: int = field(default=2000, metadata={"help": "Passages of each library, at most; one in ten for testing."})
+    passages: int = field(default=2000, metadata={"help": "Passages of each library, at most; about a tenth to test."})
 
 
 def docstrings(library: str, limit: int) -> list[tuple[str, bool]]:
@@ -234,6 +235,9 @@ def main():
         "checkpoint": str(demo.model or "nano Gemma 2"),
         "passages": {name: len(of) for name, of in data.items()},
     }
+    report |= {"attention": demo.attention, "pooling": demo.pooling, "steps": trainer.state.global_step}
+    report |= {"learning_rate": args.learning_rate, "batch_size": args.per_device_train_batch_size}
+    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(trainer.state.log_history, output.label_ids, output.predictions.argmax(-1), folder / "results.png")
     print(f"Plot: {folder}/results.png   Numbers: {folder}/results.json   Model: {folder}/encoder")
@@ -257,9 +261,11 @@ def plot(history: list[dict], labels: np.ndarray, predictions: np.ndarray, path:
         cmap="Blues",
         xticks_rotation=45,
         colorbar=False,
+        im_kw={"vmin": 0, "vmax": 1},
         ax=right,
     )
-    right.set(xlabel="predicted", ylabel="documented", title="Held-out passages")
+    accuracy = np.mean(labels == predictions)
+    right.set(xlabel="predicted", ylabel="documented", title=f"{len(labels):,} held-out passages: {accuracy:.1%} right")
     figure.savefig(path, dpi=120)
 
 

@@ -57,6 +57,9 @@ class GemmaEncoderConfig(PreTrainedConfig):
     Configuration of a Gemma Encoder. A raw Gemma `config.json` (Gemma 1, 2, 3, 4; multimodal Gemma 3 and 4 by their
     text tower) loads through [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`.
 
+    Options count when a model is built or loaded; one assigned to `model.config` later changes nothing that runs, and
+    `verify_attention` notices where attention is concerned.
+
     Args:
         text_config: The decoder's own config, or its dict. Gemma 2's defaults when not given.
         attention: Who sees whom: every token every other ("bidirectional", the paper), or only earlier ones
@@ -152,7 +155,10 @@ class GemmaEncoderConfig(PreTrainedConfig):
         cls._refuse_misspelt(kwargs)
         config_dict = _adopt_decoder(config_dict)
         if isinstance(kwargs.get("text_config"), dict):
-            kwargs["text_config"] = {**_to_dict(config_dict.get("text_config")), **kwargs["text_config"]}
+            decoder = _to_dict(config_dict.get("text_config"))
+            if unknown := [name for name in kwargs["text_config"] if decoder and name not in decoder]:
+                raise ValueError(f"`text_config` of {decoder.get('model_type')} has no field {', '.join(unknown)}.")
+            kwargs["text_config"] = {**decoder, **kwargs["text_config"]}
         for name in cls.__dataclass_fields__.keys() & kwargs.keys() - {"dtype"}:
             config_dict[name] = kwargs.pop(name)
         return super().from_dict(config_dict, **kwargs)

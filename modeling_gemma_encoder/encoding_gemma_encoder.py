@@ -4,6 +4,7 @@
 Both give the same `Encoded`, which is all that poolers and heads see.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,11 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
     for name, value in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds), ("attention_mask", attention_mask)):
+        if isinstance(value, Mapping):
+            raise TypeError(f"`{name}` must be a tensor, got a {type(value).__name__}: unpack it, model(**inputs).")
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(
-                f'`{name}` must be a tensor, got {type(value).__name__}. Tokenize with return_tensors="pt".'
+                f"`{name}` must be a tensor, got {type(value).__name__}. Tokenize with return_tensors='pt'."
             )
     name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
     expected = ["batch", "seq_len"] + [config.hidden_size] * (inputs_embeds is not None)
@@ -131,6 +134,11 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         inputs_embeds = inputs_embeds.where(mask[..., None], 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     decoder = encoder.model.config
+    if decoder._attn_implementation == "flex_attention" and encoder.training and encoder.config.attention_dropout:
+        raise ValueError(
+            f"attn_implementation='flex_attention' cannot drop attention weights: train with {UNPADDED!r}, or load the "
+            "model with attention_dropout=0."
+        )
     reaches = {layer_type_of(layer.self_attn): layer.self_attn.reach for layer in encoder.model.layers}
     dtype = encoder.get_input_embeddings().weight.dtype
     masks = {kind: padded_mask(mask, positions, reach, decoder, dtype) for kind, reach in reaches.items()}

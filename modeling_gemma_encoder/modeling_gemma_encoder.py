@@ -65,12 +65,17 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As upstream, with unpadded execution as the default; the decoder has a say (Gemma 2 refuses "sdpa")."""
+        """As upstream, with unpadded execution as the default, and the decoder has a say."""
         requested = requested_attention or self.config.text_config._attn_implementation or UNPADDED
         if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
             raise ValueError(
                 f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
                 "'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
+            )
+        if requested == "sdpa" and self.config.text_config.model_type == "gemma2":
+            raise ValueError(
+                "attn_implementation='sdpa' cannot soft-cap attention scores, as Gemma 2 does. Use the default, "
+                f"{UNPADDED!r}, or 'eager'."
             )
         if not is_init_check:
             self.model.get_correct_attn_implementation(requested)

@@ -13,7 +13,7 @@ def verify_attention(model: nn.Module, trials: int = 4) -> None:
     Each layer's attention is given sequences of two random tokens, (a, b), (a, c) and (c, b): its output at the first
     token differs between the first two if, and only if, the last token reaches the first; its output at the last
     token differs between the first and third if, and only if, the first reaches the last. Two tokens do not measure
-    how far a window reaches; the masks are tested for that.
+    how far a window reaches; of windows it checks that each layer was given the config's.
 
     It runs when called, not on load: loading must work where a model cannot run yet (meta device, sharded, offloaded).
     The cost is one forward pass of `6 * trials` tokens. It looks through wrappers (PEFT, DDP, torch.compile), restores
@@ -29,7 +29,10 @@ def verify_attention(model: nn.Module, trials: int = 4) -> None:
     seen = _probe(encoder, layers, trials)
     wrong = []
     for layer in layers:
-        expected = tuple(limit != 0 for limit in layer_reach(encoder.config, layer_type_of(layer)))
+        reach = layer_reach(encoder.config, layer_type_of(layer))
+        if layer.reach != reach:
+            wrong.append(f"layer {layer.layer_idx}: was built to reach {layer.reach} tokens, expected {reach}")
+        expected = tuple(limit != 0 for limit in reach)
         if seen.get(layer) != expected:
             found = seen.get(layer, "it did not run")
             wrong.append(f"layer {layer.layer_idx}: sees (earlier, later) tokens: {found}, expected {expected}")

@@ -48,11 +48,13 @@ def test_use_bidirectional_attention_turns_causal_with_padding_on_gemma_1_under_
     assert torch.allclose(states[0, 0], states[1, 0], atol=1e-6)
 
 
-def test_is_causal_false_lets_packed_texts_see_each_other():
-    config = decoder_config("gemma2")
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+def test_is_causal_false_lets_packed_texts_see_each_other(backend):
+    config = decoder_config("gemma3_text")
     config.is_causal = False
-    config._attn_implementation = "eager"
+    config._attn_implementation = backend
     model = AutoModel.from_config(config).eval()
+    torch._dynamo.reset()
     ids = torch.cat(texts((5, 5)))[None]
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % 99

@@ -306,6 +306,20 @@ def test_wrappers_and_compiled_models_are_verified_too():
         verify_attention(compiled)
 
 
+def test_a_config_changed_after_loading_is_found():
+    model = build(GemmaEncoderModel, encoder_config("gemma2"))
+    model.config.attention_window = 2
+    with pytest.raises(RuntimeError, match=r"layer 1: was built to reach \(None, None\) tokens, expected \(2, 2\)"):
+        verify_attention(model)
+
+
+def test_flex_attention_never_drops_dropout_silently():
+    model = build(GemmaEncoderModel, encoder_config("gemma2")).train()
+    set_backend(model, "flex_attention")
+    with pytest.raises(ValueError, match="attention_dropout=0"):
+        model(**pad(BATCH))
+
+
 def test_a_stock_model_is_no_encoder():
     with pytest.raises(RuntimeError, match="not a Gemma Encoder"):
         verify_attention(AutoModel.from_config(decoder_config("gemma2")))

@@ -153,6 +153,13 @@ def test_the_decoders_flags_do_not_decide(flag):
         encoder_config(**{flag: True})
 
 
+def test_a_field_the_decoder_does_not_have_is_refused(tmp_path):
+    decoder_config("gemma2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`text_config` of gemma2 has no field sliding_windw"):
+        GemmaEncoderConfig.from_pretrained(tmp_path, text_config={"sliding_windw": 8})
+    assert GemmaEncoderConfig.from_pretrained(tmp_path, text_config={"sliding_window": 8}).sliding_window == 8
+
+
 def test_it_answers_as_any_config_does():
     config = encoder_config("gemma2", num_labels=4)
     assert (config.hidden_size, config.vocab_size, config.num_hidden_layers, config.num_attention_heads) == (

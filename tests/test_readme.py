@@ -29,9 +29,9 @@ def tiny_gemma(folder: Path) -> GemmaTokenizer:
 def test_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_gemma(tmp_path / "gemma")
-    for split in ("train", "test"):
-        rows = "text,label\nIt rains.,wet\nThe sun is out.,dry\nSnow and a longer text.,cold\n"
-        (tmp_path / f"{split}.csv").write_text(rows)
+    rows = ["text,label", "It rains.,wet", "The sun is out.,dry", "Snow and a longer text.,cold", ""]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (tmp_path / "test.csv").write_text("\n".join([*rows[:3], ""]))  # a class is missing: ids must not shift
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 4
@@ -40,6 +40,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     assert names["logits"].shape == (2, 3)
     assert type(names["model"]).__name__ == "GemmaEncoderForSequenceClassification"
     assert names["model"].config.id2label == {0: "cold", 1: "dry", 2: "wet"}
+    assert names["dataset"]["test"]["labels"][:] == [2, 1]
     assert (tmp_path / "my-encoder" / "attention_gemma_encoder.py").exists()
     assert sorted(names["best_first"].tolist()) == [0, 1] and names["loss"].item() > 0
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
