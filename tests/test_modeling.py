@@ -1,18 +1,21 @@
 """Laws of the encoder and its heads: loading any Gemma, exact losses, dropout, and everything a torch model can do."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 from conftest import FAMILIES, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    Gemma3Config,
 )
 
 from modeling_gemma_encoder import (
@@ -60,9 +63,6 @@ def test_a_checkpoint_without_a_language_model_head_loads(tmp_path):
 @pytest.mark.parametrize("tower", ["model.language_model.", "language_model.model."])
 def test_the_text_tower_of_a_multimodal_checkpoint_loads(tower, tmp_path):
     """Both spellings: transformers 5 saves the first, the Hub's Gemma 3 repositories hold the second."""
-    from safetensors.torch import load_file, save_file
-    from transformers import Gemma3Config
-
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = decoder_config("gemma3_text").to_dict()
     config = Gemma3Config(text_config=text, vision_config={"model_type": "siglip_vision_model", **vision})
@@ -83,6 +83,23 @@ def test_the_text_tower_of_a_multimodal_checkpoint_loads(tower, tmp_path):
     model.save_pretrained(tmp_path / "encoder")
     saved = load_file(tmp_path / "encoder" / "model.safetensors")
     assert set(saved) == set(model.state_dict())
+
+
+def test_the_text_tower_of_gemma_4_loads_with_its_per_layer_embeddings(tmp_path):
+    decoder = AutoModel.from_config(decoder_config("gemma4_text"))
+    weights = {f"model.language_model.{name}": value.clone() for name, value in decoder.state_dict().items()}
+    weights |= {
+        "model.vision_tower.encoder.weight": torch.ones(2),
+        "model.embed_audio.projection.weight": torch.ones(2),
+    }
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "gemma4", "text_config": decoder_config("gemma4_text").to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, info = GemmaEncoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert "embed_tokens_per_layer.weight" in decoder.state_dict()
+    for name, value in decoder.state_dict().items():
+        assert torch.equal(value, model.model.state_dict()[name]), name
 
 
 def test_a_config_alone_makes_a_model(tmp_path):
