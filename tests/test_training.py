@@ -92,7 +92,7 @@ def check_same(results, start):
 def test_the_trainer_trains_evaluates_and_predicts(tmp_path):
     """A text's label is whether its first token is below 50: the loss falls and held-out texts are told apart."""
     torch.manual_seed(0)
-    sequences = texts(LENGTHS * 40, seed=1)
+    sequences = texts(LENGTHS * 120, seed=1)
     data = [{"ids": ids, "label": int(ids[0] < 50)} for ids in sequences]
     model = GemmaEncoderForSequenceClassification(encoder_config(pooling="first_k", **NO_DROPOUT))
 
@@ -101,19 +101,19 @@ def test_the_trainer_trains_evaluates_and_predicts(tmp_path):
 
     args = arguments(
         tmp_path,
-        max_steps=120,
+        max_steps=160,
         per_device_train_batch_size=32,
         learning_rate=3e-3,
         remove_unused_columns=False,
         eval_strategy="steps",
-        eval_steps=60,
+        eval_steps=80,
         gradient_checkpointing=True,
     )
     trainer = Trainer(
         model,
         args,
-        train_dataset=data[:280],
-        eval_dataset=data[280:],
+        train_dataset=data[:800],
+        eval_dataset=data[800:],
         data_collator=collate_texts,
         compute_metrics=accuracy,
     )
