@@ -233,7 +233,7 @@ def main():
     report = {"accuracy": results, "reload_difference": difference, "seconds": seconds, "seed": args.seed}
     report |= {
         "checkpoint": str(demo.model or "nano Gemma 2"),
-        "passages": {name: len(of) for name, of in data.items()},
+        "passages": {split: len(rows) for split, rows in data.items()},
     }
     report |= {"attention": demo.attention, "pooling": demo.pooling, "steps": trainer.state.global_step}
     report |= {"learning_rate": args.learning_rate, "batch_size": args.per_device_train_batch_size}

@@ -35,7 +35,7 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     """The boolean mask (batch, seq_len) of the real tokens of well-formed inputs.
 
     Raises:
-        ValueError: names the argument, its value and what to do. Values are not looked at inside torch.compile.
+        TypeError, ValueError: names the argument, its value and what to do. Values are not looked at in torch.compile.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -100,7 +100,7 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     if implementation == UNPADDED:
         kwargs["unpadding"] = with_dense_masks(unpadding, {layer.self_attn.reach for layer in encoder.model.layers})
     else:  # flash attention keeps sequences apart by their lengths
-        softcap = encoder.config.text_config.to_dict().get("attn_logit_softcapping")
+        softcap = getattr(encoder.config.text_config, "attn_logit_softcapping", None)
         dropout = encoder.training and encoder.config.attention_dropout
         if "flash" in implementation and dropout and (softcap or implementation != "flash_attention_2"):
             raise ValueError(

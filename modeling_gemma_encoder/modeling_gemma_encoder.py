@@ -87,7 +87,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         Raises:
             ValueError: `use_reentrant=True` on a Gemma 4 whose layers share keys and values: their gradient is lost.
         """
-        shares = self.config.text_config.to_dict().get("num_kv_shared_layers")
+        shares = getattr(self.config.text_config, "num_kv_shared_layers", 0)
         if shares and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "`use_reentrant=True` loses gradients of a Gemma 4 whose layers share keys and values; pass "
@@ -238,6 +238,7 @@ class GemmaEncoderHead(nn.Module):
 
 
 def check_labels(labels) -> None:
+    """Raises TypeError for labels that are no tensor of at least one dimension; shapes are each head's own matter."""
     if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
         raise TypeError(f"`labels` must be a tensor with a label or a row of labels for each text, got {labels!r}.")
 
@@ -306,7 +307,7 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
                     f"from 0: is `num_labels` right? Rows to ignore are labelled {IGNORE}."
                 )
         if num_items_in_batch is None:
-            num_items_in_batch = (labels != IGNORE).sum().clamp(min=1)
+            num_items_in_batch = (labels != IGNORE).sum()
         num_items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
         return CLASSIFICATION_LOSSES[problem_type](logits, labels) / num_items
 

@@ -104,12 +104,25 @@ def reach_matrix(model, length: int, left_padding: int = 0) -> torch.Tensor:
     return ((states[1:] - states[:1]).abs().amax(-1) > 1e-6).T
 
 
+def one_layer(family: str, layer_type: str = "full_attention") -> dict:
+    """Fields of a decoder of one layer. Gemma 1 does not name its type; Gemma 4's last layer is always full."""
+    fields = {"num_hidden_layers": 1}
+    if family != "gemma":
+        fields["layer_types"] = [layer_type]
+    if family == "gemma4_text":
+        fields["num_kv_shared_layers"] = 0
+    return fields
+
+
 @pytest.mark.parametrize("window", [None, 0, 1, 2, 5])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "layer_type"),
+    [(family, "full_attention") for family in FAMILIES]
+    + [("gemma2", "sliding_attention"), ("gemma3_text", "sliding_attention")],
+)
 def test_windows_reach_exactly(family, layer_type, attention, window):
-    decoder = {"layer_types": [layer_type], "num_hidden_layers": 1}
+    decoder = one_layer(family, layer_type)
     model = build(GemmaEncoderModel, encoder_config(family, decoder, attention=attention, attention_window=window))
     i, j = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
     expected = torch.ones(9, 9, dtype=torch.bool) if attention == "bidirectional" else j <= i
@@ -126,12 +139,7 @@ def test_windows_reach_exactly(family, layer_type, attention, window):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_reach_exactly_in_flex_attention(family):
-    fields = (
-        {"num_hidden_layers": 1, "num_kv_shared_layers": 0} if family == "gemma4_text" else {"num_hidden_layers": 1}
-    )
-    if family != "gemma":
-        fields["layer_types"] = ["full_attention"]
-    model = build(GemmaEncoderModel, encoder_config(family, fields, attention_window=2))
+    model = build(GemmaEncoderModel, encoder_config(family, one_layer(family), attention_window=2))
     set_backend(model, "flex_attention")
     i, j = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
     assert torch.equal(reach_matrix(model, 9, left_padding=3), (i - j).abs() <= 2)
@@ -282,16 +290,25 @@ def test_attention_is_verified_by_behaviour(family, attention):
         assert model.training and model.pooler.training
         lie = copy.deepcopy(model)
         lie.config.attention = "causal" if attention == "bidirectional" else "bidirectional"
-        with pytest.raises(RuntimeError, match="layer 0"):
+        with pytest.raises(RuntimeError, match=r"layer 0: sees \(earlier, later\) tokens"):
             verify_attention(lie)
 
 
-def test_one_wrong_layer_is_found():
+def test_a_layer_that_says_one_thing_and_does_another_is_found():
+    """Every setting of the layer is right, but its kernel is causal: only behaviour can tell."""
+
+    def one_causal_layer(module, *args, **kwargs):
+        module.is_causal = module.layer_idx == 2
+        return varlen_attention(module, *args, **kwargs)
+
+    AttentionInterface.register("one_causal_layer", one_causal_layer)
     model = build(GemmaEncoderModel, encoder_config("gemma2"))
-    model.model.layers[2].self_attn.reach = (None, 0)
-    with pytest.raises(RuntimeError, match="layer 2") as error:
+    verify_attention(model)
+    set_backend(model, "one_causal_layer")
+    found = r"layer 2: sees \(earlier, later\) tokens: \(True, False\), expected \(True, True\)$"
+    with pytest.raises(RuntimeError, match=found) as error:
         model.verify_attention()
-    assert "layer 1" not in str(error.value)
+    assert str(error.value).count("layer ") == 1
 
 
 def test_wrappers_and_compiled_models_are_verified_too():
@@ -302,7 +319,7 @@ def test_wrappers_and_compiled_models_are_verified_too():
     compiled(**pad(BATCH))
     verify_attention(compiled)
     model.model.layers[1].self_attn.reach = (None, 0)
-    with pytest.raises(RuntimeError, match="layer 1"):
+    with pytest.raises(RuntimeError, match=r"layer 1: sees \(earlier, later\) tokens: \(True, False\)"):
         verify_attention(compiled)
 
 
