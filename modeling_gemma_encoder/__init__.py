@@ -3,17 +3,18 @@
 Importing this package registers its classes, so that `AutoModel...from_pretrained` needs no remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .losses_gemma_encoder import RANKING_LOSSES
 from .modeling_gemma_encoder import (
+    GemmaEncoderForMaskedLM,
     GemmaEncoderForRanking,
     GemmaEncoderForSequenceClassification,
     GemmaEncoderModel,
-    GemmaEncoderPreTrainedModel,
 )
 from .pooling_gemma_encoder import POOLERS
+from .pretrained_gemma_encoder import GemmaEncoderPreTrainedModel
 from .verification_gemma_encoder import verify_attention
 from .version import __version__
 
@@ -21,6 +22,7 @@ __all__ = [
     "POOLERS",
     "RANKING_LOSSES",
     "GemmaEncoderConfig",
+    "GemmaEncoderForMaskedLM",
     "GemmaEncoderForRanking",
     "GemmaEncoderForSequenceClassification",
     "GemmaEncoderModel",
@@ -31,6 +33,7 @@ __all__ = [
 
 AutoConfig.register("gemma_encoder", GemmaEncoderConfig)
 AutoModel.register(GemmaEncoderConfig, GemmaEncoderModel)
+AutoModelForMaskedLM.register(GemmaEncoderConfig, GemmaEncoderForMaskedLM)
 AutoModelForSequenceClassification.register(
     GemmaEncoderConfig, (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)
 )

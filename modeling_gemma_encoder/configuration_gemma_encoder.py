@@ -17,6 +17,8 @@ from transformers.utils.type_validators import as_validated_field, interval
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
 # Multimodal configs whose text tower is one of them.
 MULTIMODAL = ("gemma3", "gemma4")
+# What `AutoModelForSequenceClassification` may build, the default first.
+TASK_HEADS = ("GemmaEncoderForSequenceClassification", "GemmaEncoderForRanking")
 # The fields of a decoder's config that a task-specific wrapper inherits from it.
 INHERITED = ("id2label", "label2id", "problem_type", "dtype", "torch_dtype", "quantization_config")
 
@@ -78,6 +80,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
         classifier_activation: Activation between the task MLP's layers, a key of transformers' `ACT2FN`.
         classifier_dropout: Probability of dropping an input of each of the task MLP's layers while training.
         ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`.
+        masked_lm_objective: Which state predicts a token in `GemmaEncoderForMaskedLM`: its own ("mlm"), or the one
+            before it ("mntp", masked next-token prediction).
         problem_type: Which loss a classifier has, as in transformers; inferred from the labels when None.
 
     Raises:
@@ -102,6 +106,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     classifier_activation: str = activation_name(default="gelu")
     classifier_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.0)
     ranking_loss: Literal["softmax"] = "softmax"
+    masked_lm_objective: Literal["mlm", "mntp"] = "mlm"
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
     head_dim = _of_decoder("head_dim")
@@ -166,12 +171,12 @@ class GemmaEncoderConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As upstream, with an `auto_map` that names the checkpoint's own code, never another repository's."""
         output = super().to_dict()
-        heads = [name for name in self.architectures or () if name.startswith("GemmaEncoderFor")]
+        heads = [name for name in self.architectures or () if name in TASK_HEADS]
         output["auto_map"] = {
             "AutoConfig": "configuration_gemma_encoder.GemmaEncoderConfig",
             "AutoModel": "modeling_gemma_encoder.GemmaEncoderModel",
-            "AutoModelForSequenceClassification": "modeling_gemma_encoder."
-            + (heads[0] if heads else "GemmaEncoderForSequenceClassification"),
+            "AutoModelForMaskedLM": "modeling_gemma_encoder.GemmaEncoderForMaskedLM",
+            "AutoModelForSequenceClassification": f"modeling_gemma_encoder.{[*heads, TASK_HEADS[0]][0]}",
         }
         return output
 

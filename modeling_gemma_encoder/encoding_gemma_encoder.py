@@ -171,3 +171,10 @@ def to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -
     indices, mask = indices.to(states.device), mask.to(states.device)  # layers may be spread over devices
     padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, indices, states)
     return padded.view(*mask.shape, -1).where(mask[..., None], 0)
+
+
+def previous_states(states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """For each token the state of the token before it in its sequence, (tokens, hidden); zeros for first tokens."""
+    first = torch.zeros(len(states) + 1, dtype=torch.bool, device=states.device)
+    first[offsets.to(states.device)] = True
+    return states.roll(1, 0).masked_fill(first[:-1, None], 0)

@@ -1,7 +1,7 @@
 """The encoder and its heads: a Gemma decoder's own layers, run bidirectionally, pooled, and given a task.
 
 Gemma Encoder: arXiv 2503.02656. Shapes: padded inputs (batch, seq_len), inside the encoder (total_tokens, hidden) and
-offsets (batch + 1), pooled (batch, hidden), logits (batch, num_labels) or (batch, num_docs).
+offsets (batch + 1), pooled (batch, hidden), logits (batch, num_labels), (batch, num_docs) or (batch, seq_len, vocab).
 """
 
 import copy
@@ -10,105 +10,18 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoModel
-from transformers import initialization as init
+from transformers import AutoModel
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
-from transformers.models.gemma.modeling_gemma import GemmaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .attention_gemma_encoder import UNPADDED, set_reach
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .encoding_gemma_encoder import Encoded, check_inputs, run_padded, run_unpadded, to_padded
-from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES
-from .pooling_gemma_encoder import POOLERS, ProbePooler
+from .encoding_gemma_encoder import Encoded, check_inputs, previous_states, run_padded, run_unpadded, to_padded
+from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, single_label_loss
+from .pooling_gemma_encoder import POOLERS
+from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
 from .verification_gemma_encoder import verify_attention
-
-# Multimodal Gemma checkpoints keep the decoder in a text tower, under one of these names.
-TEXT_TOWER = {r"^(model\.)?language_model\.(model\.)?(?=layers|embed_tokens|norm|per_layer)": "model."}
-# Of such checkpoints, and of language models, what an encoder has no use for.
-NOT_OURS = [r"lm_head", r"vision_tower", r"audio_tower", r"multi_modal_projector", r"embed_vision", r"embed_audio"]
-
-
-class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
-    """Loading and saving: any Gemma decoder checkpoint loads, and what is saved carries its own code."""
-
-    config: GemmaEncoderConfig
-    # Scores stay apart: neither bf16 rounding nor 4-bit loading may touch the head. FSDP shards it apart for its dtype.
-    _no_split_modules = ["GemmaEncoderHead"]
-    _keep_in_fp32_modules = ["classifier"]
-    _keep_in_fp32_modules_strict = ["classifier"]
-    _keys_to_ignore_on_load_unexpected = NOT_OURS
-    _can_record_outputs = None  # the decoder records its own
-
-    def __init__(self, config: GemmaEncoderConfig, **unknown):
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} does not know {', '.join(unknown)}. An encoder's options are the "
-                "fields of GemmaEncoderConfig; its decoder's are given as `text_config={...}`."
-            )
-        if config.model_type != GemmaEncoderConfig.model_type:
-            raise ValueError(
-                f"`config` has model_type={config.model_type!r}. Pass GemmaEncoderConfig(text_config=config), or no "
-                "config to `from_pretrained`."
-            )
-        super().__init__(config)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
-        """As upstream; the text tower of a multimodal checkpoint is found by its parameter names."""
-        key_mapping = {**TEXT_TOWER, **(key_mapping or {})}
-        return super().from_pretrained(pretrained_model_name_or_path, *args, key_mapping=key_mapping, **kwargs)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As upstream; parameters are always saved under our names, never under those they were loaded from."""
-        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As upstream, with unpadded execution as the default, and the decoder has a say."""
-        requested = requested_attention or self.config.text_config._attn_implementation or UNPADDED
-        if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
-            raise ValueError(
-                f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
-                "'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
-            )
-        if requested == "sdpa" and self.config.text_config.model_type == "gemma2":
-            raise ValueError(
-                "attn_implementation='sdpa' cannot soft-cap attention scores, as Gemma 2 does. Use the default, "
-                f"{UNPADDED!r}, or 'eager'."
-            )
-        if not is_init_check:
-            self.model.get_correct_attn_implementation(requested)
-        return super().get_correct_attn_implementation(requested, is_init_check)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, *args, **kwargs):
-        """As upstream, except where it would be silently wrong.
-
-        Raises:
-            ValueError: `use_reentrant=True` on a Gemma 4 whose layers share keys and values: their gradient is lost.
-        """
-        shares = getattr(self.config.text_config, "num_kv_shared_layers", 0)
-        if shares and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "`use_reentrant=True` loses gradients of a Gemma 4 whose layers share keys and values; pass "
-                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
-            )
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)  # Gemma's own norms are 1 + weight and start at zero; torch's are not
-        elif isinstance(module, ProbePooler):
-            init.normal_(module.probes)
-        else:
-            super()._init_weights(module)
-
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As upstream; the decoder resizes, since Gemma 4 has a second embedding to keep in step."""
-        embeddings = self.model.resize_token_embeddings(*args, **kwargs)
-        self.config.text_config.vocab_size = embeddings.num_embeddings
-        return embeddings
 
 
 def drop_feedforward_output(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
@@ -376,6 +289,89 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         return RANKING_LOSSES[self.config.ranking_loss](logits.view(labels.shape), labels.to(logits.device))
 
 
+class GemmaEncoderForMaskedLM(GemmaEncoderModel):
+    """A Gemma Encoder that predicts tokens, to be trained on plain text before it gets a task.
+
+    The head is the decoder's own: its embedding, tied, and its soft-capping. `config.masked_lm_objective` says which
+    state predicts a token: its own ("mlm", BERT, arXiv 1810.04805), or the one before it, as the decoder has learned
+    ("mntp", masked next-token prediction, LLM2Vec, arXiv 2404.05961, section 2.1). There is no pooler.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`, and the loss divides by it
+    _keys_to_ignore_on_load_unexpected = [*NOT_OURS, r"^pooler\.", r"^classifier\."]
+
+    def __init__(self, config: GemmaEncoderConfig, **unknown):
+        if not config.tie_word_embeddings:
+            raise ValueError("`tie_word_embeddings` is False; GemmaEncoderForMaskedLM uses Gemma's tied embedding.")
+        super().__init__(config, **unknown)
+        del self.pooler  # nothing would train it
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            labels: (batch, seq_len), the token that belongs where `input_ids` has a mask, and -100 elsewhere, whatever
+                the objective. "mntp" cannot predict a first token, and ignores its label.
+            num_items_in_batch: Number of labels the loss is averaged over. None: the number in this batch.
+
+        Returns:
+            Without labels, `logits` (batch, seq_len, vocab_size): at each place those of the token there, zeros at
+            padding and, for "mntp", at first tokens. With labels, `loss` alone: only states of labelled tokens are
+            multiplied with the vocabulary, which for Gemma's 256k tokens is most of the work.
+        """
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
+        states, logits, loss = encoded.token_states, None, None
+        if self.config.masked_lm_objective == "mntp":
+            states = previous_states(states, encoded.offsets)
+        if labels is None:
+            logits = to_padded(self._predict(states), encoded.indices, encoded.mask)
+        else:
+            loss = self._loss(states, labels, encoded, num_items_in_batch)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+    def _predict(self, states: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(states, self.model.embed_tokens.weight)
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _loss(self, states, labels, encoded: Encoded, num_items_in_batch) -> torch.Tensor:
+        check_labels(labels)
+        if labels.shape != encoded.mask.shape:
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)}; it must be {tuple(encoded.mask.shape)} as `input_ids` has, "
+                f"the token where one is masked and {IGNORE} elsewhere."
+            )
+        labels = labels.to(states.device).where(encoded.mask.to(states.device), IGNORE)
+        if self.config.masked_lm_objective == "mntp":
+            labels = labels.where(encoded.mask.to(states.device).cumsum(-1) > 1, IGNORE)
+        labels = labels.flatten()[encoded.indices.to(states.device)]
+        labelled = labels != IGNORE
+        if not torch.compiler.is_compiling():
+            lowest, highest = labels.where(labelled, 0).aminmax()
+            if lowest < 0 or highest >= self.config.vocab_size:
+                raise ValueError(
+                    f"`labels` has tokens from {lowest} to {highest}, but the model's vocabulary has "
+                    f"{self.config.vocab_size}. Tokens not to be predicted are labelled {IGNORE}."
+                )
+        if num_items_in_batch is None:
+            num_items_in_batch = labelled.sum()
+        num_items = torch.as_tensor(num_items_in_batch, device=states.device).clamp(min=1)
+        return single_label_loss(self._predict(states[labelled]), labels[labelled]) / num_items
+
+
 GemmaEncoderModel.register_for_auto_class("AutoModel")
+GemmaEncoderForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 GemmaEncoderForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 GemmaEncoderForRanking.register_for_auto_class("AutoModelForSequenceClassification")

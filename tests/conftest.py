@@ -4,9 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need the network
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderConfig
 
@@ -14,6 +16,7 @@ FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
 ATTENTIONS = ("bidirectional", "causal")
 UNPADDED = "gemma_encoder_unpadded"
 WINDOW = 3
+NANO = Path(__file__).parent.parent / "examples" / "nano"  # a small Gemma 2 that has read English
 
 _SHAPE = {
     "vocab_size": 99,
@@ -94,3 +97,8 @@ def set_backend(model, backend: str):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer():
+    return AutoTokenizer.from_pretrained(NANO)

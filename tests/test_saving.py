@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
     pipeline,
@@ -23,6 +24,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_gemma_encoder
 from modeling_gemma_encoder import (
+    GemmaEncoderForMaskedLM,
     GemmaEncoderForRanking,
     GemmaEncoderForSequenceClassification,
     GemmaEncoderModel,
@@ -43,7 +45,7 @@ def scores(model):
 def test_the_code_that_travels_is_the_starred_files():
     closure = {Path(path).name for path in get_relative_import_files(PACKAGE / "modeling_gemma_encoder.py")}
     assert closure | {"modeling_gemma_encoder.py"} == STARRED
-    assert len(STARRED) == 7
+    assert len(STARRED) == 8
 
 
 def test_starred_files_import_only_what_every_machine_has():
@@ -60,7 +62,7 @@ def test_starred_files_import_only_what_every_machine_has():
 
 @pytest.mark.parametrize("pooling", ["mean", "query_probe", "kv_probe"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("model_class", [*HEADS, GemmaEncoderForMaskedLM])
 def test_a_checkpoint_holds_everything(model_class, family, pooling, tmp_path):
     config = encoder_config(family, pooling=pooling, attention_window=4, classifier_hidden_sizes=[16])
     model = build(model_class, config)
@@ -71,15 +73,18 @@ def test_a_checkpoint_holds_everything(model_class, family, pooling, tmp_path):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(scores(loaded), scores(model), atol=1e-6, rtol=1e-6)
     config = json.loads((tmp_path / "config.json").read_text())
-    head = model_class.__name__ if model_class is not GemmaEncoderModel else "GemmaEncoderForSequenceClassification"
+    head = (
+        "GemmaEncoderForRanking" if model_class is GemmaEncoderForRanking else "GemmaEncoderForSequenceClassification"
+    )
     assert config["auto_map"] == {
         "AutoConfig": "configuration_gemma_encoder.GemmaEncoderConfig",
         "AutoModel": "modeling_gemma_encoder.GemmaEncoderModel",
+        "AutoModelForMaskedLM": "modeling_gemma_encoder.GemmaEncoderForMaskedLM",
         "AutoModelForSequenceClassification": f"modeling_gemma_encoder.{head}",
     }
 
 
-@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("model_class", [*HEADS, GemmaEncoderForMaskedLM])
 def test_auto_classes_need_no_remote_code_here(model_class, tmp_path):
     model = build(model_class, encoder_config())
     model.save_pretrained(tmp_path)
@@ -88,7 +93,8 @@ def test_auto_classes_need_no_remote_code_here(model_class, tmp_path):
     assert type(encoder) is GemmaEncoderModel and not info["unexpected_keys"] and not info["missing_keys"]
     assert torch.equal(encoder.model.norm.weight, model.model.norm.weight)
     if model_class is not GemmaEncoderModel:
-        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        auto = AutoModelForMaskedLM if model_class is GemmaEncoderForMaskedLM else AutoModelForSequenceClassification
+        loaded = auto.from_pretrained(tmp_path)
         assert type(loaded) is model_class
         torch.testing.assert_close(scores(loaded), scores(model), atol=1e-6, rtol=1e-6)
 

@@ -1,0 +1,269 @@
+"""Pretrains a Gemma decoder as a causal language model, from a config or further from a checkpoint.
+
+The decoder of this folder's `nano/`, from books and the documentation of what is installed (one machine, no download):
+
+    python examples/pretrain.py --config examples/nano/config.json \\
+        --text books/train.parquet docstrings --validation_text books/validation.parquet docstrings --join_lines \\
+        --output_dir runs/nano --max_steps 5000 --learning_rate 3e-3 --bf16 --torch_compile
+
+Other sizes and data, several GPUs, and a checkpoint trained further on text of its own field:
+
+    accelerate launch examples/pretrain.py --config google/gemma-3-270m --tokenizer google/gemma-3-270m \\
+        --text HuggingFaceFW/fineweb-edu:sample-10BT --validation_text wikitext:wikitext-103-raw-v1:validation \\
+        --streaming --block_size 2048 --max_steps 20000 --bf16 --output_dir runs/gemma-3-270m
+    python examples/pretrain.py --model google/gemma-2-2b --text notes/*.txt --output_dir runs/notes --bf16
+
+Every flag of `TrainingArguments` works. Run the same command again and it resumes from the last checkpoint of
+`--output_dir`. It leaves a bf16 checkpoint that plain `AutoModelForCausalLM` loads, `results.json` (perplexity on
+held-out text beside a unigram and a trigram model's), `training_log.json` and `training.png`.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from ngrams import NGramModel, perplexity
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_gemma_encoder.data import (
+    TextArguments,
+    collate_blocks,
+    join_lines,
+    load_blocks,
+    load_documents,
+    sample,
+)
+from modeling_gemma_encoder.training import StepTimer, plot_losses, refuse_another_run
+
+FAMILIES = ("gemma", "gemma2", "gemma3_text")
+
+
+@dataclass
+class PretrainingArguments(TextArguments):
+    config: str | None = field(
+        default=None, metadata={"help": "A Gemma 1, 2 or 3 config, from which a decoder with random weights is made."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Or a checkpoint, which is trained further."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Default: that of --model; with --config, one trained here to the config's `vocab_size`."},
+    )
+    ngram_tokens: int = field(
+        default=100_000_000, metadata={"help": "Tokens that the n-gram baselines count, at most; 0 for no baselines."}
+    )
+    attn_implementation: str | None = None
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def problem(self) -> str | None:
+        """What cannot be, in the words of the command line."""
+        if (self.config is None) == (self.model is None):
+            return "give either --config, for random weights, or --model, to train a checkpoint further"
+        return super().problem()
+
+
+# 1. The tokenizer
+
+
+def documents(rows: Dataset | IterableDataset, join: bool, limit: int) -> Iterator[str]:
+    """Documents until `limit` characters are read."""
+    for row in rows:
+        yield join_lines(row["text"]) if join else row["text"]
+        limit -= len(row["text"])
+        if limit < 0:
+            break
+
+
+def name_of(source: str) -> str:
+    """A short name of a source for tables: `books` of `books/validation.parquet`."""
+    path = Path(source.split(":")[0])
+    return path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
+
+
+def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
+    """A Gemma tokenizer (BPE with byte fallback) whose tokens stay within words, numbers or punctuation."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    words.normalizer = normalizers.Replace(" ", "▁")
+    pattern = Regex(r"▁?[\p{L}\p{M}]+|\p{N}|▁?[^\p{L}\p{M}\p{N}▁\n]+|\n+|▁+")
+    words.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, limit_alphabet=512)
+    words.train_from_iterator(texts, trainer)
+    trained = json.loads(words.to_str())["model"]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    return GemmaTokenizer(vocab=trained["vocab"], merges=merges, add_bos_token=True, model_max_length=block_size)
+
+
+# 2. The decoder
+
+
+def make_decoder(options: PretrainingArguments, tokenizer):
+    form = {"dtype": torch.float32, "attn_implementation": options.attn_implementation}
+    if options.model:
+        return AutoModelForCausalLM.from_pretrained(options.model, **form)
+    config = AutoConfig.from_pretrained(options.config).get_text_config()
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"--config {options.config}: model_type {config.model_type!r} is not of {', '.join(FAMILIES)}."
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the config's vocab_size is {config.vocab_size}."
+        )
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    return AutoModelForCausalLM.from_config(config, **form)
+
+
+def save_decoder(trainer: Trainer, dtype: torch.dtype) -> None:
+    """The whole decoder, gathered wherever its parts are, as a stranger's `from_pretrained` expects it."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        config = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).config)
+        config.use_cache = True  # the Trainer turned it off; readers generate
+        decoder = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        decoder.load_state_dict(state)
+        decoder.save_pretrained(trainer.args.output_dir)
+
+
+def ngram_perplexities(train, held_out: dict, vocab_size: int, limit: int) -> dict[str, dict[str, float]]:
+    counted, blocks = 0, []
+    train = sample(train, limit // len(next(iter(train))["input_ids"]), seed=0)
+    for rows in train.with_format("numpy").iter(batch_size=1000):
+        blocks.append(np.stack(list(rows["input_ids"])).astype(np.int32))
+        counted += blocks[-1].size
+        if counted >= limit:
+            break
+    model = NGramModel(np.concatenate(blocks), vocab_size)
+    results = {}
+    for name, rows in held_out.items():
+        blocks = np.array([row["input_ids"] for row in rows])
+        unigram, trigram = model.unigram_probabilities(blocks), model.trigram_probabilities(blocks)
+        results[name] = {"unigram": perplexity(unigram), "trigram": perplexity(trigram)}
+    return results
+
+
+# 3. Training
+
+
+def main():
+    parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
+    parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
+        output_dir="runs/pretrain",
+        max_steps=1000,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=32,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.02,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_steps=50,
+        eval_strategy="steps",
+        eval_steps=500,
+        save_steps=500,
+        save_total_limit=2,
+        report_to="none",
+        include_num_input_tokens_seen=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+    options, args = parser.parse_args_into_dataclasses()
+    if problem := options.problem():
+        parser.error(problem)
+    set_seed(args.seed)
+    folder = Path(args.output_dir)
+    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(folder) if folder.is_dir() else None)
+
+    with args.main_process_first():
+        texts, held_out = load_documents(options, args.seed)
+        made_before = checkpoint or args.local_process_index > 0
+        tokenizer_name = options.tokenizer or options.model or (folder if made_before else None)
+        if tokenizer_name:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+        else:
+            print("Training a tokenizer", flush=True)
+            vocab_size = AutoConfig.from_pretrained(options.config).get_text_config().vocab_size
+            several = interleave_datasets if options.streaming else concatenate_datasets
+            mixed = several(list(texts.values())).shuffle(seed=args.seed)
+            tokenizer = train_tokenizer(
+                documents(mixed, options.join_lines, 50_000_000), vocab_size, options.block_size
+            )
+        tokenizer.save_pretrained(folder)
+        train, held_out = load_blocks(texts, held_out, tokenizer, options, args.seed)
+    if not options.streaming:
+        print(f"{len(train):,} blocks of {options.block_size} tokens to train on", flush=True)
+
+    decoder = make_decoder(options, tokenizer)
+    parameters = decoder.num_parameters()
+    beside = parameters - decoder.get_input_embeddings().weight.numel()
+    print(f"{parameters:,} parameters, {beside:,} of them beside the embedding", flush=True)
+    run = {**asdict(options), "blocks": None if options.streaming else len(train), "decoder": decoder.config.to_dict()}
+    refuse_another_run(run, folder, checkpoint)
+    timer = StepTimer()
+    trainer = Trainer(
+        decoder,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=collate_blocks,
+        processing_class=tokenizer,
+        callbacks=[timer],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Held-out perplexity is that of the weights as they are saved.
+    dtype = getattr(torch, options.save_dtype)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(parameter.to(dtype))
+    metrics = trainer.evaluate()
+    save_decoder(trainer, dtype)
+    if not trainer.is_world_process_zero():
+        return
+    perplexities = {name: {"decoder": math.exp(metrics[f"eval_{name}_loss"])} for name in held_out}
+    if options.ngram_tokens:
+        print("Counting n-grams", flush=True)
+        for name, values in ngram_perplexities(train, held_out, len(tokenizer), options.ngram_tokens).items():
+            perplexities[name] |= values
+    report = {"perplexity": perplexities, "parameters": parameters, "parameters_beside_embedding": beside}
+    report |= {"tokens": trainer.state.num_input_tokens_seen, "steps": trainer.state.global_step, "seed": args.seed}
+    report |= {"tokens_per_second": timer.tokens_per_second(trainer.state), "learning_rate": args.learning_rate}
+    report |= {"batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
+    report |= {"bf16": args.bf16, "torch_compile": args.torch_compile, "device": str(args.device)}
+    report |= {"options": asdict(options)}
+    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    levels = {
+        name: {model: math.log(value) for model, value in values.items() if model != "decoder"}
+        for name, values in perplexities.items()
+    }
+    plot_losses(trainer.state.log_history, list(held_out), folder / "training.png", levels)
+    models = list(next(iter(perplexities.values())))
+    print(f"\n| perplexity a token | {' | '.join(models)} |\n| --- |{' ---: |' * len(models)}")
+    for name, values in perplexities.items():
+        print(f"| {name} | {' | '.join(f'{value:.1f}' for value in values.values())} |")
+    print(f"\nDecoder, results.json, training_log.json and training.png are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What training scripts share: how fast, whether it is the same run again, and how it went."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import matplotlib
+from transformers import TrainerCallback
+
+
+class StepTimer(TrainerCallback):
+    """Times each optimizer step, from the batch on: compiling, evaluation and pauses are not in the median."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.began)
+
+    def tokens_per_second(self, state) -> float | None:
+        """Tokens of a step over the median step's time; None when no step was taken."""
+        if not self.seconds:
+            return None
+        return state.num_input_tokens_seen / state.global_step / statistics.median(self.seconds)
+
+
+def refuse_another_run(run: dict, folder: Path, checkpoint: str | None) -> None:
+    """Writes down what a run began with, or raises ValueError if `checkpoint` began with something else."""
+    path, run = folder / "run.json", json.loads(json.dumps(run))
+    if checkpoint and path.exists():
+        began = json.loads(path.read_text())
+        if changed := [name for name in run if run[name] != began.get(name)]:
+            differences = "; ".join(f"{name}: {began.get(name)} -> {run[name]}" for name in changed)
+            raise ValueError(f"{folder} holds another run ({differences}). Choose another --output_dir, or delete it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=2) + "\n")
+
+
+def plot_losses(
+    history: list[dict], held_out: list[str], path: Path, levels: dict[str, dict[str, float]] | None = None
+):
+    """Training and held-out loss over tokens; `levels` of each held-out text are drawn as horizontal lines."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+
+    def draw(key: str, label: str, **style):
+        points = [(entry["num_input_tokens_seen"] / 1e6, entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    draw("loss", "training", color="silver")
+    for number, name in enumerate(held_out):
+        draw(f"eval_{name}_loss", f"held-out {name}", color=f"C{number}", marker=".")
+        for line, (label, loss) in zip(("--", ":"), (levels or {}).get(name, {}).items(), strict=False):
+            axes.axhline(loss, color=f"C{number}", linestyle=line, label=f"{name}, {label}")
+    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", title=path.parent.name)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
