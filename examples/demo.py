@@ -1,126 +1,225 @@
-"""Fine-tunes a Gemma Encoder on real text in a few minutes on a CPU, without downloading a model or data.
+"""Fine-tunes Gemma Encoders on real text in a few minutes on a CPU, without downloading a model or data.
 
     python examples/demo.py                                  # the same as `make demo`
     python examples/demo.py --model google/gemma-3-270m      # the same as `make demo MODEL=...`
-    python examples/demo.py --max_steps 50 --attention causal --pooling last_k
+    python examples/demo.py --tasks classify --max_steps 50 --attention causal --pooling last_k
 
 The text is documentation that is already on this machine: the docstrings of the Python standard library and of seven
-installed packages. The task is to tell which of the eight a passage documents, with their names blanked out; files are
-either for training or for testing. Every flag of `TrainingArguments` works too; `--max_steps -1` counts epochs.
+installed packages, their names blanked out. Two tasks: tell which of the eight a passage documents (classification),
+and find the passage that belongs to a summary line among look-alikes (ranking). Files are either for training or for
+testing, and the nano decoder, from which both start, has not read those for testing either. Every flag of
+`TrainingArguments` works too.
 """
 
-import ast
 import json
-import random
 import re
 import subprocess
 import sys
-import sysconfig
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import bm25s
 import matplotlib
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorWithPadding,
-    Gemma2Config,
-    GemmaTokenizer,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, verify_attention
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
+from modeling_gemma_encoder.data import docstrings
+from modeling_gemma_encoder.templates import set_template
 
+NANO = Path(__file__).parent / "nano"
 LIBRARIES = ("python", "torch", "transformers", "numpy", "pandas", "scipy", "sklearn", "matplotlib")
 NAMES = re.compile(
     r"(?i)(py)?torch|transformers|hugging ?face|numpy|pandas|scipy|scikit-learn|sklearn|matplotlib|python"
 )
-VOCABULARY, MAX_LENGTH = 8192, 96
+MAX_LENGTH = {"passage": 64, "query": 20, "document": 40}  # tokens
+LIST_SIZE = {"train": 8, "test": 10}  # documents of a ranking list, one of them right
 
 
 @dataclass
 class DemoArguments:
-    model: str | None = field(
-        default=None, metadata={"help": "A Gemma checkpoint. Default: a nano Gemma 2, made here."}
-    )
+    model: str = field(default=str(NANO), metadata={"help": "A Gemma checkpoint."})
+    tasks: list[str] = field(default_factory=lambda: ["classify", "rank"], metadata={"help": "classify, rank or both."})
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     pooling: Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"] = "mean"
     passages: int = field(default=2000, metadata={"help": "Passages of each library, at most; about a tenth to test."})
+    ranking_steps: int = field(default=60, metadata={"help": "As --max_steps, which is classification's."})
 
 
-def docstrings(library: str, limit: int) -> list[tuple[str, bool]]:
-    """Documentation of a library's functions and classes, and whether it is of a file for testing."""
-    paths = sysconfig.get_paths()
-    root = Path(paths["stdlib"]) if library == "python" else Path(paths["purelib"]) / library
-    skipped = {"site-packages", "tests", "test"}
-    files = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
-    random.Random(0).shuffle(files)
-    found = {}
-    for path in files:
-        for_testing = len(found) < limit // 10  # as many of every library
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):  # some files are there to be wrong
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                text = " ".join((ast.get_docstring(node) or "").split())
-                if len(text) >= 80:
-                    found.setdefault(NAMES.sub("_", text), for_testing)
-        if len(found) >= limit:
-            break
-    return list(found.items())[:limit]
+# 1. Data
 
 
-def read_passages(limit: int) -> dict[str, Dataset]:
-    rows = {"train": {}, "test": {}}
+def read_passages(limit: int) -> dict[str, dict[str, int]]:
+    """Passages, paragraphs apart by an empty line, and the number of their library."""
+    splits = {"train": {}, "test": {}}
+    room = {"train": limit - limit // 10, "test": limit // 10}
     for label, library in enumerate(LIBRARIES):
-        for text, for_testing in docstrings(library, limit):
-            rows["test" if for_testing else "train"].setdefault(text, label)
-    rows["train"] = {text: label for text, label in rows["train"].items() if text not in rows["test"]}
+        found = {"train": {}, "test": {}}
+        for docstring in docstrings(library):
+            split = "test" if docstring.held_out else "train"
+            if len(found[split]) < room[split]:
+                found[split].setdefault(NAMES.sub("_", docstring.text), label)
+            if all(len(found[split]) >= room[split] for split in room):
+                break
+        for split, texts in found.items():
+            splits[split] = {**texts, **splits[split]}
+    splits["train"] = {text: label for text, label in splits["train"].items() if text not in splits["test"]}
+    return splits
+
+
+def make_lists(passages: dict[str, int], tokenizer, size: int, limit: int, seed: int) -> tuple[Dataset, np.ndarray]:
+    """Ranking lists: a summary line, the passage it was cut off, and the passages of highest BM25 score for it.
+
+    Both are cut to their first tokens, and passages that are then the same are one, so that BM25 and the encoder see
+    the same text and every list has one right document. Where BM25 alone would not have found it, it is there all the
+    same. Returns the lists, the right document first in each, and BM25's scores, (num_lists, size).
+    """
+
+    def cut(texts: list[str], length: int) -> list[str]:
+        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
+        return [text.strip() for text in tokenizer.batch_decode(ids)]
+
+    parts = [text.partition("\n\n") for text in passages]
+    parts = [(summary, " ".join(rest.split())) for summary, _, rest in parts if len(summary) >= 20 and len(rest) >= 80]
+    summaries = cut([summary for summary, _ in parts], MAX_LENGTH["query"])
+    pairs = dict(zip(cut([rest for _, rest in parts], MAX_LENGTH["document"]), summaries, strict=True))
+    documents, summaries = list(pairs), list(pairs.values())
+    words = {"stopwords": None, "show_progress": False}
+    bm25 = bm25s.BM25()
+    bm25.index(bm25s.tokenize(documents, **words), show_progress=False)
+    rows, scores = [], []
+    for number in np.random.default_rng(seed).permutation(len(pairs))[:limit]:
+        found = bm25.get_scores(bm25s.tokenize(summaries[number], return_ids=False, **words)[0])
+        alike = [other for other in np.argsort(-found, kind="stable")[: size + 1] if other != number]
+        chosen = [number, *alike[: size - 1]]
+        rows.append({"query": summaries[number], "documents": [documents[i] for i in chosen]})
+        scores.append(found[chosen])
+    return Dataset.from_list(rows), np.array(scores)
+
+
+# 2. Fine-tuning
+
+
+def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
+    data = {
+        split: Dataset.from_dict({"text": [" ".join(text.split()) for text in texts], "label": list(texts.values())})
+        for split, texts in passages.items()
+    }
+    tokenized = {
+        split: rows.map(
+            lambda row: tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH["passage"]), batched=True
+        )
+        for split, rows in data.items()
+    }
+    model = GemmaEncoderForSequenceClassification.from_pretrained(
+        demo.model,
+        attention=demo.attention,
+        pooling=demo.pooling,
+        id2label=dict(enumerate(LIBRARIES)),
+        label2id={library: label for label, library in enumerate(LIBRARIES)},
+        dtype=torch.float32,
+    )
+    verify_attention(model)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=tokenized["train"],
+        eval_dataset=tokenized["test"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=lambda output: {"accuracy": np.mean(output.predictions.argmax(-1) == output.label_ids)},
+    )
+    trainer.train()
+    output = trainer.predict(tokenized["test"])
+    verify_attention(model)
+    folder = Path(args.output_dir) / "classifier"
+    trainer.save_model(folder)
+    difference = reload(model, tokenizer, data["test"]["text"][:16], folder)
+
+    train_labels, test_labels = np.array(data["train"]["label"]), np.array(data["test"]["label"])
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    linear = LogisticRegression(C=10, max_iter=1000).fit(tfidf.fit_transform(data["train"]["text"]), train_labels)
     return {
-        split: Dataset.from_dict({"text": list(labels), "label": list(labels.values())})
-        for split, labels in rows.items()
+        "title": f"accuracy, {len(test_labels):,} held-out passages",
+        "results": {
+            "most frequent library": float(np.mean(test_labels == np.bincount(train_labels).argmax())),
+            "TF-IDF + logistic regression": float(linear.score(tfidf.transform(data["test"]["text"]), test_labels)),
+            "Gemma Encoder": float(output.metrics["test_accuracy"]),
+        },
+        "reload_difference": difference,
+        "examples": {split: len(rows) for split, rows in data.items()},
+        "losses": losses(trainer),
+        "labels": (output.label_ids, output.predictions.argmax(-1)),
     }
 
 
-def make_nano_decoder(texts: list[str], folder: Path) -> None:
-    """A Gemma tokenizer trained on the texts and a random Gemma 2 of two million parameters, as a checkpoint."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    words.normalizer = normalizers.Replace(" ", "▁")
-    words.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # Gemma's merges stay within words
-    words.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special))
-    trained = json.loads(words.to_str())["model"]
-    merges = [tuple(merge) for merge in trained["merges"]]
-    tokenizer = GemmaTokenizer(vocab=trained["vocab"], merges=merges, add_bos_token=True, model_max_length=MAX_LENGTH)
-    tokenizer.save_pretrained(folder)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        sliding_window=32,
-        max_position_embeddings=512,
+def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
+    train, _ = make_lists(passages["train"], tokenizer, LIST_SIZE["train"], limit=2000, seed=args.seed)
+    test, bm25_scores = make_lists(passages["test"], tokenizer, LIST_SIZE["test"], limit=200, seed=args.seed)
+
+    set_template(tokenizer, pair="Query: {first} Document: {second}")
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        queries = [row["query"] for row in rows for _ in row["documents"]]
+        documents = [document for row in rows for document in row["documents"]]
+        batch = tokenizer(queries, documents, padding=True, return_tensors="pt")
+        lists = {name: values.unflatten(0, (len(rows), -1)) for name, values in batch.items()}
+        labels = torch.zeros(lists["input_ids"].shape[:2])
+        labels[:, 0] = 1
+        return {**lists, "labels": labels}
+
+    model = GemmaEncoderForRanking.from_pretrained(
+        demo.model, attention=demo.attention, pooling=demo.pooling, dtype=torch.float32
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    args = replace(
+        args,
+        max_steps=demo.ranking_steps,
+        per_device_train_batch_size=max(args.per_device_train_batch_size // 4, 1),
+        per_device_eval_batch_size=max(args.per_device_eval_batch_size // LIST_SIZE["test"], 1),
+        remove_unused_columns=False,
+        eval_strategy="no",
+    )
+    trainer = Trainer(model, args, train_dataset=train, data_collator=collate, processing_class=tokenizer)
+    trainer.train()
+    scores = trainer.predict(test).predictions  # (num_lists, num_docs), the right document first
+    verify_attention(model)
+    trainer.save_model(Path(args.output_dir) / "ranker")
+    return {
+        "title": f"mean reciprocal rank, {len(test):,} held-out lists of {LIST_SIZE['test']}",
+        "results": {
+            "random order": float(np.mean(1 / np.arange(1, LIST_SIZE["test"] + 1))),
+            "BM25": mean_reciprocal_rank(bm25_scores),
+            "Gemma Encoder": mean_reciprocal_rank(scores),
+        },
+        "examples": {"train": len(train), "test": len(test)},
+        "losses": losses(trainer),
+    }
+
+
+def mean_reciprocal_rank(scores: np.ndarray) -> float:
+    """Of lists whose first document is the right one; among equal scores it comes last."""
+    ranks = (scores >= scores[:, :1]).sum(1)
+    return float(np.mean(1 / ranks))
+
+
+def losses(trainer: Trainer) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 # What someone who downloads the checkpoint does: a fresh process, the Auto class, remote code, no package of ours.
@@ -137,135 +236,110 @@ with torch.no_grad():
 """
 
 
+def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
+    """The largest difference of a score between the model and its copy in `folder`, as a stranger loads it."""
+    form = {"padding": True, "truncation": True, "max_length": MAX_LENGTH["passage"]}
+    command = [sys.executable, "-c", RELOAD, str(folder), json.dumps(texts), json.dumps(form)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    reloaded = torch.tensor(json.loads(printed.splitlines()[-1]))
+    model = Accelerator().unwrap_model(model, keep_fp32_wrapper=False)  # not the mixed precision of training
+    inputs = tokenizer(texts, **form, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        difference = (model.eval()(**inputs).logits.cpu() - reloaded).abs().max().item()
+    if difference > 1e-4:
+        raise SystemExit(f"The reloaded model scores differently, by {difference:.1e}")
+    return difference
+
+
+# 3. Everything
+
+
 def main():
     demo, _ = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(return_remaining_strings=True)
     parser = HfArgumentParser((DemoArguments, TrainingArguments))
     parser.set_defaults(
         output_dir="demo_output",
-        max_steps=360,
+        max_steps=100,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
-        learning_rate=2e-5 if demo.model else 2e-3,  # our choice; random weights want a hundred times more
+        learning_rate=5e-4 if demo.model == str(NANO) else 2e-5,  # our choice; small models want more
         lr_scheduler_type="linear",
-        warmup_steps=36,
+        warmup_steps=0.1,
         weight_decay=0.01,
-        logging_steps=20,
+        logging_steps=10,
         save_strategy="no",
         report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
     )
     demo, args = parser.parse_args_into_dataclasses()
-    set_seed(args.seed)
-    started = time.time()
-    folder = Path(args.output_dir)
+    tasks = {"classify": classify, "rank": rank}
+    if unknown := set(demo.tasks) - set(tasks):
+        parser.error(f"--tasks: {', '.join(sorted(unknown))} is not one of {', '.join(tasks)}")
+    started, folder = time.time(), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    print("1. Reading documentation on this machine")
-    data = read_passages(demo.passages)
-    print(f"   {len(data['train']):,} passages to learn from, {len(data['test']):,} of other files to be tested on")
-
-    checkpoint = demo.model
-    if checkpoint is None:
-        print("2. Training a tokenizer and making a nano Gemma 2 decoder (random weights)")
-        checkpoint = folder / "decoder"
-        make_nano_decoder(data["train"]["text"], checkpoint)
-    else:
-        print(f"2. Starting from {checkpoint}")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokenized = {
-        name: rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH), batched=True)
-        for name, rows in data.items()
-    }
-
-    print(f"3. Adapting the decoder: {demo.attention} attention, {demo.pooling} pooling, a head, dropout")
-    model = GemmaEncoderForSequenceClassification.from_pretrained(
-        checkpoint,
-        attention=demo.attention,
-        pooling=demo.pooling,
-        id2label=dict(enumerate(LIBRARIES)),
-        label2id={library: label for label, library in enumerate(LIBRARIES)},
-        dtype=torch.float32,
+    print("Reading documentation on this machine")
+    passages = read_passages(demo.passages)
+    print(
+        f"{len(passages['train']):,} passages to learn from, {len(passages['test']):,} of other files to be tested on"
     )
-    verify_attention(model)
-
-    print("4. Fine-tuning with the stock Trainer")
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=tokenized["train"],
-        eval_dataset=tokenized["test"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=lambda output: {"accuracy": np.mean(output.predictions.argmax(-1) == output.label_ids)},
-    )
-    trainer.train()
-    output = trainer.predict(tokenized["test"])
-    verify_attention(model)
-
-    print("5. Saving, and loading again as a stranger would: a fresh process, AutoModel, no package of ours")
-    trainer.save_model(folder / "encoder")
-    texts = data["test"]["text"][:16]
-    form = {"padding": True, "truncation": True, "max_length": MAX_LENGTH}
-    command = [sys.executable, "-c", RELOAD, str(folder / "encoder"), json.dumps(texts), json.dumps(form)]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    reloaded = json.loads(printed.splitlines()[-1])
-    inputs = tokenizer(texts, **form, return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        difference = (model.eval()(**inputs).logits.cpu() - torch.tensor(reloaded)).abs().max().item()
-    if difference > 1e-4:
-        raise SystemExit(f"The reloaded model scores differently, by {difference:.1e}")
-
-    print("6. Comparing with simple baselines")
-    train_labels, test_labels = np.array(data["train"]["label"]), np.array(data["test"]["label"])
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2)
-    linear = LogisticRegression(C=10, max_iter=1000).fit(tfidf.fit_transform(data["train"]["text"]), train_labels)
-    results = {
-        "most frequent library": float(np.mean(test_labels == np.bincount(train_labels).argmax())),
-        "TF-IDF + logistic regression": float(linear.score(tfidf.transform(data["test"]["text"]), test_labels)),
-        f"Gemma Encoder ({demo.attention}, {demo.pooling})": output.metrics["test_accuracy"],
-    }
-    print(f"\n| held-out accuracy, {len(test_labels):,} passages | |\n| --- | --- |")
-    for name, accuracy in results.items():
-        print(f"| {name} | {accuracy:.1%} |")
+    tokenizer = AutoTokenizer.from_pretrained(demo.model)
+    done = {}
+    for task in demo.tasks:
+        print(f"\nFine-tuning {Path(demo.model).name} to {task}: {demo.attention} attention, {demo.pooling} pooling")
+        set_seed(args.seed)
+        done[task] = tasks[task](demo, args, tokenizer, passages)
     seconds = time.time() - started
-    print(f"\nLargest difference of a score after reloading: {difference:.1g}. Everything took {seconds:.0f} s.")
 
-    report = {"accuracy": results, "reload_difference": difference, "seconds": seconds, "seed": args.seed}
-    report |= {
-        "checkpoint": str(demo.model or "nano Gemma 2"),
-        "passages": {split: len(rows) for split, rows in data.items()},
-    }
-    report |= {"attention": demo.attention, "pooling": demo.pooling, "steps": trainer.state.global_step}
-    report |= {"learning_rate": args.learning_rate, "batch_size": args.per_device_train_batch_size}
+    for outcome in done.values():
+        print(f"\n| {outcome['title']} | |\n| --- | ---: |")
+        for name, value in outcome["results"].items():
+            print(f"| {name} | {value:.1%} |" if "accuracy" in outcome["title"] else f"| {name} | {value:.3f} |")
+    if "classify" in done:
+        difference = done["classify"]["reload_difference"]
+        print(f"\nLoaded again by a process without this package, scores differ by {difference:.0e}.")
+    print(f"Everything took {seconds:.0f} s.")
+    plot(done, folder / "results.png")
+    report = {task: {name: v for name, v in outcome.items() if name != "labels"} for task, outcome in done.items()}
+    report |= {"checkpoint": demo.model, "attention": demo.attention, "pooling": demo.pooling, "seed": args.seed}
+    report |= {"learning_rate": args.learning_rate, "batch_size": args.per_device_train_batch_size, "seconds": seconds}
     report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(trainer.state.log_history, output.label_ids, output.predictions.argmax(-1), folder / "results.png")
-    print(f"Plot: {folder}/results.png   Numbers: {folder}/results.json   Model: {folder}/encoder")
+    print(f"Plot: {folder}/results.png   Numbers: {folder}/results.json   Models: {folder}/classifier, {folder}/ranker")
 
 
-def plot(history: list[dict], labels: np.ndarray, predictions: np.ndarray, path: Path) -> None:
+def plot(done: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    left.plot(*zip(*points, strict=True), marker=".")
-    left.set(xlabel="step", ylabel="training loss", title="Fine-tuning", ylim=(0, None))
-    ConfusionMatrixDisplay.from_predictions(
-        labels,
-        predictions,
-        labels=range(len(LIBRARIES)),
-        display_labels=LIBRARIES,
-        normalize="true",
-        values_format=".0%",
-        cmap="Blues",
-        xticks_rotation=45,
-        colorbar=False,
-        im_kw={"vmin": 0, "vmax": 1},
-        ax=right,
-    )
-    accuracy = np.mean(labels == predictions)
-    right.set(xlabel="predicted", ylabel="documented", title=f"{len(labels):,} held-out passages: {accuracy:.1%} right")
+    figure, panels = pyplot.subplots(1, 2 * len(done), figsize=(8 * len(done), 4.5), layout="constrained")
+    for left, right, (task, outcome) in zip(panels[::2], panels[1::2], done.items(), strict=True):
+        left.plot(*zip(*outcome["losses"], strict=True), marker=".")
+        left.set(xlabel="step", ylabel="training loss", title=f"Fine-tuning: {task}", ylim=(0, None))
+        if "labels" in outcome:
+            labels, predictions = outcome["labels"]
+            ConfusionMatrixDisplay.from_predictions(
+                labels,
+                predictions,
+                labels=range(len(LIBRARIES)),
+                display_labels=LIBRARIES,
+                normalize="true",
+                values_format=".0%",
+                cmap="Blues",
+                xticks_rotation=45,
+                colorbar=False,
+                im_kw={"vmin": 0, "vmax": 1},
+                text_kw={"fontsize": 7},
+                ax=right,
+            )
+            accuracy = outcome["results"]["Gemma Encoder"]
+            right.set(xlabel="predicted", ylabel="documented", title=f"{accuracy:.1%} of {len(labels):,} right")
+        else:
+            bars = right.bar(
+                list(outcome["results"]), list(outcome["results"].values()), color=["silver", "gray", "C0"]
+            )
+            right.bar_label(bars, fmt="%.3f")
+            right.set(ylabel="mean reciprocal rank", title=outcome["title"].partition(", ")[2], ylim=(0, 1))
     figure.savefig(path, dpi=120)
 
 

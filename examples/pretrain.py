@@ -4,7 +4,7 @@ The decoder of this folder's `nano/`, from books and the documentation of what i
 
     python examples/pretrain.py --config examples/nano/config.json \\
         --text books/train.parquet docstrings --validation_text books/validation.parquet docstrings --join_lines \\
-        --output_dir runs/nano --max_steps 5000 --learning_rate 3e-3 --bf16 --torch_compile
+        --output_dir runs/nano --max_steps 3000 --learning_rate 2e-3 --bf16 --torch_compile
 
 Other sizes and data, several GPUs, and a checkpoint trained further on text of its own field:
 
@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, IterableDataset
 from ngrams import NGramModel, perplexity
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -42,7 +42,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_gemma_encoder.data import (
     TextArguments,
@@ -50,9 +49,10 @@ from modeling_gemma_encoder.data import (
     join_lines,
     load_blocks,
     load_documents,
+    mix,
     sample,
 )
-from modeling_gemma_encoder.training import StepTimer, plot_losses, refuse_another_run
+from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, refuse_another_run
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 
@@ -86,16 +86,11 @@ class PretrainingArguments(TextArguments):
 def documents(rows: Dataset | IterableDataset, join: bool, limit: int) -> Iterator[str]:
     """Documents until `limit` characters are read."""
     for row in rows:
-        yield join_lines(row["text"]) if join else row["text"]
-        limit -= len(row["text"])
+        text = row["text"] or ""
+        yield join_lines(text) if join else text
+        limit -= len(text)
         if limit < 0:
             break
-
-
-def name_of(source: str) -> str:
-    """A short name of a source for tables: `books` of `books/validation.parquet`."""
-    path = Path(source.split(":")[0])
-    return path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
 
 
 def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
@@ -112,6 +107,23 @@ def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
     return GemmaTokenizer(vocab=trained["vocab"], merges=merges, add_bos_token=True, model_max_length=block_size)
 
 
+def make_tokenizer(options: PretrainingArguments, texts: dict, folder: Path, made: bool, args: TrainingArguments):
+    """The tokenizer that was named, or that this run has made already, or a new one; saved with the decoder."""
+    if named := options.tokenizer or options.model:
+        tokenizer = AutoTokenizer.from_pretrained(named)
+    elif made:
+        return AutoTokenizer.from_pretrained(folder)
+    else:
+        print("Training a tokenizer", flush=True)
+        vocab_size = AutoConfig.from_pretrained(options.config).get_text_config().vocab_size
+        mixed = mix(list(texts.values()), args.seed).shuffle(seed=args.seed)
+        words = documents(mixed, options.join_lines, limit=50_000_000)
+        tokenizer = train_tokenizer(words, vocab_size, options.block_size)
+    if args.local_process_index == 0:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 # 2. The decoder
 
 
@@ -124,10 +136,7 @@ def make_decoder(options: PretrainingArguments, tokenizer):
         raise ValueError(
             f"--config {options.config}: model_type {config.model_type!r} is not of {', '.join(FAMILIES)}."
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the config's vocab_size is {config.vocab_size}."
-        )
+    config.vocab_size = max(config.vocab_size, len(tokenizer))  # Gemma 3's text models lack their tokenizer's last one
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     return AutoModelForCausalLM.from_config(config, **form)
@@ -135,7 +144,7 @@ def make_decoder(options: PretrainingArguments, tokenizer):
 
 def save_decoder(trainer: Trainer, dtype: torch.dtype) -> None:
     """The whole decoder, gathered wherever its parts are, as a stranger's `from_pretrained` expects it."""
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
     if trainer.is_world_process_zero():
         config = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).config)
         config.use_cache = True  # the Trainer turned it off; readers generate
@@ -190,34 +199,24 @@ def main():
     if problem := options.problem():
         parser.error(problem)
     set_seed(args.seed)
-    folder = Path(args.output_dir)
-    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(folder) if folder.is_dir() else None)
+    folder, is_main = Path(args.output_dir), args.process_index == 0
+    checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
+    refuse_another_run(run, folder, checkpoint, is_main)
 
     with args.main_process_first():
         texts, held_out = load_documents(options, args.seed)
-        made_before = checkpoint or args.local_process_index > 0
-        tokenizer_name = options.tokenizer or options.model or (folder if made_before else None)
-        if tokenizer_name:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-        else:
-            print("Training a tokenizer", flush=True)
-            vocab_size = AutoConfig.from_pretrained(options.config).get_text_config().vocab_size
-            several = interleave_datasets if options.streaming else concatenate_datasets
-            mixed = several(list(texts.values())).shuffle(seed=args.seed)
-            tokenizer = train_tokenizer(
-                documents(mixed, options.join_lines, 50_000_000), vocab_size, options.block_size
-            )
-        tokenizer.save_pretrained(folder)
+        tokenizer = make_tokenizer(options, texts, folder, made=checkpoint or args.local_process_index > 0, args=args)
         train, held_out = load_blocks(texts, held_out, tokenizer, options, args.seed)
-    if not options.streaming:
+    if not options.streaming and is_main:
         print(f"{len(train):,} blocks of {options.block_size} tokens to train on", flush=True)
 
     decoder = make_decoder(options, tokenizer)
     parameters = decoder.num_parameters()
     beside = parameters - decoder.get_input_embeddings().weight.numel()
-    print(f"{parameters:,} parameters, {beside:,} of them beside the embedding", flush=True)
-    run = {**asdict(options), "blocks": None if options.streaming else len(train), "decoder": decoder.config.to_dict()}
-    refuse_another_run(run, folder, checkpoint)
+    if is_main:
+        print(f"{parameters:,} parameters, {beside:,} of them beside the embedding", flush=True)
     timer = StepTimer()
     trainer = Trainer(
         decoder,
@@ -247,9 +246,8 @@ def main():
     report = {"perplexity": perplexities, "parameters": parameters, "parameters_beside_embedding": beside}
     report |= {"tokens": trainer.state.num_input_tokens_seen, "steps": trainer.state.global_step, "seed": args.seed}
     report |= {"tokens_per_second": timer.tokens_per_second(trainer.state), "learning_rate": args.learning_rate}
-    report |= {"batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
-    report |= {"bf16": args.bf16, "torch_compile": args.torch_compile, "device": str(args.device)}
-    report |= {"options": asdict(options)}
+    report |= {"batch_size": batch_size, "bf16": args.bf16, "torch_compile": args.torch_compile}
+    report |= {"device": str(args.device), "options": asdict(options)}
     report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")

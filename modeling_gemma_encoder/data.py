@@ -30,12 +30,17 @@ class TextArguments:
     text: list[str] = field(metadata={"help": TEXT_HELP})
     validation_text: list[str] | None = field(
         default=None,
-        metadata={"help": "As --text, held out; of `docstrings` other files. Default: one document in a hundred."},
+        metadata={
+            "help": "As --text, held out; of `docstrings` other files. Default: of `docstrings` one file in ten, of "
+            "all other text one document in a hundred."
+        },
     )
     text_column: str = field(default="text", metadata={"help": "Of Parquet, JSON and the Hub."})
     join_lines: bool = field(default=False, metadata={"help": "Undo hard line wrapping within paragraphs."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
-    streaming: bool = field(default=False, metadata={"help": "Read while training, for text that fits on no disk."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read while training, text that fits on no disk; several texts alternate."}
+    )
     validation_blocks: int = field(default=1000, metadata={"help": "Blocks evaluated of each held-out text, at most."})
 
     def problem(self) -> str | None:
@@ -140,8 +145,18 @@ def load_documents(options: TextArguments, seed: int) -> tuple[dict, dict]:
     if options.validation_text:
         named = _named(options.validation_text)
         return train, {name: read_text(source, options, held_out=True) for name, source in named.items()}
-    split = {name: rows.train_test_split(0.01, seed=seed) for name, rows in train.items()}
-    return {name: rows["train"] for name, rows in split.items()}, {name: rows["test"] for name, rows in split.items()}
+    held_out = {}
+    if "docstrings" in train:  # files, not texts, are held out
+        held_out["docstrings"] = read_text("docstrings", options, held_out=True)
+    others = [rows for name, rows in train.items() if name not in held_out]
+    if others:
+        together = concatenate_datasets(others)
+        if len(together) < 2:
+            raise ValueError("--text is one document, of which none can be held out: give --validation_text.")
+        split = together.train_test_split(max(0.01, 1 / len(together)), seed=seed)
+        held_out["held_out"] = split["test"]
+        train = {**{name: rows for name, rows in train.items() if name in held_out}, "text": split["train"]}
+    return train, held_out
 
 
 def _named(sources: list[str]) -> dict[str, str]:
@@ -156,31 +171,40 @@ def _named(sources: list[str]) -> dict[str, str]:
 
 def pack(rows: dict, tokenizer, block_size: int, join: bool) -> dict:
     """Documents, each ended by <eos>, one after another in full blocks that begin with <bos>; the rest is dropped."""
-    tokens = []
+    tokens = [np.array([], dtype=np.int32)]
     for text in rows["text"]:
-        paragraphs = re.split(r"(?<=\n\n)", join_lines(text) if join else text)  # long texts are faster in pieces
-        encoded = tokenizer(paragraphs, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
-        tokens.append(np.array([tokenizer.eos_token_id], dtype=np.int32))
+        text = join_lines(text or "") if join else text or ""
+        if text.strip():
+            paragraphs = re.split(r"(?<=\n\n)(?!\n)", text)  # long texts are faster in pieces
+            encoded = tokenizer(paragraphs, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+            tokens.append(np.array([tokenizer.eos_token_id], dtype=np.int32))
     tokens = np.concatenate(tokens)
     width = block_size - 1
     blocks = tokens[: len(tokens) // width * width].reshape(-1, width)
     return {"input_ids": np.insert(blocks, 0, tokenizer.bos_token_id, axis=1)}
 
 
+def mix(parts: list[Dataset] | list[IterableDataset], seed: int) -> Dataset | IterableDataset:
+    """All rows of several data sets. Streams alternate row by row until each has ended, shuffled within a window."""
+    if isinstance(parts[0], IterableDataset):
+        rows = interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
+        return rows.shuffle(seed=seed, buffer_size=10_000)
+    return concatenate_datasets(parts)
+
+
 def load_blocks(documents: dict, held_out: dict, tokenizer, options: TextArguments, seed: int) -> tuple:
-    """Blocks `input_ids` (block_size,): all to train on as one data set, and of each held-out source a sample."""
+    """Blocks `input_ids` (block_size,): all to train on as one data set, and of each held-out source a sample.
+
+    Raises:
+        ValueError: a text does not fill one block.
+    """
     into_blocks = partial(pack, tokenizer=tokenizer, block_size=options.block_size, join=options.join_lines)
-    packing = {"function": into_blocks, "batched": True, "batch_size": 256, "remove_columns": ["text"]}
-    packed = [rows.map(**packing) for rows in documents.values()]
-    if options.streaming:
-        train = interleave_datasets(packed, stopping_strategy="all_exhausted_without_replacement")
-        train = train.shuffle(seed=seed, buffer_size=10_000)
-    else:
-        train = concatenate_datasets(packed)
+    packing = {"function": into_blocks, "batched": True, "batch_size": 1000, "remove_columns": ["text"]}
+    train = mix([rows.map(**packing) for rows in documents.values()], seed)
     samples = {name: sample(rows.map(**packing), options.validation_blocks, seed) for name, rows in held_out.items()}
     for name, rows in [("--text", train), *samples.items()]:
-        if not options.streaming and len(rows) == 0:
+        if next(iter(rows), None) is None:
             raise ValueError(f"{name}: the text does not fill one block of --block_size {options.block_size} tokens.")
     return train, samples
 

@@ -101,7 +101,7 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         kwargs["unpadding"] = with_dense_masks(unpadding, {layer.self_attn.reach for layer in encoder.model.layers})
     else:  # flash attention keeps sequences apart by their lengths
         softcap = getattr(encoder.config.text_config, "attn_logit_softcapping", None)
-        dropout = encoder.training and encoder.config.attention_dropout
+        dropout = encoder.training and encoder.model.layers[0].self_attn.attention_dropout
         if "flash" in implementation and dropout and (softcap or implementation != "flash_attention_2"):
             raise ValueError(
                 f"attn_implementation={implementation!r} cannot drop attention weights here: train with {UNPADDED!r}, "
@@ -134,7 +134,8 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         inputs_embeds = inputs_embeds.where(mask[..., None], 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     decoder = encoder.model.config
-    if decoder._attn_implementation == "flex_attention" and encoder.training and encoder.config.attention_dropout:
+    dropout = encoder.training and encoder.model.layers[0].self_attn.attention_dropout
+    if decoder._attn_implementation == "flex_attention" and dropout:
         raise ValueError(
             f"attn_implementation='flex_attention' cannot drop attention weights: train with {UNPADDED!r}, or load the "
             "model with attention_dropout=0."

@@ -342,7 +342,7 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         )
 
     def _predict(self, states: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(states, self.model.embed_tokens.weight)
+        logits = F.linear(states, self.model.embed_tokens.weight.to(states.device))
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -28,16 +28,25 @@ class StepTimer(TrainerCallback):
         return state.num_input_tokens_seen / state.global_step / statistics.median(self.seconds)
 
 
-def refuse_another_run(run: dict, folder: Path, checkpoint: str | None) -> None:
-    """Writes down what a run began with, or raises ValueError if `checkpoint` began with something else."""
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end: the Trainer writes `trainer_state.json` last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def refuse_another_run(run: dict, folder: Path, checkpoint: str | None, is_main: bool) -> None:
+    """Writes down what a run began with, or raises ValueError if what `checkpoint` is of began with something else."""
     path, run = folder / "run.json", json.loads(json.dumps(run))
-    if checkpoint and path.exists():
-        began = json.loads(path.read_text())
-        if changed := [name for name in run if run[name] != began.get(name)]:
-            differences = "; ".join(f"{name}: {began.get(name)} -> {run[name]}" for name in changed)
+    began = json.loads(path.read_text()) if path.exists() else {}
+    if checkpoint and began:
+        if changed := [name for name in run if name in began and run[name] != began[name]]:
+            differences = "; ".join(f"{name}: {began[name]} -> {run[name]}" for name in changed)
             raise ValueError(f"{folder} holds another run ({differences}). Choose another --output_dir, or delete it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=2) + "\n")
+    elif is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = folder / "run.json.part"
+        whole.write_text(json.dumps(run, indent=2) + "\n")
+        whole.replace(path)
 
 
 def plot_losses(

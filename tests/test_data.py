@@ -1,6 +1,7 @@
 """Laws of text for training: nothing is lost, nothing is both read and held out."""
 
 import json
+from pathlib import Path
 
 import click
 import numpy as np
@@ -82,12 +83,33 @@ def test_streaming_gives_the_same_blocks(nano_tokenizer, tmp_path):
     assert blocks[0] == blocks[1]
 
 
-def test_one_document_in_a_hundred_is_held_out_by_default(tmp_path):
-    path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps({"text": f"Text number {number}."}) + "\n" for number in range(300)))
-    train, held_out = load_documents(TextArguments(text=[str(path)]), seed=0)
-    assert len(train["many"]) == 297 and len(held_out["many"]) == 3
-    assert not set(train["many"]["text"]) & set(held_out["many"]["text"])
+def test_blank_texts_are_no_documents_and_newlines_are_read_whole(nano_tokenizer):
+    def encode(text):
+        return nano_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    texts = ["", None, "a\n\n\n\nb", "  \n", "c"]
+    blocks = np.array(pack({"text": texts}, nano_tokenizer, block_size=4, join=False)["input_ids"])
+    stream = [*encode("a\n\n\n\nb"), 1, *encode("c"), 1]
+    assert blocks[:, 1:].ravel().tolist() == stream[: len(stream) // 3 * 3]
+    assert np.array(pack({"text": ["", None]}, nano_tokenizer, 4, join=True)["input_ids"]).size == 0
+
+
+def test_one_document_in_a_hundred_is_held_out_by_default(monkeypatch, tmp_path):
+    paths = []
+    for name in ("some", "more"):
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        rows = [json.dumps({"text": f"Text number {number} of {name}."}) + "\n" for number in range(100)]
+        Path(paths[-1]).write_text("".join(rows))
+    train, held_out = load_documents(TextArguments(text=paths), seed=0)
+    assert len(train["text"]) == 198 and len(held_out["held_out"]) == 2
+    assert not set(train["text"]["text"]) & set(held_out["held_out"]["text"])
+    monkeypatch.setattr(data, "all_docstrings", lambda: {"read": False, "kept": True})
+    train, held_out = load_documents(TextArguments(text=[*paths, "docstrings"]), seed=0)
+    assert set(train) == {"docstrings", "text"} and set(held_out) == {"docstrings", "held_out"}
+    assert train["docstrings"]["text"][:] == ["read"] and held_out["docstrings"]["text"][:] == ["kept"]
+    (tmp_path / "one.txt").write_text("One document.")
+    with pytest.raises(ValueError, match="give --validation_text"):
+        load_documents(TextArguments(text=[str(tmp_path / "one.txt")]), seed=0)
 
 
 def test_sources_of_one_name_are_kept_apart(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pretrain
 import pytest
 import torch
+from conftest import NANO
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -87,6 +88,19 @@ def test_an_interrupted_run_ends_with_the_same_weights(run, tmp_path):
     assert (folder / "results.json").exists()
     with pytest.raises(ValueError, match=r"holds another run .*block_size: 16 -> 32"):
         run("--block_size", "32")
+
+
+def test_half_a_checkpoint_is_not_resumed_from_and_another_run_is_not_harmed(run):
+    folder = run("--max_steps", "4")
+    tokenizer = (folder / "tokenizer.json").read_text()
+    (folder / "checkpoint-6").mkdir()
+    (folder / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"holds another run .*seed: 42 -> 1"):
+        run("--seed", "1")
+    with pytest.raises(ValueError, match="holds another run"):
+        run("--tokenizer", str(NANO))
+    assert (folder / "tokenizer.json").read_text() == tokenizer
+    assert json.loads((run() / "results.json").read_text())["steps"] == 8
 
 
 def test_two_processes_train_the_same_decoder_as_one(run, tmp_path):

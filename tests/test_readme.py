@@ -1,16 +1,16 @@
-"""The README's code runs as it stands, with the demo's nano checkpoint in the place of the one it names."""
+"""The README's code runs as it stands, with the nano decoder in the place of the one it names."""
 
 import re
 from pathlib import Path
 
-from demo import make_nano_decoder
+from conftest import NANO
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_nano_decoder([README.read_text()], tmp_path / "gemma")
+    (tmp_path / "gemma").symlink_to(NANO)
     rows = ["text,label", "It rains.,wet", "The sun is out.,dry", "Snow and a longer text.,cold", ""]
     (tmp_path / "train.csv").write_text("\n".join(rows))
     (tmp_path / "test.csv").write_text("\n".join([*rows[:3], ""]))  # a class is missing: ids must not shift

@@ -1,0 +1,223 @@
+"""Up-trains a Gemma decoder as a bidirectional encoder on plain text, before it is fine-tuned on a task.
+
+    python examples/uptrain.py --model examples/nano --objective mntp --text docstrings --output_dir runs/nano-mntp
+    accelerate launch examples/uptrain.py --model google/gemma-2-2b --objective mlm --mask_rate 0.2 --bf16 \\
+        --text wikitext:wikitext-103-raw-v1 --validation_text wikitext:wikitext-103-raw-v1:validation \\
+        --block_size 512 --learning_rate 2e-5 --output_dir runs/gemma-2-2b-mlm
+
+Both hide tokens and predict them with the decoder's own head: "mlm" from the hidden token's own state, "mntp"
+from the state before it, as the decoder has learned (LLM2Vec, arXiv 2404.05961). The paper itself does no up-training.
+What comes out loads into every head: `GemmaEncoderForSequenceClassification.from_pretrained("runs/nano-mntp")`.
+
+Every flag of `TrainingArguments` works. Run the same command again and it resumes from the last checkpoint.
+"""
+
+import copy
+import json
+import math
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
+from modeling_gemma_encoder.data import TextArguments, load_blocks, load_documents
+from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, refuse_another_run
+
+
+@dataclass(kw_only=True)
+class UptrainingArguments(TextArguments):
+    model: str = field(metadata={"help": "A Gemma checkpoint, raw or up-trained."})
+    objective: Literal["mlm", "mntp"] = field(
+        default="mlm", metadata={"help": "Masked LM, or masked next-token prediction."}
+    )
+    mask_rate: float = field(default=0.2, metadata={"help": "Share of the tokens that are predicted."})
+    mask_replace_prob: float = field(default=0.8, metadata={"help": "Share of those that become the mask token."})
+    random_replace_prob: float = field(default=0.1, metadata={"help": "Share of those that become a random token."})
+    mask_token: str | None = field(
+        default=None, metadata={"help": 'Where the tokenizer has none: a token to use, as LLM2Vec uses "_".'}
+    )
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    dropout: float = field(
+        default=0.0, metadata={"help": "While up-training; the checkpoint's config asks for the paper's 0.1 again."}
+    )
+    attn_implementation: str | None = None
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def problem(self) -> str | None:
+        if not 0 < self.mask_rate < 1:
+            return f"--mask_rate must be between 0 and 1, got {self.mask_rate}"
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            return "--mask_replace_prob and --random_replace_prob are shares of one whole: together at most 1"
+        return super().problem()
+
+
+class Masking(TrainerCallback):
+    """Upstream's masking of blocks, where what is hidden depends on the seed, the epoch and the block alone.
+
+    So neither the batch size nor an interruption changes it: the Trainer draws a batch before it needs it, and what a
+    global random state had by then is not what a checkpoint says. Rows that have `labels` are masked already.
+    """
+
+    def __init__(self, tokenizer, vocab_size: int, seed: int, **options):
+        self.masking = DataCollatorForLanguageModeling(tokenizer, **options)
+        self.vocab_size, self.seed, self.epoch = vocab_size, seed, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = int(state.epoch or 0) - 1
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch += 1
+
+    def mask(self, row: dict) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels` (1, block_size)."""
+        block = np.asarray(row["input_ids"], dtype=np.int32)
+        state = np.random.SeedSequence([self.seed, self.epoch, zlib.crc32(block.tobytes())]).generate_state(1)
+        self.masking.generator = torch.Generator().manual_seed(int(state[0]))
+        masked = self.masking([{"input_ids": block.tolist()}])
+        # A tokenizer may have a token more than its model, which upstream may draw at random.
+        beyond = masked["input_ids"] >= self.vocab_size
+        masked["input_ids"][beyond] = self.masking.tokenizer.mask_token_id
+        return masked
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if "labels" in rows[0]:
+            return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+        masked = [self.mask(row) for row in rows]
+        return {name: torch.cat([row[name] for row in masked]) for name in masked[0]}
+
+
+def mask_with(tokenizer, mask_token: str | None):
+    """A copy of the tokenizer that masks with `mask_token`: what is saved must go on reading texts as before."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if mask_token is not None:
+        if mask_token not in tokenizer.get_vocab():
+            raise ValueError(f"--mask_token {mask_token!r} is not in the tokenizer's vocabulary.")
+        tokenizer.mask_token = mask_token
+    if tokenizer.mask_token is None:
+        raise ValueError("The tokenizer has no mask token: choose one of its tokens with --mask_token.")
+    return tokenizer
+
+
+def main():
+    parser = HfArgumentParser((UptrainingArguments, TrainingArguments))
+    parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
+        output_dir="runs/uptrain",
+        max_steps=1000,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=32,
+        learning_rate=5e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        logging_steps=50,
+        eval_strategy="steps",
+        eval_steps=500,
+        save_steps=500,
+        save_total_limit=2,
+        report_to="none",
+        include_num_input_tokens_seen=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+    options, args = parser.parse_args_into_dataclasses()
+    if problem := options.problem():
+        parser.error(problem)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    masks = mask_with(tokenizer, options.mask_token)
+    set_seed(args.seed)
+    folder, is_main = Path(args.output_dir), args.process_index == 0
+    checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    refuse_another_run({**asdict(options), "seed": args.seed, "batch_size": batch_size}, folder, checkpoint, is_main)
+
+    model = GemmaEncoderForMaskedLM.from_pretrained(
+        options.model,
+        attention=options.attention,
+        masked_lm_objective=options.objective,
+        attention_dropout=options.dropout,
+        feedforward_dropout=options.dropout,
+        attn_implementation=options.attn_implementation,
+        dtype=torch.float32,
+    )
+    verify_attention(model)
+    # The layers have their dropout; what is saved, checkpoints too, asks fine-tuning for the paper's again.
+    defaults = GemmaEncoderConfig()
+    model.config.attention_dropout = defaults.attention_dropout
+    model.config.feedforward_dropout = defaults.feedforward_dropout
+
+    masking = Masking(
+        masks,
+        model.config.vocab_size,
+        args.seed,
+        mlm_probability=options.mask_rate,
+        mask_replace_prob=options.mask_replace_prob,
+        random_replace_prob=options.random_replace_prob,
+    )
+    with args.main_process_first():
+        train, held_out = load_blocks(*load_documents(options, args.seed), tokenizer, options, args.seed)
+        held_out = {name: masked_once(rows, masking) for name, rows in held_out.items()}
+    timer = StepTimer()
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=masking,
+        processing_class=tokenizer,
+        callbacks=[masking, timer],
+    )
+    before = perplexities(trainer, held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    verify_attention(model)
+    # The perplexity after is that of the weights as they are saved.
+    dtype = getattr(torch, options.save_dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    after = perplexities(trainer, held_out)
+    model.to(dtype)
+    trainer.save_model(folder)
+    if not is_main:
+        return
+    report = {"masked_perplexity": {name: {"before": before[name], "after": after[name]} for name in held_out}}
+    report |= {"tokens": trainer.state.num_input_tokens_seen, "steps": trainer.state.global_step, "seed": args.seed}
+    report |= {"tokens_per_second": timer.tokens_per_second(trainer.state), "learning_rate": args.learning_rate}
+    report |= {"batch_size": batch_size, "bf16": args.bf16, "device": str(args.device), "options": asdict(options)}
+    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    plot_losses(trainer.state.log_history, list(held_out), folder / "training.png")
+    print("\n| perplexity of hidden tokens | before | after |\n| --- | ---: | ---: |")
+    for name in held_out:
+        print(f"| {name} | {before[name]:.1f} | {after[name]:.1f} |")
+    print(f"\nEncoder, results.json, training_log.json and training.png are in {folder}")
+
+
+def masked_once(rows, masking: Masking) -> Dataset:
+    """Held-out blocks with `labels`: the same tokens are hidden in every evaluation."""
+    masked = [{name: values[0].tolist() for name, values in masking.mask(row).items()} for row in rows]
+    return Dataset.from_list([{name: row[name] for name in ("input_ids", "labels")} for row in masked])
+
+
+def perplexities(trainer: Trainer, held_out: dict) -> dict[str, float]:
+    metrics = trainer.evaluate()
+    return {name: math.exp(metrics[f"eval_{name}_loss"]) for name in held_out}
+
+
+if __name__ == "__main__":
+    main()

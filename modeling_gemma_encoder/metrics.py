@@ -1,0 +1,84 @@
+"""The metrics of GLUE and SuperGLUE, offline: predictions and labels -> named scores between -1 and 1.
+
+Where a question has several answers, `groups` says which rows belong to one question. GLUE: arXiv 1804.07461, table 1;
+SuperGLUE: arXiv 1905.00537, table 1 and section 3.
+"""
+
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float(accuracy_score(labels, predictions))}
+
+
+def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """F1 of class 1 (MRPC, QQP)."""
+    return {**accuracy(predictions, labels), "f1": float(f1_score(labels, predictions, zero_division=0))}
+
+
+def accuracy_and_macro_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """F1 averaged over the classes (CB)."""
+    macro = f1_score(labels, predictions, average="macro", zero_division=0)
+    return {**accuracy(predictions, labels), "f1": float(macro)}
+
+
+def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """CoLA, AX and AX-b; 0 when all predictions are one class."""
+    return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
+
+
+def pearson_and_spearman(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """STS-B; 0 when all predictions are one number, where correlation is not defined."""
+    if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(pearsonr(predictions, labels).statistic),
+        "spearman": float(spearmanr(predictions, labels).statistic),
+    }
+
+
+def answer_f1_and_exact_match(
+    predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Hashable]
+) -> dict[str, float]:
+    """MultiRC: F1 over all answers, F1 averaged over questions, and questions whose answers are all judged right."""
+    questions = defaultdict(list)
+    for row, group in enumerate(groups):
+        questions[group].append(row)
+    rows = [np.array(rows) for rows in questions.values()]
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    return {
+        "f1_a": float(f1_score(labels, predictions, zero_division=0)),
+        "f1_m": float(
+            np.mean([f1_score(labels[row], predictions[row], average="macro", zero_division=0) for row in rows])
+        ),
+        "exact_match": float(np.mean([np.array_equal(labels[row], predictions[row]) for row in rows])),
+    }
+
+
+def span_f1_and_exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """ReCoRD: overlap in words, and equality, of each predicted text with the best of its answers."""
+    f1 = [max(_word_f1(text, answer) for answer in right) for text, right in zip(predictions, answers, strict=True)]
+    exact = [
+        any(normalize(text) == normalize(answer) for answer in right)
+        for text, right in zip(predictions, answers, strict=True)
+    ]
+    return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
+
+
+def normalize(text: str) -> str:
+    """Lower case without punctuation, articles and extra spaces, as SQuAD's evaluation (arXiv 1606.05250) does."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _word_f1(text: str, answer: str) -> float:
+    words, right = normalize(text).split(), normalize(answer).split()
+    common = sum((Counter(words) & Counter(right)).values())
+    return 2 * common / (len(words) + len(right)) if common else 0.0

@@ -1,0 +1,54 @@
+"""How texts become the one text that is read, stated once: in the tokenizer, which is saved with the checkpoint.
+
+After `set_template(tokenizer, pair="Query: {first} Document: {second}")` plain `tokenizer(query, document)` gives the
+template's tokens, as pipelines and sentence-transformers call it; truncation takes from the texts, never from the
+template.
+"""
+
+import re
+
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+FIELDS = {"{first}": "$A", "{second}": "$B"}
+
+
+def set_template(
+    tokenizer: PreTrainedTokenizerBase, single: str = "{first}", pair: str = "{first}\n{second}"
+) -> PreTrainedTokenizerBase:
+    """Makes `tokenizer(text)` and `tokenizer(first, second)` read these templates, after <bos> where it has one.
+
+    The words of a template become tokens by themselves, without those of the texts: a space before a text is a token
+    of its own. Special tokens written in a template are those tokens.
+
+    Raises:
+        ValueError: a template lacks a field or has one twice, or the tokenizer is no fast one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: its template cannot be set.")
+    pieces = {}
+
+    def compile(name: str, template: str, fields: list[str]) -> list[str]:
+        parts = re.split(r"(\{\w*\})", template)
+        if sorted(parts[1::2]) != sorted(fields):
+            raise ValueError(f"`{name}` must contain {' and '.join(fields)} once each, got {template!r}.")
+        compiled = [tokenizer.bos_token] if adds_bos else []
+        for part in filter(None, parts):
+            if part not in FIELDS:
+                ids = tokenizer(part, add_special_tokens=False)["input_ids"]
+                piece = f"words-{'-'.join(map(str, ids))}"
+                pieces[piece] = {"id": piece, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
+            compiled.append(FIELDS.get(part) or piece)
+        return compiled
+
+    adds_bos = tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if adds_bos:
+        token, number = tokenizer.bos_token, tokenizer.bos_token_id
+        pieces[token] = {"id": token, "ids": [number], "tokens": [token]}
+    form = {"single": compile("single", single, ["{first}"]), "pair": compile("pair", pair, list(FIELDS))}
+    backend.post_processor = TemplateProcessing(**form, special_tokens=list(pieces.values()))
+    # With these in its config, a tokenizer that is loaded forgets the template and only adds <bos>.
+    for flag in ("add_bos_token", "add_eos_token"):
+        tokenizer.init_kwargs.pop(flag, None)
+    return tokenizer

@@ -1,0 +1,49 @@
+"""Laws of the benchmarks: they run, say what they ran, and run nothing twice."""
+
+import json
+import sys
+
+import pretraining
+import pytest
+from conftest import NANO
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    for task in ("sst2", "stsb"):
+        (tmp_path / "glue" / task).mkdir(parents=True)
+        for split, number in (("train", 1040), ("validation", 12)):
+            rows = [
+                {"sentence": f"a {word} film", "label": label}
+                if task == "sst2"
+                else {"sentence1": "It rains.", "sentence2": f"It {word} {row}.", "label": 5.0 * label + row % 3}
+                for row, (word, label) in enumerate([("good", 1), ("bad", 0)] * (number // 2))
+            ]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / "glue" / task / f"{split}.jsonl").write_text(text)
+
+    def run(*flags: str) -> dict:
+        command = ["pretraining.py", "--models", str(NANO), "scratch", "--data_dir", str(tmp_path / "glue")]
+        command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--disable_tqdm", "true"]
+        command += ["--seeds", "1", "2", "--learning_rates", "1e-3", "--per_device_eval_batch_size", "500", *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        pretraining.main()
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    run.cells = tmp_path / "out" / "cells"
+    return run
+
+
+def test_pretraining_is_compared_with_random_weights(run, capsys):
+    report = run()
+    assert set(report["results"]) == {"sst2", "stsb"}
+    for task in report["results"].values():
+        assert set(task) == {str(NANO), "scratch"}
+        assert all(len(of_model["scores"]) == 2 for of_model in task.values())
+    assert "| scratch |" in capsys.readouterr().out
+    written = {path: path.stat().st_mtime_ns for path in run.cells.iterdir()}
+    assert len(written) == 2 * 2 * 3
+    assert run() == report
+    assert {path: path.stat().st_mtime_ns for path in run.cells.iterdir()} == written  # nothing ran again
+    run("--weight_decay", "0.5", "--tasks", "sst2")
+    assert len(list(run.cells.iterdir())) == 2 * 2 * 3 + 2 * 3  # other options are other cells

@@ -1,0 +1,122 @@
+"""Laws of up-training's script: what it leaves fine-tunes like any checkpoint, and survives interruption."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import uptrain
+from conftest import NANO
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Up-trains the nano decoder on this repository's own prose."""
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "README.md").read_text())
+
+    def run(*flags: str) -> Path:
+        folder = tmp_path / "encoder"
+        command = ["uptrain.py", "--model", str(NANO), "--text", str(text), "--validation_text", str(text)]
+        command += ["--output_dir", str(folder), "--block_size", "32", "--max_steps", "6", "--save_steps", "3"]
+        command += ["--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--learning_rate", "1e-3"]
+        monkeypatch.setattr(sys, "argv", [*command, *flags])
+        uptrain.main()
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mntp"])
+def test_an_up_trained_encoder_predicts_better_and_loads_into_a_head(objective, run):
+    folder = run("--objective", objective)
+    report = json.loads((folder / "results.json").read_text())
+    assert report["masked_perplexity"]["text"]["after"] < report["masked_perplexity"]["text"]["before"]
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    assert model.config.masked_lm_objective == objective and model.dtype == torch.bfloat16
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier"} and not info["unexpected_keys"]
+    assert classifier.config.attention_dropout == classifier.config.feedforward_dropout == 0.1
+    assert torch.equal(classifier.model.norm.weight, model.model.norm.weight)
+    assert AutoTokenizer.from_pretrained(folder).mask_token == "<mask>"
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(run):
+    folder = run("--dropout", "0.1")
+    whole = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "model.safetensors").unlink()
+    resumed = load_file(run("--dropout", "0.1") / "model.safetensors")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_masks_depend_on_the_block_and_the_epoch_alone(nano_tokenizer):
+    options = {"mlm_probability": 0.3, "mask_replace_prob": 0.8, "random_replace_prob": 0.1}
+    masking = uptrain.Masking(nano_tokenizer, 8192, 1, **options)
+    blocks = [{"input_ids": [2, *row]} for row in torch.randint(300, 8000, (50, 63)).tolist()]
+    together = masking(blocks)
+    alone = [masking([block]) for block in reversed(blocks)][::-1]
+    for name, values in together.items():
+        assert values.shape == (50, 64)
+        assert torch.equal(values, torch.cat([row[name] for row in alone]))
+    hidden, original = together["labels"] != -100, torch.tensor([block["input_ids"] for block in blocks])
+    assert torch.equal(together["labels"][hidden], original[hidden]) and not hidden[:, 0].any()
+    assert torch.equal(together["input_ids"][~hidden], original[~hidden])
+    assert hidden[:, 1:].float().mean().item() == pytest.approx(0.3, abs=0.03)
+    replaced = (together["input_ids"] == nano_tokenizer.mask_token_id)[hidden].float().mean().item()
+    assert replaced == pytest.approx(0.8, abs=0.05)
+    for other in (uptrain.Masking(nano_tokenizer, 8192, 2, **options), masking):
+        other.epoch += other is masking
+        assert not torch.equal(other(blocks)["labels"], together["labels"])
+
+
+def test_no_token_is_drawn_that_the_model_lacks(nano_tokenizer):
+    masking = uptrain.Masking(nano_tokenizer, 400, 0, mlm_probability=0.5, mask_replace_prob=0, random_replace_prob=1)
+    assert masking([{"input_ids": [2] + [300] * 500}])["input_ids"].max() < 400
+
+
+def test_streaming_trains(run):
+    folder = run("--streaming", "--objective", "mntp")
+    report = json.loads((folder / "results.json").read_text())
+    assert report["masked_perplexity"]["text"]["after"] < report["masked_perplexity"]["text"]["before"]
+
+
+def test_checkpoints_ask_for_dropout_that_up_training_did_without(run):
+    folder = run()
+    for name in ("checkpoint-3", "."):
+        config = json.loads((folder / name / "config.json").read_text())
+        assert config["attention_dropout"] == config["feedforward_dropout"] == 0.1
+
+
+def test_a_token_of_the_vocabulary_can_be_the_mask(run):
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    masking = uptrain.Masking(uptrain.mask_with(tokenizer, "_"), 8192, 0, mlm_probability=0.9)
+    assert (masking([{"input_ids": [2] + [300] * 50}])["input_ids"] == tokenizer.convert_tokens_to_ids("_")).any()
+    again = AutoTokenizer.from_pretrained(run("--mask_token", "_", "--max_steps", "1"))
+    text = "The __init__ of my_var."
+    assert (
+        again(text)["input_ids"]
+        == tokenizer(text)["input_ids"]
+        == AutoTokenizer.from_pretrained(NANO)(text)["input_ids"]
+    )
+    with pytest.raises(ValueError, match=r"--mask_token '\[GAP\]' is not in the tokenizer's vocabulary"):
+        run("--mask_token", "[GAP]")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mask_rate", "1.5"], "--mask_rate must be between 0 and 1, got 1.5"),
+        (["--random_replace_prob", "0.5"], "together at most 1"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(flags, message, run, capsys):
+    with pytest.raises(SystemExit):
+        run(*flags)
+    assert message in capsys.readouterr().err
