@@ -1,12 +1,13 @@
 """What reading English first is worth: fine-tuning from a decoder against the same decoder with random weights.
 
     python benchmarks/pretraining.py --data_dir path/to/glue --seeds 1 2 3
-    python benchmarks/pretraining.py --models examples/nano runs/nano-mlm runs/nano-mntp scratch --tasks sst2 stsb
+    python benchmarks/pretraining.py --models examples/nano my-up-trained-nano scratch --tasks sst2 stsb
 
-SST-2 (accuracy) and STS-B (Spearman), trained for the same number of steps from every start. Each start has the
-learning rate that is best for it on a part of the training set that is set aside; scores are of the official
-validation sets. Without `--data_dir` (folders `<task>/<split>.jsonl`) the data is `nyu-mll/glue` on the Hub. A finished
-cell is not run again. Every flag of `TrainingArguments` works. Prints a Markdown table and writes `results.json`.
+SST-2 (accuracy) and STS-B (Spearman), trained for the same number of steps from every start. Each start has the better
+of `--learning_rates` (for models of nano's size), as judged on a thousand rows of the official training set that are
+set aside; scores are of the official validation sets. Without `--data_dir` the data is `nyu-mll/glue` on the Hub; with
+it, `sst2/train.jsonl` and so on, in the Hub's columns. A fine-tuning that has finished (`cells/`) is not run again.
+Flags of `TrainingArguments` work, but for the rates and seeds above. Prints a table and writes `results.json`.
 """
 
 import hashlib

@@ -31,6 +31,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
@@ -254,6 +256,12 @@ def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
 # 3. Everything
 
 
+def parameters_of(checkpoint: str) -> int:
+    """Of the decoder, by its config."""
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.from_pretrained(checkpoint).get_text_config()).num_parameters()
+
+
 def main():
     demo, _ = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(return_remaining_strings=True)
     parser = HfArgumentParser((DemoArguments, TrainingArguments))
@@ -262,7 +270,7 @@ def main():
         max_steps=100,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
-        learning_rate=5e-4 if demo.model == str(NANO) else 2e-5,  # our choice; small models want more
+        learning_rate=5e-4 if parameters_of(demo.model) < 100e6 else 2e-5,  # our choice; small models want more
         lr_scheduler_type="linear",
         warmup_steps=0.1,
         weight_decay=0.01,

@@ -1,18 +1,23 @@
 """Pretrains a Gemma decoder as a causal language model, from a config or further from a checkpoint.
 
-The decoder of this folder's `nano/`, from books and the documentation of what is installed (one machine, no download):
+How this folder's `nano/` was made, from books, one a row, and the documentation of what is installed:
 
     python examples/pretrain.py --config examples/nano/config.json \\
-        --text books/train.parquet docstrings --validation_text books/validation.parquet docstrings --join_lines \\
-        --output_dir runs/nano --max_steps 3000 --learning_rate 2e-3 --bf16 --torch_compile
+        --text gutenberg/train.parquet docstrings --validation_text gutenberg/validation.parquet docstrings \\
+        --join_lines --output_dir runs/nano --max_steps 3000 --save_steps 250 --learning_rate 2e-3 \\
+        --bf16 --torch_compile
 
 Other sizes and data, several GPUs, and a checkpoint trained further on text of its own field:
 
     accelerate launch examples/pretrain.py --config google/gemma-3-270m --tokenizer google/gemma-3-270m \\
-        --text HuggingFaceFW/fineweb-edu:sample-10BT --validation_text wikitext:wikitext-103-raw-v1:validation \\
-        --streaming --block_size 2048 --max_steps 20000 --bf16 --output_dir runs/gemma-3-270m
-    python examples/pretrain.py --model google/gemma-2-2b --text notes/*.txt --output_dir runs/notes --bf16
+        --text HuggingFaceFW/fineweb-edu:sample-10BT \\
+        --validation_text Salesforce/wikitext:wikitext-103-raw-v1:validation \\
+        --streaming --block_size 2048 --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \\
+        --learning_rate 5e-4 --max_steps 20000 --bf16 --output_dir runs/gemma-3-270m
+    python examples/pretrain.py --model google/gemma-2-2b --text notes/ --learning_rate 2e-5 \\
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --bf16 --output_dir runs/notes
 
+The defaults, --learning_rate and batch above all, are for a few million parameters. All weights are trained, in fp32.
 Every flag of `TrainingArguments` works. Run the same command again and it resumes from the last checkpoint of
 `--output_dir`. It leaves a bf16 checkpoint that plain `AutoModelForCausalLM` loads, `results.json` (perplexity on
 held-out text beside a unigram and a trigram model's), `training_log.json` and `training.png`.
@@ -247,7 +252,8 @@ def main():
     report |= {"tokens": trainer.state.num_input_tokens_seen, "steps": trainer.state.global_step, "seed": args.seed}
     report |= {"tokens_per_second": timer.tokens_per_second(trainer.state), "learning_rate": args.learning_rate}
     report |= {"batch_size": batch_size, "bf16": args.bf16, "torch_compile": args.torch_compile}
-    report |= {"device": str(args.device), "options": asdict(options)}
+    report |= {"device": str(args.device), "blocks": None if options.streaming else len(train)}
+    report["options"] = asdict(options)
     report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")

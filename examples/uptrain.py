@@ -2,14 +2,16 @@
 
     python examples/uptrain.py --model examples/nano --objective mntp --text docstrings --output_dir runs/nano-mntp
     accelerate launch examples/uptrain.py --model google/gemma-2-2b --objective mlm --mask_rate 0.2 --bf16 \\
-        --text wikitext:wikitext-103-raw-v1 --validation_text wikitext:wikitext-103-raw-v1:validation \\
-        --block_size 512 --learning_rate 2e-5 --output_dir runs/gemma-2-2b-mlm
+        --text Salesforce/wikitext:wikitext-103-raw-v1 \\
+        --validation_text Salesforce/wikitext:wikitext-103-raw-v1:validation \\
+        --block_size 512 --per_device_train_batch_size 8 --learning_rate 2e-5 --output_dir runs/gemma-2-2b-mlm
 
 Both hide tokens and predict them with the decoder's own head: "mlm" from the hidden token's own state, "mntp"
 from the state before it, as the decoder has learned (LLM2Vec, arXiv 2404.05961). The paper itself does no up-training.
 What comes out loads into every head: `GemmaEncoderForSequenceClassification.from_pretrained("runs/nano-mntp")`.
 
-Every flag of `TrainingArguments` works. Run the same command again and it resumes from the last checkpoint.
+The defaults are for a few million parameters. Every flag of `TrainingArguments` works. Run the same command again and
+it resumes from the last checkpoint.
 """
 
 import copy
