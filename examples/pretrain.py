@@ -57,7 +57,7 @@ from modeling_gemma_encoder.data import (
     mix,
     sample,
 )
-from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, refuse_another_run
+from modeling_gemma_encoder.training import READING, StepTimer, last_checkpoint, plot_losses, refuse_another_run
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 
@@ -182,23 +182,11 @@ def main():
     parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
         output_dir="runs/pretrain",
-        max_steps=1000,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=32,
         learning_rate=1e-3,
-        lr_scheduler_type="cosine",
         warmup_steps=0.02,
         weight_decay=0.1,
         adam_beta2=0.95,
-        logging_steps=50,
-        eval_strategy="steps",
-        eval_steps=500,
-        save_steps=500,
-        save_total_limit=2,
-        report_to="none",
-        include_num_input_tokens_seen=True,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        **READING,
     )
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():

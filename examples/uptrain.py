@@ -38,7 +38,7 @@ from transformers import (
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
 from modeling_gemma_encoder.data import TextArguments, load_blocks, load_documents
-from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, refuse_another_run
+from modeling_gemma_encoder.training import READING, StepTimer, last_checkpoint, plot_losses, refuse_another_run
 
 
 @dataclass(kw_only=True)
@@ -119,22 +119,10 @@ def main():
     parser = HfArgumentParser((UptrainingArguments, TrainingArguments))
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
         output_dir="runs/uptrain",
-        max_steps=1000,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=32,
         learning_rate=5e-4,
-        lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.01,
-        logging_steps=50,
-        eval_strategy="steps",
-        eval_steps=500,
-        save_steps=500,
-        save_total_limit=2,
-        report_to="none",
-        include_num_input_tokens_seen=True,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        **READING,
     )
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():

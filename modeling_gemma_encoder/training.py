@@ -6,7 +6,25 @@ import time
 from pathlib import Path
 
 import matplotlib
+import torch
 from transformers import TrainerCallback
+
+# Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
+READING = {
+    "max_steps": 1000,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 50,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "include_num_input_tokens_seen": True,
+    "use_cpu": not torch.accelerator.is_available(),
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
 
 
 class StepTimer(TrainerCallback):
