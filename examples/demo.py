@@ -40,9 +40,10 @@ from transformers import (
 )
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
-from modeling_gemma_encoder.data import docstrings
+from modeling_gemma_encoder.data import RankingCollator
 from modeling_gemma_encoder.finetuning import parameters_of
-from modeling_gemma_encoder.templates import set_template
+from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
+from modeling_gemma_encoder.text import docstrings
 
 NANO = Path(__file__).parent / "nano"
 LIBRARIES = ("python", "torch", "transformers", "numpy", "pandas", "scipy", "sklearn", "matplotlib")
@@ -109,7 +110,8 @@ def make_lists(passages: dict[str, int], tokenizer, size: int, limit: int, seed:
         found = bm25.get_scores(bm25s.tokenize(summaries[number], return_ids=False, **words)[0])
         alike = [other for other in np.argsort(-found, kind="stable")[: size + 1] if other != number]
         chosen = [number, *alike[: size - 1]]
-        rows.append({"query": summaries[number], "documents": [documents[i] for i in chosen]})
+        labels = [1] + [0] * (len(chosen) - 1)
+        rows.append({"query": summaries[number], "documents": [documents[i] for i in chosen], "labels": labels})
         scores.append(found[chosen])
     return Dataset.from_list(rows), np.array(scores)
 
@@ -174,17 +176,7 @@ def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict
     train, _ = make_lists(passages["train"], tokenizer, LIST_SIZE["train"], limit=2000, seed=args.seed)
     test, bm25_scores = make_lists(passages["test"], tokenizer, LIST_SIZE["test"], limit=200, seed=args.seed)
 
-    set_template(tokenizer, pair="Query: {first} Document: {second}")
-
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        queries = [row["query"] for row in rows for _ in row["documents"]]
-        documents = [document for row in rows for document in row["documents"]]
-        batch = tokenizer(queries, documents, padding=True, return_tensors="pt")
-        lists = {name: values.unflatten(0, (len(rows), -1)) for name, values in batch.items()}
-        labels = torch.zeros(lists["input_ids"].shape[:2])
-        labels[:, 0] = 1
-        return {**lists, "labels": labels}
-
+    set_template(tokenizer, pair=RANKING_TEMPLATE)
     model = GemmaEncoderForRanking.from_pretrained(
         demo.model, attention=demo.attention, pooling=demo.pooling, dtype=torch.float32
     )
@@ -196,7 +188,9 @@ def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict
         remove_unused_columns=False,
         eval_strategy="no",
     )
-    trainer = Trainer(model, args, train_dataset=train, data_collator=collate, processing_class=tokenizer)
+    trainer = Trainer(
+        model, args, train_dataset=train, data_collator=RankingCollator(tokenizer), processing_class=tokenizer
+    )
     trainer.train()
     scores = trainer.predict(test).predictions  # (num_lists, num_docs), the right document first
     verify_attention(model)

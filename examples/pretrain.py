@@ -48,7 +48,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_gemma_encoder.data import (
+from modeling_gemma_encoder.text import (
     TextArguments,
     collate_blocks,
     join_lines,

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
-from modeling_gemma_encoder.data import TextArguments, load_blocks, load_documents
+from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 from modeling_gemma_encoder.training import READING, StepTimer, last_checkpoint, plot_losses, refuse_another_run
 
 

@@ -33,6 +33,9 @@ class FineTuningArguments:
     feedforward_dropout: float | None = field(default=None, metadata={"help": "On what feed-forward blocks add."})
     classifier_hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Hidden layers of the head."})
     classifier_dropout: float | None = field(default=None, metadata={"help": "Within the head."})
+    ranking_loss: Literal["point_ce", "pair", "softmax", "poly1", "lambdarank", "margin_mse", "kl"] | None = field(
+        default=None, metadata={"help": "Of rankers."}
+    )
     list_chunk_size: int | None = field(
         default=None, metadata={"help": "Candidates encoded at a time, to save memory."}
     )

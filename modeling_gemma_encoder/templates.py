@@ -6,11 +6,13 @@ template.
 """
 
 import re
+from collections.abc import Sequence
 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 FIELDS = {"{first}": "$A", "{second}": "$B"}
+RANKING_TEMPLATE = "Query: {first} Document: {second}"  # RankT5, arXiv 2210.10634, section 3
 
 
 def set_template(
@@ -52,3 +54,34 @@ def set_template(
     for flag in ("add_bos_token", "add_eos_token"):
         tokenizer.init_kwargs.pop(flag, None)
     return tokenizer
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int | None = None
+) -> list[list[int]]:
+    """
+    Token ids of (query, document) by the tokenizer's template, documents cut to `max_length` tokens in all.
+
+    Raises:
+        ValueError: a query leaves no room for its document.
+    """
+    if not pairs:
+        return []
+    queries, documents = map(list, zip(*pairs, strict=True))
+    cut = {} if max_length is None else {"truncation": "only_second", "max_length": max_length}
+    error = None
+    try:
+        ids = tokenizer(queries, documents, return_attention_mask=False, verbose=False, **cut)["input_ids"]
+    except Exception as problem:  # the tokenizers library has no kinds of errors
+        error = problem
+    # It raises where no document is left, but where the template alone fills `max_length` it does not cut at all.
+    if error is None and (max_length is None or all(len(one) <= max_length for one in ids)):
+        return ids
+    alone = tokenizer(queries, [""] * len(queries), return_attention_mask=False, verbose=False)["input_ids"]
+    needed, longest = max(zip(map(len, alone), queries, strict=True))
+    if max_length is None or needed < max_length:
+        raise error
+    raise ValueError(
+        f"`max_length` of {max_length} tokens leaves no room for a document after the query {longest!r}, which takes "
+        f"{needed} with the template. Raise it, or shorten the query."
+    ) from error

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.data import pack
+from modeling_gemma_encoder.text import pack
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {

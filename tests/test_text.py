@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from modeling_gemma_encoder import data
-from modeling_gemma_encoder.data import (
+from modeling_gemma_encoder import text
+from modeling_gemma_encoder.text import (
     TextArguments,
     docstrings,
     join_lines,
@@ -103,7 +103,7 @@ def test_one_document_in_a_hundred_is_held_out_by_default(monkeypatch, tmp_path)
     train, held_out = load_documents(TextArguments(text=paths), seed=0)
     assert len(train["text"]) == 198 and len(held_out["held_out"]) == 2
     assert not set(train["text"]["text"]) & set(held_out["held_out"]["text"])
-    monkeypatch.setattr(data, "all_docstrings", lambda: {"read": False, "kept": True})
+    monkeypatch.setattr(text, "all_docstrings", lambda: {"read": False, "kept": True})
     train, held_out = load_documents(TextArguments(text=[*paths, "docstrings"]), seed=0)
     assert set(train) == {"docstrings", "text"} and set(held_out) == {"docstrings", "held_out"}
     assert train["docstrings"]["text"][:] == ["read"] and held_out["docstrings"]["text"][:] == ["kept"]
@@ -123,11 +123,11 @@ def test_docstrings_are_held_out_by_file(monkeypatch):
     found = list(docstrings("click"))
     assert found == list(docstrings("click"))  # the same files whoever asks
     assert 0 < sum(docstring.held_out for docstring in found) < len(found) / 2
-    monkeypatch.setattr(data, "installed_packages", lambda: ["click", "peft"])
-    data.all_docstrings.cache_clear()
+    monkeypatch.setattr(text, "installed_packages", lambda: ["click", "peft"])
+    text.all_docstrings.cache_clear()
     options = TextArguments(text=["docstrings"], validation_text=["docstrings"])
     train, held_out = (list(load_documents(options, seed=0)[part]["docstrings"]["text"]) for part in (0, 1))
-    data.all_docstrings.cache_clear()
+    text.all_docstrings.cache_clear()
     assert train and held_out and not set(train) & set(held_out)
     assert any(text.startswith(join_lines(click.echo.__doc__)[:80]) for text in train + held_out)
 

@@ -1,0 +1,90 @@
+"""Measures a reranker, against BM25 and random order, on a collection that was judged.
+
+    python examples/evaluate_ranking.py --model my-ranker --data trec_dl/dl2020 --relevance_level 2
+    python examples/evaluate_ranking.py --model my-ranker --data trec_dl/dl2019 --run bm25.run --depth 100
+    python examples/evaluate_ranking.py --model my-ranker --data sentence-transformers/NanoBEIR-en:NanoMSMARCO
+
+--data is a folder with queries, passages and qrels (TREC's, MS MARCO's and BEIR's files), a file of labelled pairs, or
+a data set on the Hub with configs `queries`, `corpus` and `qrels` (or `default`), `name:split` where it has several.
+Reranked is a run, the 100 best of `--run bm25`, the Hub's own candidates, or what was judged: a judged pool has no
+passages that nobody looked at, so its numbers are above those of a run and cannot be compared with them.
+
+Leaves the runs in TREC's format, results.json, results.md and per_query.png. Equal scores are ordered by the CRC-32 of
+the passage's id; queries without candidates count 0, those without a relevant passage are left out.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, HfArgumentParser
+
+from modeling_gemma_encoder import GemmaEncoderForRanking, verify_attention
+from modeling_gemma_encoder.ranking import MEASURES, evaluate, parse_measures, random_order, rerank
+from modeling_gemma_encoder.retrieval import bm25, read_collection, read_run
+from modeling_gemma_encoder.suites import Help, fail
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+    data: str = field(metadata={"help": "What it is measured on."})
+    run: str | None = field(default=None, metadata={"help": "A TREC run file to rerank, or `bm25`."})
+    depth: int | None = field(default=None, metadata={"help": "Reranks the best so many of a run."})
+    pair_columns: list[str] = field(
+        default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of a file of pairs."}
+    )
+    relevance_level: int = field(
+        default=1, metadata={"help": "Least grade that counts as relevant in measures that know no grades; TREC DL: 2."}
+    )
+    measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "As ir_measures calls them."})
+    max_length: int | None = field(default=256, metadata={"help": "Tokens of a pair."})
+    tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
+    dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
+    device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
+    seed: int = field(default=0, metadata={"help": "Of the random order."})
+    output_dir: str = "runs/evaluation"
+
+
+def main():
+    parser = HfArgumentParser(
+        EvaluationArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
+    )
+    args = parser.parse_args_into_dataclasses()[0]
+    if len(args.pair_columns) != 3:
+        fail(parser, f"--pair_columns are three, of query, passage and label, got {' '.join(args.pair_columns)}")
+    if args.dtype not in ("float32", "bfloat16"):
+        fail(parser, f"--dtype must be float32 or bfloat16, got {args.dtype}")
+    try:
+        measures = parse_measures(args.measures, args.relevance_level)
+        name, _, split = args.data.partition(":")
+        collection = read_collection(name, split or None, tuple(args.pair_columns))
+        if args.run:
+            collection.run = bm25(collection, args.depth or 100) if args.run == "bm25" else read_run(Path(args.run))
+            collection.check(args.run)
+        model = GemmaEncoderForRanking.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (ValueError, OSError) as error:
+        fail(parser, str(error))
+    if not torch.accelerator.is_available() or args.device:
+        model.to(args.device or "cpu")
+    else:
+        model.to(torch.accelerator.current_accelerator())
+    verify_attention(model)
+    runs = {
+        "Gemma Encoder": rerank(model, tokenizer, collection, args.depth, args.max_length, args.tokens_per_batch),
+        "BM25": bm25(collection),
+        "random order": random_order(collection, args.depth, args.seed),
+    }
+    facts = {
+        "model": args.model,
+        "data": args.data,
+        "run": args.run or ("its own" if collection.run else "judged pool"),
+    }
+    found = evaluate(collection, runs, measures, Path(args.output_dir), facts)
+    print(f"\n{args.data}, {found['queries']} queries, reranked: {facts['run']}\n\n{found['table']}")
+    print(f"\nRuns, table and plot are in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

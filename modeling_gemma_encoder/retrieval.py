@@ -1,0 +1,310 @@
+"""Judged collections: queries, passages, who judged what relevant, and runs, the rankings of a retrieval system.
+
+Read from a TREC-style folder, a BEIR-style one, a file of labelled pairs, or the Hub; ids are strings throughout.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import bm25s
+import numpy as np
+from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
+
+from .tasks import FORMATS, read_file
+
+Run = dict[str, dict[str, float]]  # query id -> passage id -> score
+
+# What columns are called, in TREC-style and BEIR-style files and on the Hub.
+ID = ("qid", "pid", "query_id", "passage_id", "docid", "doc_id", "_id", "id")
+TEXT = ("text", "query", "passage", "contents", "body")
+FILES = {"queries": ("queries",), "passages": ("passages", "corpus", "collection"), "qrels": ("qrels", "qrels/test")}
+
+
+class Texts(Mapping[str, str]):
+    """Texts by id, left where they are: on disk, where millions of passages belong."""
+
+    def __init__(self, ids: Iterable, texts):
+        self.ids = np.array([str(one) for one in ids])
+        self.order = np.argsort(self.ids, kind="stable")
+        self.sorted = self.ids[self.order]
+        if len(self.sorted) > 1 and (same := self.sorted[1:] == self.sorted[:-1]).any():
+            raise ValueError(f"the id {str(self.sorted[1:][same][0])!r} is there twice")
+        self.texts = texts
+
+    def __getitem__(self, one: str) -> str:
+        place = np.searchsorted(self.sorted, one)
+        if place == len(self.sorted) or self.sorted[place] != one:
+            raise KeyError(one)
+        return self.texts[int(self.order[place])]
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(one) for one in self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Collection:
+    """
+    Args:
+        qrels: Query id -> passage id -> grade, 0 for what was judged and found irrelevant.
+        run: Candidates of each query to be reranked, with their first scores. None: what was judged.
+    """
+
+    queries: Mapping[str, str]
+    passages: Mapping[str, str]
+    qrels: dict[str, dict[str, int]]
+    run: Run | None = None
+
+    def candidates(self, depth: int | None = None) -> dict[str, list[str]]:
+        """Passages of each judged query that are to be ranked: the best `depth` of the run, or what was judged."""
+        if self.run is None:
+            return {qid: list(grades) for qid, grades in self.qrels.items()}
+        return {qid: ranked(self.run.get(qid, {}))[:depth] for qid in self.qrels}
+
+    def check(self, name: str) -> "Collection":
+        """
+        Leaves out queries without a relevant passage, for which no ranking is better than another.
+
+        Raises:
+            ValueError: an id is not known, or no query is left.
+        """
+        useless = [qid for qid, grades in self.qrels.items() if not any(grade > 0 for grade in grades.values())]
+        if useless:
+            print(f"{name}: {len(useless)} of {len(self.qrels)} queries have no relevant passage and are left out")
+            self.qrels = {qid: grades for qid, grades in self.qrels.items() if qid not in set(useless)}
+        if not self.qrels:
+            raise ValueError(f"{name}: no query has a relevant passage.")
+        of_run = {qid: passages for qid, passages in (self.run or {}).items() if qid in self.qrels}
+        for what, table in (("qrels", self.qrels), ("run", of_run)):
+            if unknown := [qid for qid in table if qid not in self.queries]:
+                raise ValueError(f"{name}: the {what} name {some(unknown)}, not among the {len(self.queries)} queries.")
+            if what == "qrels" and self.run is not None:
+                continue  # judged passages that are not reranked need no text
+            known = {pid: pid in self.passages for passages in table.values() for pid in passages}
+            if unknown := [pid for pid, found in known.items() if not found]:
+                raise ValueError(
+                    f"{name}: the {what} name {some(unknown)}, not among the {len(self.passages)} passages."
+                )
+        return self
+
+
+def some(ids: list[str]) -> str:
+    return f"{', '.join(map(repr, ids[:3]))}{f' and {len(ids) - 3} more ids' if len(ids) > 3 else ''}"
+
+
+# Reading
+
+
+def read_collection(source: str, split: str | None = None, pairs: tuple[str, str, str] | None = None) -> Collection:
+    """
+    Args:
+        source: A folder with queries, passages and qrels (.jsonl, .tsv; qrels .txt, .tsv); or a file of labelled pairs;
+            or a data set on the Hub with configs `queries`, `corpus` and `qrels` (or `default`), and perhaps `bm25`,
+            the candidates, as NanoBEIR and MTEB have.
+        split: Of the Hub's configs, where they have several: `NanoMSMARCO`.
+        pairs: Columns of query, passage and label in a file of pairs.
+
+    Raises:
+        ValueError: names what is missing or contradictory, and where.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = _folder(path)
+    elif path.suffix in FORMATS:
+        found = _pairs(read_file(path, (pairs or PAIRS)[:2]), source, pairs or PAIRS)
+    elif path.exists() or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source} is neither a folder nor a file of {', '.join(FORMATS)}.")
+    else:
+        found = _hub(source, split)
+    return found.check(source)
+
+
+PAIRS = ("query", "passage", "label")
+
+
+def _folder(path: Path) -> Collection:
+    files = {}
+    for what, names in FILES.items():
+        suffixes = (".txt", ".tsv") if what == "qrels" else (*FORMATS, ".txt")
+        places = [path / f"{name}{suffix}" for name in names for suffix in suffixes]
+        files[what] = next((place for place in places if place.exists()), None)
+        if files[what] is None:
+            raise ValueError(f"{path} has no {what}: none of {', '.join(str(p.relative_to(path)) for p in places)}.")
+    return Collection(_texts(files["queries"]), _texts(files["passages"]), read_qrels(files["qrels"]))
+
+
+def _texts(path: Path) -> dict[str, str]:
+    if path.suffix in (".tsv", ".txt"):  # id, tab, text, without a header, as MS MARCO's
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [line.split("\t", 1) for line in lines if line.strip()]
+        if wrong := next((row for row in rows if len(row) != 2), None):
+            raise ValueError(f"{path}: {wrong[0]!r} is not an id, a tab and a text.")
+        texts = ((one, text.removesuffix("\r")) for one, text in rows)
+    else:
+        rows = read_file(path)
+        texts = zip(_ids(rows, path), _read(rows, path), strict=True)
+    found = {}
+    for one, text in texts:
+        if one in found:
+            raise ValueError(f"{path}: the id {one!r} is there twice.")
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: the text of {one!r} is {text!r}.")
+        found[one] = text
+    return found
+
+
+def _ids(rows: Dataset, where) -> list[str]:
+    return [str(one) for one in rows[_column(rows, ID, where)]]
+
+
+def _read(rows: Dataset, where):
+    """Texts, after their titles where there are any."""
+    texts = rows[_column(rows, TEXT, where)]
+    if "title" not in rows.column_names:
+        return texts
+    return [f"{title} {text}".strip() if title else text for title, text in zip(rows["title"], texts, strict=True)]
+
+
+def _column(rows: Dataset, names: tuple[str, ...], where) -> str:
+    column = next((name for name in names if name in rows.column_names), None)
+    if column is None:
+        raise ValueError(f"{where} has the columns {', '.join(rows.column_names)}, none of {', '.join(names)}.")
+    return column
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """TREC's `qid 0 pid grade`, or BEIR's `qid pid grade` below a header. A contradiction raises ValueError."""
+    found = defaultdict(dict)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        fields = line.split()
+        if not fields or (number == 0 and not fields[-1].lstrip("-").isdigit()):
+            continue
+        if len(fields) not in (3, 4) or not fields[-1].lstrip("-").isdigit():
+            raise ValueError(f"{path}, line {number + 1}: {line!r} is not `qid 0 pid grade`.")
+        qid, pid, grade = fields[0], fields[-2], int(fields[-1])
+        if found[qid].setdefault(pid, grade) != grade:
+            raise ValueError(f"{path}, line {number + 1}: {qid} {pid} was judged {found[qid][pid]} before.")
+    return dict(found)
+
+
+def read_run(path: Path) -> Run:
+    """TREC's `qid Q0 pid rank score tag`. A passage twice for a query, or a score that is none, raises ValueError."""
+    found = defaultdict(dict)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        if not line.strip():
+            continue
+        try:
+            qid, _, pid, _, score, _ = line.split()
+            score = float(score)
+        except ValueError:
+            raise ValueError(f"{path}, line {number + 1}: {line!r} is not `qid Q0 pid rank score tag`.") from None
+        if pid in found[qid] or math.isnan(score):
+            raise ValueError(
+                f"{path}, line {number + 1}: {qid} {pid} " + ("is there twice." if pid in found[qid] else "is NaN.")
+            )
+        found[qid][pid] = score
+    return dict(found)
+
+
+def write_run(run: Run, path: Path, tag: str) -> None:
+    """TREC's format, best first; all of it or nothing."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        for qid, scores in run.items():
+            for rank, pid in enumerate(ranked(scores), start=1):
+                file.write(f"{qid} Q0 {pid} {rank} {scores[pid]!r} {tag}\n")
+    part.replace(path)
+
+
+def _pairs(rows: Dataset, where: str, columns: tuple[str, str, str]) -> Collection:
+    """Labelled pairs: equal texts are one query or one passage, numbered as they come."""
+    for column in columns:
+        _column(rows, (column,), where)
+    queries, passages, qrels = {}, {}, defaultdict(dict)
+    for query, passage, label in zip(*(rows[column] for column in columns), strict=True):
+        qid = queries.setdefault(query, f"q{len(queries)}")
+        pid = passages.setdefault(passage, f"p{len(passages)}")
+        if not isinstance(query, str) or not isinstance(passage, str) or int(label) != label:
+            raise ValueError(f"{where}: {query!r}, {passage!r}, {label!r} are not two texts and a grade.")
+        qrels[qid][pid] = max(int(label), qrels[qid].get(pid, 0))  # the same pair twice: once relevant is relevant
+    swapped = ({one: text for text, one in texts.items()} for texts in (queries, passages))
+    return Collection(*swapped, dict(qrels))
+
+
+def _hub(name: str, split: str | None) -> Collection:
+    configs = get_dataset_config_names(name)
+    judged = "qrels" if "qrels" in configs else "default"
+    if missing := [config for config in ("queries", "corpus", judged) if config not in configs]:
+        raise ValueError(f"{name} has the configs {', '.join(configs)}; {', '.join(missing)} is missing.")
+
+    def load(config: str) -> Dataset:
+        splits = get_dataset_split_names(name, config)
+        wanted = split if split in splits else next((one for one in ("test", config) if one in splits), None)
+        if wanted is None and len(splits) > 1:
+            raise ValueError(f"{name} ({config}) has the splits {', '.join(splits)}: say which.")
+        return load_dataset(name, config, split=wanted or splits[0])
+
+    qrels, run = defaultdict(dict), None
+    rows = load(judged)
+    for row in rows.to_list():
+        passages = row["corpus-id"] if isinstance(row["corpus-id"], list) else [row["corpus-id"]]
+        for pid in passages:
+            qrels[str(row["query-id"])][str(pid)] = int(row.get("score", 1))
+    if "bm25" in configs:
+        ranks = {str(row["query-id"]): row["corpus-ids"] for row in load("bm25").to_list()}
+        run = {qid: {str(pid): -float(rank) for rank, pid in enumerate(pids)} for qid, pids in ranks.items()}
+    queries, corpus = load("queries"), load("corpus")
+    passages = Texts(_ids(corpus, name), _read(corpus, name))
+    return Collection(dict(zip(_ids(queries, name), _read(queries, name), strict=True)), passages, dict(qrels), run)
+
+
+# Rankings
+
+
+def ranked(scores: Mapping[str, float]) -> list[str]:
+    """Ids, best first. Equal scores: by the CRC-32 of the id, an order that has nothing to do with relevance."""
+    return sorted(scores, key=lambda pid: (-scores[pid], crc32(pid.encode()), pid))
+
+
+def bm25(collection: Collection, depth: int | None = None) -> Run:
+    """
+    BM25 (bm25s: Lucene's, k1 1.5, b 0.75, lower case, no stemming, no stop words) of every query that was judged.
+
+    Args:
+        depth: Of all passages the best so many. None: the collection's candidates, among all candidates' words.
+    """
+    candidates = collection.candidates() if depth is None else {}
+    pids = list(dict.fromkeys(pid for chosen in candidates.values() for pid in chosen)) or list(collection.passages)
+    places = {pid: place for place, pid in enumerate(pids)}
+    words = {"stopwords": None, "show_progress": False}
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize([collection.passages[pid] for pid in pids], **words), show_progress=False)
+    run = {}
+    for qid in collection.qrels:
+        tokens = bm25s.tokenize(collection.queries[qid], return_ids=False, **words)[0]
+        found = index.get_scores(tokens) if tokens else np.zeros(len(pids))
+        chosen = candidates[qid] if depth is None else [pids[i] for i in np.argsort(-found, kind="stable")[:depth]]
+        run[qid] = {pid: float(found[places[pid]]) for pid in chosen}
+    return run
+
+
+def lists_of(collection: Collection, run: Run | None = None) -> tuple[list[dict], int]:
+    """
+    Of each query all that was judged, and a run's passages, which are irrelevant where nobody judged them.
+
+    Returns:
+        Rows for a `RankingDataset`, and how many queries have none: without a relevant passage, or nothing else.
+    """
+    rows = []
+    for qid, judged in collection.qrels.items():
+        grades = {pid: max(grade, 0) for pid, grade in judged.items() if pid in collection.passages}
+        grades = {**dict.fromkeys((run or {}).get(qid, ()), 0), **grades}
+        if any(grades.values()) and len(set(grades.values())) > 1:
+            rows.append({"query": qid, "documents": list(grades), "labels": list(grades.values())})
+    return rows, len(collection.qrels) - len(rows)

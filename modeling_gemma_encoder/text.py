@@ -1,0 +1,222 @@
+"""Text for training: documents from files, the Hub or what is installed, and blocks of tokens made of them."""
+
+import ast
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
+from tqdm import tqdm
+
+STANDARD_LIBRARY = "python"
+FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+TEXT_HELP = (
+    "What to read: files or folders (.parquet, .jsonl, .json, .txt; every paragraph of a .txt is a document), a data "
+    "set on the Hub as `name[:config[:split]]`, or `docstrings`, the documentation of every installed package."
+)
+
+
+@dataclass
+class TextArguments:
+    """Which text a script trains on; the fields are flags of the command line."""
+
+    text: list[str] = field(metadata={"help": TEXT_HELP})
+    validation_text: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "As --text, held out; of `docstrings` other files. Default: of `docstrings` one file in ten, of "
+            "all other text one document in a hundred."
+        },
+    )
+    text_column: str = field(default="text", metadata={"help": "Of Parquet, JSON and the Hub."})
+    join_lines: bool = field(default=False, metadata={"help": "Undo hard line wrapping within paragraphs."})
+    block_size: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read while training, text that fits on no disk; several texts alternate."}
+    )
+    validation_blocks: int = field(default=1000, metadata={"help": "Blocks evaluated of each held-out text, at most."})
+
+    def problem(self) -> str | None:
+        """What cannot be, in the words of the command line."""
+        if self.streaming and self.validation_text is None:
+            return "--streaming needs --validation_text: a stream cannot be split"
+        if self.block_size < 3:
+            return f"--block_size must be at least 3 tokens, got {self.block_size}"
+        return None
+
+
+class Docstring(NamedTuple):
+    """Documentation of a function or class, its lines joined, and whether its file is held out for evaluation."""
+
+    text: str
+    held_out: bool
+
+
+def join_lines(text: str) -> str:
+    """Undoes hard wrapping: the lines of a paragraph become one; paragraphs stay apart by an empty line."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
+
+
+def installed_packages() -> list[str]:
+    """The standard library and every package beside this one in site-packages, by folder name."""
+    folders = Path(sysconfig.get_paths()["purelib"]).iterdir()
+    return [STANDARD_LIBRARY, *sorted(folder.name for folder in folders if (folder / "__init__.py").exists())]
+
+
+def docstrings(package: str, min_length: int = 80) -> Iterator[Docstring]:
+    """Documentation strings of an installed package, or of the standard library, `"python"`, without their tests.
+
+    Files come in a fixed shuffled order. One in ten is held out, by a hash of its path in the package: the same files
+    whoever asks, so that what one model was trained on is never what another is tested on.
+
+    Args:
+        min_length: In characters; shorter ones say too little.
+    """
+    paths = sysconfig.get_paths()
+    root = Path(paths["stdlib"]) if package == STANDARD_LIBRARY else Path(paths["purelib"]) / package
+    skipped = {"site-packages", "tests", "test", "testing"}
+    hashes = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if not skipped & set(relative.parts):
+            hashes[hashlib.sha256(f"{package}/{relative.as_posix()}".encode()).digest()] = path
+    for digest, path in sorted(hashes.items()):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):  # some files are there to be wrong
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                text = join_lines(ast.get_docstring(node) or "")
+                if len(text) >= min_length:
+                    yield Docstring(text, held_out=digest[-1] % 10 == 0)
+
+
+@cache
+def all_docstrings() -> dict[str, bool]:
+    """Documentation of every installed package, and whether it is held out, if only in one place of several."""
+    texts = {}
+    for package in tqdm(installed_packages(), desc="Reading docstrings"):
+        for docstring in docstrings(package):
+            texts[docstring.text] = texts.get(docstring.text, False) or docstring.held_out
+    return texts
+
+
+def read_text(source: str, options: TextArguments, held_out: bool = False) -> Dataset | IterableDataset:
+    """The documents of a source, in one column, `text`.
+
+    Raises:
+        FileNotFoundError, ValueError: names the source and what is wrong with it.
+    """
+    if source == "docstrings":
+        rows = Dataset.from_dict({"text": [text for text, is_out in all_docstrings().items() if is_out == held_out]})
+        return rows.to_iterable_dataset() if options.streaming else rows
+    path, column = Path(source), options.text_column
+    if path.is_dir() or path.suffix in FILES:
+        files = sorted(file for file in path.rglob("*") if file.suffix in FILES) if path.is_dir() else [path]
+        if not path.exists():
+            raise FileNotFoundError(f"--text {source}: there is no such file.")
+        kinds = {FILES[file.suffix] for file in files}
+        if len(kinds) != 1:
+            raise ValueError(f"--text {source}: the folder must hold files of one kind of {', '.join(FILES)}.")
+        kind, names = kinds.pop(), [str(file) for file in files]
+        form = {"sample_by": "paragraph"} if kind == "text" else {}
+        column = "text" if kind == "text" else column
+        rows = load_dataset(kind, data_files=names, split="train", streaming=options.streaming, **form)
+    else:
+        name, config, split = [*source.split(":"), None, None][:3]
+        rows = load_dataset(name, config or None, split=split or "train", streaming=options.streaming)
+    if rows.column_names and column not in rows.column_names:
+        raise ValueError(f"--text_column {column}: {source} has the columns {', '.join(rows.column_names)}.")
+    rows = rows.select_columns(column)
+    return rows if column == "text" else rows.rename_column(column, "text")
+
+
+def load_documents(options: TextArguments, seed: int) -> tuple[dict, dict]:
+    """Documents to train on and held-out ones, each as a dict of sources by a short name."""
+    train = {name: read_text(source, options) for name, source in _named(options.text).items()}
+    if options.validation_text:
+        named = _named(options.validation_text)
+        return train, {name: read_text(source, options, held_out=True) for name, source in named.items()}
+    held_out = {}
+    if "docstrings" in train:  # files, not texts, are held out
+        held_out["docstrings"] = read_text("docstrings", options, held_out=True)
+    others = [rows for name, rows in train.items() if name not in held_out]
+    if others:
+        together = concatenate_datasets(others)
+        if len(together) < 2:
+            raise ValueError("--text is one document, of which none can be held out: give --validation_text.")
+        split = together.train_test_split(max(0.01, 1 / len(together)), seed=seed)
+        held_out["held_out"] = split["test"]
+        train = {**{name: rows for name, rows in train.items() if name in held_out}, "text": split["train"]}
+    return train, held_out
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    """Short names for tables: `books` for `books/validation.parquet`."""
+    named = {}
+    for source in sources:
+        path = Path(source.split(":")[0])
+        name = path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
+        named[source if name in named else name] = source
+    return named
+
+
+def pack(rows: dict, tokenizer, block_size: int, join: bool) -> dict:
+    """Documents, each ended by <eos>, one after another in full blocks that begin with <bos>; the rest is dropped."""
+    tokens = [np.array([], dtype=np.int32)]
+    for text in rows["text"]:
+        text = join_lines(text or "") if join else text or ""
+        if text.strip():
+            paragraphs = re.split(r"(?<=\n\n)(?!\n)", text)  # long texts are faster in pieces
+            encoded = tokenizer(paragraphs, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+            tokens.append(np.array([tokenizer.eos_token_id], dtype=np.int32))
+    tokens = np.concatenate(tokens)
+    width = block_size - 1
+    blocks = tokens[: len(tokens) // width * width].reshape(-1, width)
+    return {"input_ids": np.insert(blocks, 0, tokenizer.bos_token_id, axis=1)}
+
+
+def mix(parts: list[Dataset] | list[IterableDataset], seed: int) -> Dataset | IterableDataset:
+    """All rows of several data sets. Streams alternate row by row until each has ended, shuffled within a window."""
+    if isinstance(parts[0], IterableDataset):
+        rows = interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
+        return rows.shuffle(seed=seed, buffer_size=10_000)
+    return concatenate_datasets(parts)
+
+
+def load_blocks(documents: dict, held_out: dict, tokenizer, options: TextArguments, seed: int) -> tuple:
+    """Blocks `input_ids` (block_size,): all to train on as one data set, and of each held-out source a sample.
+
+    Raises:
+        ValueError: a text does not fill one block.
+    """
+    into_blocks = partial(pack, tokenizer=tokenizer, block_size=options.block_size, join=options.join_lines)
+    packing = {"function": into_blocks, "batched": True, "batch_size": 1000, "remove_columns": ["text"]}
+    train = mix([rows.map(**packing) for rows in documents.values()], seed)
+    samples = {name: sample(rows.map(**packing), options.validation_blocks, seed) for name, rows in held_out.items()}
+    for name, rows in [("--text", train), *samples.items()]:
+        if next(iter(rows), None) is None:
+            raise ValueError(f"{name}: the text does not fill one block of --block_size {options.block_size} tokens.")
+    return train, samples
+
+
+def sample(rows: Dataset | IterableDataset, number: int, seed: int) -> Dataset | IterableDataset:
+    """Random rows of a data set, the first ones of a stream."""
+    if isinstance(rows, IterableDataset):
+        return rows.take(number)
+    return rows if len(rows) <= number else rows.shuffle(seed=seed).select(range(number))
+
+
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """`input_ids` and, as upstream's causal language models shift them themselves, the same as `labels`."""
+    input_ids = torch.tensor(np.array([row["input_ids"] for row in rows]), dtype=torch.long)
+    return {"input_ids": input_ids, "labels": input_ids}

@@ -1,0 +1,166 @@
+"""Laws of training a reranker: every form of the data gives the same lists, and a run is what it says it is."""
+
+import json
+import sys
+
+import msmarco
+import pytest
+import torch
+from datasets import Dataset
+from evaluate_ranking import main as evaluate_main
+from test_retrieval import PASSAGES, QRELS, QUERIES, jsonl
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
+
+CORPUS = [{"docid": pid, "text": text} for pid, text in PASSAGES.items()]
+FORMS = {
+    "texts": {None: [{"query": "rain", "positive": PASSAGES["a"], "negative": PASSAGES["b"]}]},
+    "fifty": {
+        None: [{"query": "rain", "positive": PASSAGES["a"], "negative_1": PASSAGES["b"], "negative_2": PASSAGES["c"]}]
+    },
+    "labels": {
+        None: [{"query_id": "1", "doc_ids": ["b", "a", "c"], "labels": [0, 1, 0]}],
+        "corpus": [{"passage_id": pid, "passage": text} for pid, text in PASSAGES.items()],
+        "queries": [{"query_id": "1", "query": "rain"}],
+    },
+    "ids": {
+        None: [
+            {
+                "query_id": "1",
+                "query_text": "rain",
+                "positive_document_ids": ["a"],
+                "negative_document_ids": ["b", "c"],
+            }
+        ],
+        "ids-corpus": CORPUS,
+    },
+    "passages": {
+        None: [
+            {
+                "query": "rain",
+                "positive_passages": [{"docid": "a", "title": "", "text": PASSAGES["a"]}],
+                "negative_passages": [{"docid": "b", "title": "The sun", "text": "is a star."}],
+            }
+        ]
+    },
+    "margins": {
+        None: [{"query_id": "1", "positive_id": "a", "negative_id": "b", "score": 2.5}],
+        "corpus": [{"passage_id": pid, "passage": text} for pid, text in PASSAGES.items()],
+        "queries": [{"query_id": "1", "query": "rain"}],
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_hub_gives_the_same_lists(form, monkeypatch):
+    def load(name, config=None, split=None):
+        tables = FORMS[form]
+        return Dataset.from_list(tables[name if name in tables else config])
+
+    monkeypatch.setattr(msmarco, "load_dataset", load)
+    found = msmarco.hub_lists(form, list_size=3, seed=0, from_teacher=form == "margins")[0]
+    labels = dict(zip(found["documents"], found["labels"], strict=True))
+    assert found["query"] == "rain"
+    assert labels[PASSAGES["a"]] - labels[PASSAGES["b"]] == (2.5 if form == "margins" else 1)
+    if PASSAGES["c"] in labels:
+        assert labels[PASSAGES["c"]] == 0
+    with pytest.raises(ValueError, match="teacher's scores"):
+        msmarco.hub_lists(form, list_size=3, seed=0, from_teacher=form != "margins")
+
+
+def test_other_columns_are_named(monkeypatch):
+    monkeypatch.setattr(msmarco, "load_dataset", lambda *_, **__: Dataset.from_list([{"question": "q"}]))
+    with pytest.raises(ValueError, match=r"columns question\. Lists have one of: query, positive, negative; "):
+        msmarco.hub_lists("someone/data", 3, 0, False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    jsonl(tmp_path / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in QUERIES.items()])
+    jsonl(tmp_path / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in PASSAGES.items()])
+    (tmp_path / "qrels.txt").write_text(QRELS)
+    return tmp_path
+
+
+def command(monkeypatch, main, *flags):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+    main()
+
+
+def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_path_factory, monkeypatch, capsys):
+    runs = tmp_path_factory.mktemp("runs")
+    pairs = runs / "pairs.jsonl"
+    jsonl(pairs, [{"query": "rain", "passage": text, "label": int("ain" in text)} for text in PASSAGES.values()])
+    flags = ["--model", decoder, "--train_data", folder, "--train_run", "bm25", "--list_size", 3, "--max_length", 32]
+    flags += ["--eval_data", folder, pairs, "--gradient_accumulation_steps", 1, "--num_train_epochs", 3, "--use_cpu"]
+    flags += ["--ranking_loss", "lambdarank", "--attention_dropout", 0.0, "--output_dir", runs / "ranker"]
+    flags += ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end"]
+    command(monkeypatch, msmarco.main, *flags)
+    printed = capsys.readouterr().out
+    assert "2 queries to train on" in printed and printed.count("| BM25 |") == 2
+    saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
+    assert saved["queries"] == 2 and saved["ranking_loss"] == "lambdarank"
+
+    model = AutoModelForSequenceClassification.from_pretrained(runs / "ranker", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(runs / "ranker")
+    assert type(model).__name__ == "GemmaEncoderForRanking" and model.config.ranking_loss == "lambdarank"
+    assert "Query: a Document: b" in tokenizer.decode(tokenizer("a", "b")["input_ids"])
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    command(monkeypatch, msmarco.main, *flags)  # finished: measured again, trained no further
+    again = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
+    assert again["means"] == saved["means"]
+    model = AutoModelForSequenceClassification.from_pretrained(runs / "ranker", dtype=torch.float32)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    with pytest.raises(SystemExit):
+        command(monkeypatch, msmarco.main, *flags, "--list_size", 4)
+    assert "holds another run (list_size: 3 -> 4)" in capsys.readouterr().err
+
+    evaluation = ["--model", runs / "ranker", "--data", folder, "--max_length", 32, "--output_dir", runs / "evaluation"]
+    command(monkeypatch, evaluate_main, *evaluation)
+    alone = json.loads((runs / "evaluation" / "results.json").read_text())
+    assert alone["means"]["Gemma Encoder"] == saved["means"]["Gemma Encoder"]
+    command(monkeypatch, evaluate_main, *evaluation, "--run", "bm25", "--depth", 2)
+    assert json.loads((runs / "evaluation" / "results.json").read_text())["run"] == "bm25"
+
+
+def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypatch, capsys):
+    queries = {str(n): f"query number {n}" for n in range(40)}
+    jsonl(folder / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in queries.items()])
+    (folder / "qrels.txt").write_text("".join(f"{qid} 0 a 1\n{qid} 0 b 0\n" for qid in queries))
+    ranking = msmarco.RankingArguments(train_data=[str(folder), str(folder)], held_out=0.25, list_size=2)
+    lists, held_out = msmarco.local_lists(ranking, seed=0)
+    trained = {lists[number]["query"] for number in range(len(lists))}
+    measured = {held_out.queries[qid] for qid in held_out.qrels}
+    assert trained | measured == set(queries.values()) and not trained & measured
+    assert 4 <= len(measured) <= 16 and len(held_out.qrels) == 2 * len(measured)  # of each of the two folders
+    held_out.check("held-out")
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--list_size", 1], "--list_size must be at least 2"),
+        (["--measures", "MRR10"], "is no measure"),
+        (["--held_out", 1.0], "--held_out is a share"),
+        (["--ranking_loss", "kl"], "needs a teacher's scores"),
+        (["--train_run", "not-there.run"], "not-there.run"),
+        (["--eval_run", "a", "b"], "--eval_run names 2 files for 0"),
+        (["--max_length", 8], "leaves no room for a document after the query"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(folder, decoder, tmp_path, monkeypatch, capsys, flags, message):
+    jsonl(folder / "queries.jsonl", [{"qid": "1", "text": "rain " * 9}, {"qid": "2", "text": "sun"}])
+    required = ["--model", decoder, "--train_data", folder, "--output_dir", tmp_path / "run"]
+    if "--max_length" in flags:
+        required += ["--eval_data", folder]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, msmarco.main, *required, *flags)
+    assert message in capsys.readouterr().err
+
+
+def test_the_template_is_rankt5s(nano_tokenizer):
+    assert RANKING_TEMPLATE == "Query: {first} Document: {second}"
+    tokenizer = set_template(AutoTokenizer.from_pretrained(nano_tokenizer.name_or_path), pair=RANKING_TEMPLATE)
+    assert tokenizer.decode(tokenizer("q", "d")["input_ids"]) == "<bos>Query: q Document: d"

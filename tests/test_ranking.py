@@ -1,0 +1,139 @@
+"""Laws of reranking: scores do not depend on the batch, and measures are those of hand and of other libraries."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import ndcg_score
+from transformers import AutoTokenizer
+
+from modeling_gemma_encoder import GemmaEncoderForRanking
+from modeling_gemma_encoder.ranking import (
+    compare,
+    evaluate,
+    measure,
+    measure_lists,
+    parse_measures,
+    random_order,
+    rerank,
+    score_pairs,
+)
+from modeling_gemma_encoder.retrieval import Collection, bm25, read_run
+from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
+
+PAIRS = [(f"query {n % 3}", "some words " * (n * 7 % 11)) for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def ranker(decoder):
+    torch.manual_seed(0)
+    model = GemmaEncoderForRanking.from_pretrained(decoder, dtype=torch.float32).eval()
+    return model, set_template(AutoTokenizer.from_pretrained(decoder), pair=RANKING_TEMPLATE)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 40, 100_000])
+def test_scores_are_in_order_and_of_any_batch(ranker, tokens_per_batch):
+    model, tokenizer = ranker
+    found = score_pairs(model, tokenizer, PAIRS, tokens_per_batch=tokens_per_batch)
+    for (query, document), score in zip(PAIRS, found, strict=True):
+        alone = tokenizer([query], [document], return_tensors="pt")
+        with torch.no_grad():
+            assert score == pytest.approx(model(**alone).logits.item(), abs=1e-5)
+
+
+def test_no_pairs_have_no_scores_and_the_mode_of_the_model_comes_back(ranker):
+    model, tokenizer = ranker
+    assert score_pairs(model, tokenizer, []).shape == (0,)
+    model.train()
+    score_pairs(model, tokenizer, PAIRS[:1])
+    assert model.training
+    model.eval()
+
+
+def test_a_score_that_is_none_is_named(ranker):
+    model, tokenizer = ranker
+    bias = model.classifier.out_proj.bias
+    before = bias.data.clone()
+    bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"score of \('query 0'"):
+        score_pairs(model, tokenizer, PAIRS)
+    bias.data.copy_(before)
+
+
+QRELS = {"q": {"a": 2, "b": 0, "c": 1, "d": 0}, "r": {"x": 1, "y": 0}, "absent": {"z": 1}}
+RUN = {"q": {"b": 4.0, "a": 3.0, "u": 2.5, "c": 2.0, "d": 1.0}, "r": {"y": 1.0, "x": 0.0}}
+
+
+def test_measures_are_those_of_the_hand():
+    found = measure(QRELS, RUN, parse_measures(["RR@10", "nDCG@10", "AP", "R@2", "RR@1"]))
+    assert found["RR@10"] == {"q": 1 / 2, "r": 1 / 2, "absent": 0}
+    assert found["RR@1"] == {"q": 0, "r": 0, "absent": 0}
+    assert found["R@2"] == {"q": 1 / 2, "r": 1, "absent": 0}
+    assert found["AP"]["q"] == pytest.approx((1 / 2 + 2 / 4) / 2)
+    # Grades as gains, as trec_eval has them; u was not judged, c is fourth.
+    expected = (2 / np.log2(3) + 1 / np.log2(5)) / (2 / np.log2(2) + 1 / np.log2(3))
+    assert found["nDCG@10"]["q"] == pytest.approx(expected)
+
+
+def test_a_level_of_relevance_counts_where_grades_do_not():
+    names = [str(one) for one in parse_measures(["nDCG@10", "RR@10", "AP(rel=1)", "R@100"], relevance_level=2)]
+    assert names == ["nDCG@10", "RR(rel=2)@10", "AP", "R(rel=2)@100"]
+    found = measure(QRELS, RUN, parse_measures(["RR@10"], relevance_level=2))["RR(rel=2)@10"]
+    assert found == {"q": 1 / 2, "r": 0, "absent": 0}
+    with pytest.raises(ValueError, match="'MRR10' is no measure"):
+        parse_measures(["MRR10"])
+
+
+def test_lists_measure_as_sklearn_says_and_padding_does_not_count():
+    draw = np.random.default_rng(0)
+    labels, scores = draw.integers(0, 4, (5, 8)), draw.normal(size=(5, 8))
+    expected = np.mean([ndcg_score(labels[i : i + 1], scores[i : i + 1], k=5) for i in range(5)])
+    measures = parse_measures(["nDCG@5"])
+    assert measure_lists(scores, labels, measures)["nDCG@5"] == pytest.approx(expected)
+    padded = np.pad(labels, ((0, 0), (0, 3)), constant_values=-100), np.pad(scores, ((0, 0), (0, 3)), constant_values=9)
+    assert measure_lists(padded[1], padded[0], measures)["nDCG@5"] == pytest.approx(expected)
+
+
+def test_equal_scores_measure_the_same_whatever_their_order():
+    qrels = {"q": {str(n): int(n == 7) for n in range(20)}}
+    one = {"q": {str(n): 0.0 for n in range(20)}}
+    other = {"q": {str(n): 0.0 for n in reversed(range(20))}}
+    measures = parse_measures(["RR@10", "nDCG@10", "AP"])
+    assert measure(qrels, one, measures) == measure(qrels, other, measures)
+
+
+def test_random_order_is_worth_what_the_hand_says():
+    qrels = {f"q{n}": {f"{n}-{i}": int(i == 0) for i in range(4)} for n in range(3000)}
+    collection = Collection(dict.fromkeys(qrels, ""), {}, qrels)
+    found = measure(qrels, random_order(collection), parse_measures(["RR@10"]))["RR@10"]
+    assert np.mean([*found.values()]) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4, abs=0.02)
+
+
+def test_a_difference_is_tested_by_its_signs():
+    """By hand: with n equal differences only all signs equal reach the mean, 2 of 2^n, seen or drawn."""
+    ours, theirs = {str(n): 1.0 + n * 1e-9 for n in range(4)}, {str(n): 0.0 for n in range(4)}
+    found = compare(ours, theirs)
+    assert found["difference"] == pytest.approx(1) and found["p"] == pytest.approx(2 / 16)
+    assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    draw = np.random.default_rng(0)
+    noise = {str(n): value for n, value in enumerate(draw.normal(size=200))}
+    assert compare(noise, dict.fromkeys(noise, 0.0))["p"] > 0.01
+    assert compare({"a": 1.0}, {"a": 0.0})["p"] is None
+
+
+def test_reranking_leaves_runs_tables_and_a_plot(ranker, tmp_path):
+    model, tokenizer = ranker
+    queries = {"1": "rain", "2": "sun", "3": "without candidates"}
+    passages = {pid: f"passage {pid} " * n for n, pid in enumerate("abcdef", start=1)}
+    collection = Collection(queries, passages, {"1": {"a": 1, "b": 0}, "2": {"c": 1, "d": 0}, "3": {"e": 1}})
+    collection.run = {"1": {"a": 1.0, "b": 2.0, "c": 3.0}, "2": {"f": 1.0, "c": 0.5}}
+    runs = {"ours": rerank(model, tokenizer, collection, depth=2), "BM25": bm25(collection)}
+    assert {qid: set(scores) for qid, scores in runs["ours"].items()} == {"1": {"b", "c"}, "2": {"f", "c"}, "3": set()}
+    found = evaluate(collection, runs, parse_measures(["nDCG@10", "R@100"]), tmp_path)
+    assert read_run(tmp_path / "ours.run") == {qid: scores for qid, scores in runs["ours"].items() if scores}
+    assert found["means"]["ours"]["R@100"] == pytest.approx(1 / 3)  # of 1 the best two lack a, of 3 there is nothing
+    assert (tmp_path / "per_query.png").stat().st_size > 5000
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["means"] == found["means"] and set(saved["per_query"]["BM25"]["nDCG@10"]) == {"1", "2", "3"}
+    assert (tmp_path / "results.md").read_text().startswith("| x 100 | nDCG@10 | R@100 |")

@@ -1,0 +1,197 @@
+"""Laws of judged collections: what is read is what was written, and contradictions are named."""
+
+import json
+from math import log
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from modeling_gemma_encoder import retrieval
+from modeling_gemma_encoder.retrieval import (
+    Collection,
+    Texts,
+    bm25,
+    lists_of,
+    ranked,
+    read_collection,
+    read_run,
+    write_run,
+)
+
+QUERIES = {"1": "rain in spain", "2": "the sun"}
+PASSAGES = {"a": "It rains in Spain.", "b": "The sun is a star.", "c": "Nothing at all.", "d": "Sun and rain."}
+QRELS = "1 0 a 2\n1 0 c 0\n2 0 b 1\n2 0 d 0\n"
+
+
+def jsonl(path: Path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    jsonl(tmp_path / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in QUERIES.items()])
+    jsonl(tmp_path / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in PASSAGES.items()])
+    (tmp_path / "qrels.txt").write_text(QRELS)
+    return tmp_path
+
+
+def test_folders_of_trec_msmarco_and_beir_are_one_collection(folder, tmp_path_factory):
+    expected = read_collection(str(folder))
+    assert expected == Collection(QUERIES, PASSAGES, {"1": {"a": 2, "c": 0}, "2": {"b": 1, "d": 0}})
+
+    msmarco = tmp_path_factory.mktemp("msmarco")
+    for name, texts in (("queries", QUERIES), ("collection", PASSAGES)):
+        (msmarco / f"{name}.tsv").write_text("".join(f"{one}\t{text}\n" for one, text in texts.items()))
+    (msmarco / "qrels.tsv").write_text(QRELS.replace(" ", "\t"))
+    assert read_collection(str(msmarco)) == expected
+
+    beir = tmp_path_factory.mktemp("beir")
+    jsonl(beir / "queries.jsonl", [{"_id": qid, "text": text} for qid, text in QUERIES.items()])
+    titled = [{"_id": pid, "title": text.split()[0], "text": text.partition(" ")[2]} for pid, text in PASSAGES.items()]
+    jsonl(beir / "corpus.jsonl", titled)
+    (beir / "qrels").mkdir()
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tc\t0\n2\tb\t1\n2\td\t0\n")
+    assert read_collection(str(beir)) == expected
+
+
+def test_labelled_pairs_are_grouped_by_their_texts(tmp_path):
+    rows = [("q", "x", 1), ("q", "y", 0), ("other", "y", 1), ("other", "z", 0), ("q", "x", 0), ("none", "x", 0)]
+    jsonl(tmp_path / "pairs.jsonl", [dict(zip(("question", "answer", "label"), row, strict=True)) for row in rows])
+    found = read_collection(str(tmp_path / "pairs.jsonl"), pairs=("question", "answer", "label"))
+    texts = {
+        found.queries[qid]: {found.passages[pid]: grade for pid, grade in grades.items()}
+        for qid, grades in found.qrels.items()
+    }
+    assert texts == {"q": {"x": 1, "y": 0}, "other": {"y": 1, "z": 0}}  # nothing is relevant to "none"
+
+
+@pytest.mark.parametrize("judged,one_split", [("qrels", False), ("default", True)])
+def test_the_hubs_forms_are_the_same_collection(folder, monkeypatch, judged, one_split):
+    """NanoBEIR: one repository, a split for each collection. MTEB: splits named after their configs."""
+    tables = {
+        "queries": [{"_id": qid, "text": text} for qid, text in QUERIES.items()],
+        "corpus": [{"_id": pid, "text": text} for pid, text in PASSAGES.items()],
+        judged: [
+            {"query-id": q, "corpus-id": p, **({} if judged == "qrels" else {"score": 1.0})}
+            for q, p in (("1", "a"), ("2", "b"))
+        ],
+        "bm25": [{"query-id": "1", "corpus-ids": ["d", "a"]}, {"query-id": "2", "corpus-ids": ["b"]}],
+    }
+    splits = {
+        config: ["test" if config == judged else config] if one_split else ["NanoOne", "NanoTwo"] for config in tables
+    }
+
+    def load(name, config, split):
+        assert name == "someone/data" and split in splits[config]
+        if one_split or split == "NanoTwo":
+            return Dataset.from_list(tables[config])
+        raise AssertionError("the wrong split was read")
+
+    monkeypatch.setattr(retrieval, "get_dataset_config_names", lambda name: list(tables))
+    monkeypatch.setattr(retrieval, "get_dataset_split_names", lambda name, config: splits[config])
+    monkeypatch.setattr(retrieval, "load_dataset", load)
+    found = read_collection("someone/data", split=None if one_split else "NanoTwo")
+    assert found.qrels == {"1": {"a": 1}, "2": {"b": 1}} and dict(found.passages.items()) == PASSAGES
+    assert found.candidates() == {"1": ["d", "a"], "2": ["b"]} and found.candidates(1) == {"1": ["d"], "2": ["b"]}
+    if not one_split:
+        with pytest.raises(ValueError, match="say which"):
+            read_collection("someone/data")
+    del tables["corpus"]
+    with pytest.raises(ValueError, match="corpus is missing"):
+        read_collection("someone/data")
+
+
+def test_unknown_ids_are_named(folder):
+    (folder / "qrels.txt").write_text(QRELS + "3 0 a 1\n")
+    with pytest.raises(ValueError, match="qrels name '3', not among the 2 queries"):
+        read_collection(str(folder))
+    (folder / "qrels.txt").write_text(QRELS + "1 0 zzz 1\n")
+    with pytest.raises(ValueError, match="qrels name 'zzz', not among the 4 passages"):
+        read_collection(str(folder))
+    (folder / "qrels.txt").write_text(QRELS)
+    collection = read_collection(str(folder))
+    collection.run = {"1": {"nowhere": 1.0}, "not judged": {"x": 1.0}}
+    with pytest.raises(ValueError, match="run name 'nowhere'"):
+        collection.check("it")
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("1 0 a 1\n1 0 a 0\n", "line 2: 1 a was judged 1 before"),
+        ("1 0 a 1\n1 a\n", "line 2: '1 a' is not"),
+        ("1 0 a 1\n1 0 b yes\n", "line 2"),
+        ("1 0 a 0\n", "no query has a relevant passage"),
+        ("", "no query has a relevant passage"),
+    ],
+)
+def test_bad_judgements_are_named(folder, text, message):
+    (folder / "qrels.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_collection(str(folder))
+
+
+def test_bad_texts_are_named(folder, tmp_path):
+    jsonl(folder / "passages.jsonl", [{"pid": "a", "text": "x"}, {"pid": "a", "text": "y"}])
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        read_collection(str(folder))
+    jsonl(folder / "passages.jsonl", [{"number": "a", "words": "x"}])
+    with pytest.raises(ValueError, match="number, words, none of qid"):
+        read_collection(str(folder))
+    (folder / "passages.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"has no passages: none of passages\.jsonl"):
+        read_collection(str(folder))
+    with pytest.raises(ValueError, match="neither a folder nor a file"):
+        read_collection("./not/there")
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    run = {"1": {"a": 0.1, "b": -3.5, "c": 1e-7}, "2": {"d": 2.0}}
+    write_run(run, tmp_path / "a.run", tag="tag")
+    assert (tmp_path / "a.run").read_text().splitlines()[:2] == ["1 Q0 a 1 0.1 tag", "1 Q0 c 2 1e-07 tag"]
+    assert read_run(tmp_path / "a.run") == run
+    for line, message in (("1 Q0 a 1 0.5 t", "1 a is there twice"), ("2 Q0 e 1 nan t", "is NaN"), ("2 e 1", "is not")):
+        (tmp_path / "b.run").write_text((tmp_path / "a.run").read_text() + line + "\n")
+        with pytest.raises(ValueError, match=f"line 5: .*{message}"):
+            read_run(tmp_path / "b.run")
+
+
+def test_ties_have_an_order_that_no_list_order_changes():
+    scores = {str(n): float(n % 2) for n in range(20)}
+    order = ranked(scores)
+    assert order == ranked(dict(reversed(scores.items())))
+    assert [scores[pid] for pid in order] == [1.0] * 10 + [0.0] * 10
+    assert order[:10] != sorted(order[:10]) and order[:10] != sorted(order[:10], reverse=True)
+
+
+def test_texts_are_found_by_id_and_left_where_they_are():
+    texts = Texts([10, 2, 33], ["ten", "two", "thirty-three"])
+    assert dict(texts.items()) == {"10": "ten", "2": "two", "33": "thirty-three"} and len(texts) == 3
+    assert "2" in texts and "3" not in texts and "99" not in texts
+    with pytest.raises(ValueError, match="'2' is there twice"):
+        Texts([2, 2], ["a", "b"])
+
+
+def test_bm25_finds_the_words(folder):
+    collection = read_collection(str(folder))
+    run = bm25(collection)
+    assert run["1"]["a"] > run["1"]["c"] == 0 and set(run["1"]) == {"a", "c"}
+    best = bm25(collection, depth=2)
+    assert ranked(best["2"]) == ["b", "d"] and ranked(best["1"])[0] == "a"
+
+
+def test_bm25_is_lucenes_by_hand(tmp_path):
+    """log(1 + (N - n + 0.5) / (n + 0.5)) * tf / (tf + 1.5 * (0.25 + 0.75 * length / average)), one word a text."""
+    collection = Collection({"q": "sun"}, {"a": "sun", "b": "rain", "c": "rain"}, {"q": {"a": 1, "b": 0, "c": 0}})
+    assert bm25(collection)["q"]["a"] == pytest.approx(log(1 + 2.5 / 1.5) / 2.5, rel=1e-5)
+
+
+def test_lists_are_what_was_judged_and_the_runs_passages(folder):
+    collection = read_collection(str(folder))
+    rows, without = lists_of(collection, {"1": {"a": 3.0, "d": 2.0}, "2": {}})
+    assert without == 0
+    grades = [dict(zip(row["documents"], row["labels"], strict=True)) for row in rows]
+    assert grades == [{"a": 2, "c": 0, "d": 0}, {"b": 1, "d": 0}]
+    collection.qrels = {"1": {"a": 1}, "2": {"b": 1}}
+    assert lists_of(collection) == ([], 2)
