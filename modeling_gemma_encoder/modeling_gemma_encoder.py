@@ -242,9 +242,10 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
     def __init__(self, config: GemmaEncoderConfig, **unknown):
         if config.num_labels > 2:  # 2 is every config's default
             raise ValueError(f"`num_labels` must be 1 for ranking, one score a document, got {config.num_labels}")
-        if config.num_labels != 1:
+        if config.num_labels != 1 or getattr(config, "sentence_transformers", None) is None:
             config = copy.deepcopy(config)
             config.num_labels = 1
+            config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}  # CrossEncoder: logits
         super().__init__(config, **unknown)
         self.classifier = GemmaEncoderHead(config, num_outputs=1)
         self.post_init()
