@@ -16,11 +16,9 @@ the passage's id; queries without candidates count 0, those without a relevant p
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-from modeling_gemma_encoder import GemmaEncoderForRanking, verify_attention
-from modeling_gemma_encoder.ranking import MEASURES, evaluate, parse_measures, random_order, rerank
+from modeling_gemma_encoder.ranking import MEASURES, evaluate, load_ranker, parse_measures, random_order, rerank
 from modeling_gemma_encoder.retrieval import bm25, read_collection, read_run
 from modeling_gemma_encoder.suites import Help, fail
 
@@ -53,8 +51,6 @@ def main():
     args = parser.parse_args_into_dataclasses()[0]
     if len(args.pair_columns) != 3:
         fail(parser, f"--pair_columns are three, of query, passage and label, got {' '.join(args.pair_columns)}")
-    if args.dtype not in ("float32", "bfloat16"):
-        fail(parser, f"--dtype must be float32 or bfloat16, got {args.dtype}")
     try:
         measures = parse_measures(args.measures, args.relevance_level)
         name, _, split = args.data.partition(":")
@@ -62,15 +58,9 @@ def main():
         if args.run:
             collection.run = bm25(collection, args.depth or 100) if args.run == "bm25" else read_run(Path(args.run))
             collection.check(args.run)
-        model = GemmaEncoderForRanking.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model, tokenizer = load_ranker(args.model, args.dtype, args.device)
     except (ValueError, OSError) as error:
         fail(parser, str(error))
-    if not torch.accelerator.is_available() or args.device:
-        model.to(args.device or "cpu")
-    else:
-        model.to(torch.accelerator.current_accelerator())
-    verify_attention(model)
     runs = {
         "Gemma Encoder": rerank(model, tokenizer, collection, args.depth, args.max_length, args.tokens_per_batch),
         "BM25": bm25(collection),

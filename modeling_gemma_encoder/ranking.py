@@ -10,14 +10,39 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap, permutation_test
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .losses_gemma_encoder import IGNORE
+from .modeling_gemma_encoder import GemmaEncoderForRanking
 from .retrieval import Collection, Run, ranked, write_run
 from .runs import write
 from .templates import encode_pairs
+from .verification_gemma_encoder import verify_attention
 
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")  # what `ir_measures` calls them
+
+
+def load_ranker(
+    checkpoint: str, dtype: str = "float32", device: str | None = None
+) -> tuple[GemmaEncoderForRanking, PreTrainedTokenizerBase]:
+    """
+    A trained ranker, verified, on `device` or where there is one the accelerator, and its tokenizer.
+
+    Raises:
+        ValueError: `dtype` is not float32 or bfloat16, or the checkpoint has no trained head.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
+    model, loading = GemmaEncoderForRanking.from_pretrained(
+        checkpoint, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{checkpoint} is no trained ranker: {', '.join(missing)} would be random.")
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    model = model.to(device or "cpu").eval()
+    verify_attention(model)
+    return model, AutoTokenizer.from_pretrained(checkpoint)
 
 
 @torch.no_grad()

@@ -80,18 +80,20 @@ class Collection:
             self.qrels = {qid: grades for qid, grades in self.qrels.items() if qid not in set(useless)}
         if not self.qrels:
             raise ValueError(f"{name}: no query has a relevant passage.")
-        of_run = {qid: passages for qid, passages in (self.run or {}).items() if qid in self.qrels}
-        for what, table in (("qrels", self.qrels), ("run", of_run)):
-            if unknown := [qid for qid in table if qid not in self.queries]:
-                raise ValueError(f"{name}: the {what} name {some(unknown)}, not among the {len(self.queries)} queries.")
-            if what == "qrels" and self.run is not None:
-                continue  # judged passages that are not reranked need no text
-            known = {pid: pid in self.passages for passages in table.values() for pid in passages}
-            if unknown := [pid for pid, found in known.items() if not found]:
-                raise ValueError(
-                    f"{name}: the {what} name {some(unknown)}, not among the {len(self.passages)} passages."
-                )
+        check_ids("qrels", self.qrels, self.queries, {} if self.run else self.passages, name)
+        if self.run is not None:  # then judged passages that are not reranked need no text
+            of_run = {qid: passages for qid, passages in self.run.items() if qid in self.qrels}
+            check_ids("run", of_run, self.queries, self.passages, name)
         return self
+
+
+def check_ids(what: str, table: dict, queries: Mapping, passages: Mapping, name: str) -> None:
+    """Raises ValueError where a table of queries and their passages names one that is not there."""
+    if unknown := [qid for qid in table if qid not in queries]:
+        raise ValueError(f"{name}: the {what} name {some(unknown)}, not among the {len(queries)} queries.")
+    known = {pid: pid in passages for of_query in table.values() for pid in of_query} if passages else {}
+    if unknown := [pid for pid, found in known.items() if not found]:
+        raise ValueError(f"{name}: the {what} name {some(unknown)}, not among the {len(passages)} passages.")
 
 
 def some(ids: list[str]) -> str:
@@ -115,7 +117,7 @@ def read_collection(source: str, split: str | None = None, pairs: tuple[str, str
     """
     path = Path(source)
     if path.is_dir():
-        found = _folder(path)
+        found = Collection(*read_texts(path), read_qrels(_file(path, "qrels")))
     elif path.suffix in FORMATS:
         found = _pairs(read_file(path, (pairs or PAIRS)[:2]), source, pairs or PAIRS)
     elif path.exists() or source.startswith((".", "/", "~")):
@@ -128,15 +130,18 @@ def read_collection(source: str, split: str | None = None, pairs: tuple[str, str
 PAIRS = ("query", "passage", "label")
 
 
-def _folder(path: Path) -> Collection:
-    files = {}
-    for what, names in FILES.items():
-        suffixes = (".txt", ".tsv") if what == "qrels" else (*FORMATS, ".txt")
-        places = [path / f"{name}{suffix}" for name in names for suffix in suffixes]
-        files[what] = next((place for place in places if place.exists()), None)
-        if files[what] is None:
-            raise ValueError(f"{path} has no {what}: none of {', '.join(str(p.relative_to(path)) for p in places)}.")
-    return Collection(_texts(files["queries"]), _texts(files["passages"]), read_qrels(files["qrels"]))
+def read_texts(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Queries and passages of a folder."""
+    return _texts(_file(path, "queries")), _texts(_file(path, "passages"))
+
+
+def _file(path: Path, what: str) -> Path:
+    suffixes = (".txt", ".tsv") if what == "qrels" else (*FORMATS, ".txt")
+    places = [path / f"{name}{suffix}" for name in FILES[what] for suffix in suffixes]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise ValueError(f"{path} has no {what}: none of {', '.join(str(p.relative_to(path)) for p in places)}.")
+    return found
 
 
 def _texts(path: Path) -> dict[str, str]:

@@ -1,0 +1,220 @@
+"""Scores passages for queries: one query from the command line, or a file, however long.
+
+    python examples/rerank.py --model my-ranker --query "how do cats purr" --passages "They vibrate." "Dogs bark."
+    python examples/rerank.py --model my-ranker --input pairs.jsonl --output scored.jsonl
+    python examples/rerank.py --model my-ranker --input top1000.tsv --output scored.tsv
+    python examples/rerank.py --model my-ranker --data trec_dl/dl2020 --run bm25.run --output reranked.run
+
+| input | a row | output |
+| --- | --- | --- |
+| .jsonl | `query` and `passage`, or `passages`, a list | the row, and `score` or `scores` |
+| .tsv | query, passage; or qid, pid, query, passage, as MS MARCO's top 1000 | the row, and the score |
+| --data and --run | a TREC run file over a folder with queries and passages | a TREC run file |
+
+Scores are logits, higher is better. Rows come out in their order. Batches are of like length and hold
+--tokens_per_batch tokens. Every --rows_at_once rows what is scored is on disk, in <output>.rows: after an interruption
+the same command goes on there, and nothing is lost or written twice. <output> is there when all of it is.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from modeling_gemma_encoder.ranking import load_ranker, score_pairs
+from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
+from modeling_gemma_encoder.runs import write
+from modeling_gemma_encoder.suites import Help, fail
+from modeling_gemma_encoder.templates import encode_pairs
+
+
+@dataclass
+class RerankArguments:
+    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+    query: str | None = field(default=None, metadata={"help": "One query, whose --passages are printed, best first."})
+    passages: list[str] | None = field(default=None, metadata={"help": "Texts, for --query."})
+    input: str | None = field(default=None, metadata={"help": "A .jsonl or .tsv file."})
+    data: str | None = field(default=None, metadata={"help": "A folder with queries and passages, for --run."})
+    run: str | None = field(default=None, metadata={"help": "A TREC run file."})
+    depth: int | None = field(default=None, metadata={"help": "The best so many of the run only."})
+    output: str | None = field(default=None, metadata={"help": "Where to write scores."})
+    max_length: int = field(default=256, metadata={"help": "Tokens of a pair; passages are cut, queries never."})
+    tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
+    rows_at_once: int = field(default=1000, metadata={"help": "Rows scored together and then written."})
+    dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
+    device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
+
+    def problem(self) -> str | None:
+        ways = {"--query": self.query, "--input": self.input, "--run": self.run}
+        given = [flag for flag, value in ways.items() if value is not None]
+        if len(given) != 1:
+            return f"give one of {', '.join(ways)}, not {' and '.join(given) or 'none'}"
+        if self.query is not None and not self.passages:
+            return "--query needs --passages: there is nothing to rank"
+        if self.run and not self.data:
+            return "--run needs --data, the folder with its queries and passages"
+        if self.query is None and not self.output:
+            return "--output is needed"
+        if self.output and Path(self.output).exists():
+            return f"--output {self.output} is there already: delete it, or name another"
+        if self.input and Path(self.input).suffix not in (".jsonl", ".tsv"):
+            return f"--input {self.input} is neither .jsonl nor .tsv"
+        for name in ("max_length", "tokens_per_batch", "rows_at_once"):
+            if getattr(self, name) < 1:
+                return f"--{name} must be at least 1, got {getattr(self, name)}"
+        return None
+
+
+# 1. Rows: their pairs, and what is written of them
+
+
+def read_row(line: str, where: str) -> tuple[dict | list, list[tuple[str, str]]]:
+    """A line's row, and its (query, passage) pairs. Raises ValueError that says where and what is wrong."""
+    if where.partition(", ")[0].endswith(".tsv"):
+        row = line.split("\t")
+        if len(row) not in (2, 4):
+            raise ValueError(f"{where}: {len(row)} columns, not query, passage or qid, pid, query, passage")
+        return row, [(row[-2], row[-1])]
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {error}") from error
+    row = row if isinstance(row, dict) else {}
+    passages = row.get("passages", [row.get("passage")])
+    if not isinstance(passages, list) or not all(isinstance(text, str) for text in [row.get("query"), *passages]):
+        raise ValueError(f"{where}: a row has a text `query`, and a text `passage` or a list of them, `passages`")
+    if not passages:
+        raise ValueError(f"{where}: the query {row['query']!r} has no passages")
+    return row, [(row["query"], passage) for passage in passages]
+
+
+def write_row(row: dict | list, scores: list[float]) -> str:
+    if isinstance(row, list):
+        return "\t".join([*row, repr(scores[0])])
+    return json.dumps(
+        {**row, **({"scores": scores} if "passages" in row else {"score": scores[0]})}, ensure_ascii=False
+    )
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, and where they are."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield line.rstrip("\r\n"), f"{path}, line {number}"
+
+
+def rows_of(args: RerankArguments) -> Iterator[tuple[dict | list, list[tuple[str, str]]]]:
+    """Rows of the input, in its order."""
+    if args.input:
+        for line, where in read_lines(Path(args.input)):
+            yield read_row(line, where)
+    else:
+        (queries, passages), run = read_texts(Path(args.data)), read_run(Path(args.run))
+        check_ids("run", run, queries, passages, args.run)
+        for qid, scores in run.items():
+            for pid in ranked(scores)[: args.depth]:
+                yield [qid, pid], [(queries[qid], passages[pid])]
+
+
+# 2. The input, from where it was left
+
+
+def rerank(args: RerankArguments) -> int:
+    """Scores what is left of the input, and returns the number of its rows."""
+    output = Path(args.output)
+    part, facts = output.with_name(output.name + ".rows"), output.with_name(output.name + ".rows.json")
+    sizes, queries = [], set()
+    for _, pairs in rows_of(args):  # a bad row is found now, not after hours
+        sizes.append(len(pairs))
+        queries.update(query for query, _ in pairs)
+    if not sizes:
+        raise ValueError(f"{args.input or args.run} has no rows.")
+    began = {key: value for key, value in asdict(args).items() if key not in ("tokens_per_batch", "device")}
+    began["sha256"] = sha256(Path(args.input or args.run).read_bytes()).hexdigest()
+    if part.exists() and facts.exists() and (before := json.loads(facts.read_text())) != began:
+        changed = ", ".join(name for name in began if before.get(name) != began[name])
+        raise ValueError(f"{part} was begun otherwise ({changed}): delete it, or name another --output.")
+    model, tokenizer = load_ranker(args.model, args.dtype, args.device)
+    encode_pairs(tokenizer, [(query, "text") for query in queries], args.max_length)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = keep_whole(part, args.rows_at_once) if facts.exists() else 0
+    write(facts, json.dumps(began, indent=2))
+    if done:
+        print(f"Going on after {done:,} of {len(sizes):,} rows")
+    rows = islice(rows_of(args), done, None)
+    with (
+        part.open("a" if done else "w", encoding="utf-8", newline="\n") as file,
+        tqdm(total=sum(sizes), initial=sum(sizes[:done]), desc="Scoring", unit=" pairs") as progress,
+    ):
+        while some := list(islice(rows, args.rows_at_once)):
+            pairs = [pair for _, of_row in some for pair in of_row]
+            scores = score_pairs(model, tokenizer, pairs, args.max_length, args.tokens_per_batch, progress)
+            left = iter(scores.tolist())
+            file.write("".join(write_row(row, list(islice(left, len(of_row)))) + "\n" for row, of_row in some))
+            file.flush()
+            os.fsync(file.fileno())
+    if args.run:
+        write_run(as_run(part), output, tag=Path(args.model).name)
+        part.unlink()
+    else:
+        part.replace(output)
+    facts.unlink()
+    return len(sizes)
+
+
+def keep_whole(part: Path, rows_at_once: int) -> int:
+    """How many rows of an interrupted output are whole, in whole steps; what is written after them is cut off."""
+    if not part.exists():
+        return 0
+    ends, place = [], 0
+    with part.open("rb") as file:
+        for line in file:
+            place += len(line)
+            if line.endswith(b"\n"):
+                ends.append(place)
+    done = len(ends) // rows_at_once * rows_at_once
+    os.truncate(part, ends[done - 1] if done else 0)
+    return done
+
+
+def as_run(part: Path) -> Run:
+    run = defaultdict(dict)
+    for line, _ in read_lines(part):
+        qid, pid, score = line.split("\t")
+        run[qid][pid] = float(score)
+    return run
+
+
+# 3. Everything
+
+
+def main():
+    parser = HfArgumentParser(
+        RerankArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
+    )
+    args = parser.parse_args_into_dataclasses()[0]
+    if problem := args.problem():
+        fail(parser, problem)
+    try:
+        if args.query is None:
+            print(f"Scores of {rerank(args):,} rows are in {args.output}")
+            return
+        model, tokenizer = load_ranker(args.model, args.dtype, args.device)
+        pairs = [(args.query, passage) for passage in args.passages]
+        scores = score_pairs(model, tokenizer, pairs, args.max_length, args.tokens_per_batch)
+    except (ValueError, OSError) as error:
+        fail(parser, str(error))
+    for place in (-scores).argsort(kind="stable"):
+        print(f"{scores[place]:9.4f}  {args.passages[place]}")
+
+
+if __name__ == "__main__":
+    main()
