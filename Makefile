@@ -24,7 +24,7 @@ format: $(INSTALLED)
 # Versions come from constraints.txt, the ones this code was tested with.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,ray,onnx,dev]"
 	touch $@
 
 clean:
