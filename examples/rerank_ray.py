@@ -97,7 +97,7 @@ def main():
     if needed > there:  # Ray would wait for ever
         fail(
             parser,
-            f"--workers {args.workers} of --cpus_per_worker {args.cpus_per_worker:g}, and one core to read and write, are "
+            f"--workers {args.workers} of --cpus_per_worker {args.cpus_per_worker:g} and a core to read and write are "
             f"{needed:g} cores; the cluster has {there:g}.",
         )
     try:

@@ -159,10 +159,16 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         hidden_states = tuple(states.where(mask[..., None], 0) for states in hidden_states)
     if attentions is not None:
         attentions = tuple(weights.where(_pairs(mask), 0) for weights in attentions)
-    indices = mask.flatten().long().argsort(descending=True, stable=True)  # real tokens first, in order
+    indices = real_first(mask.flatten())
     offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
     states = outputs.last_hidden_state.flatten(0, 1)[indices]
     return Encoded(states, offsets, indices, mask, hidden_states, attentions)
+
+
+def real_first(mask: torch.Tensor) -> torch.Tensor:
+    """Places (n,) of a flat mask's real tokens in order, then those of padding: a stable sort, which ONNX lacks."""
+    ranks = torch.where(mask, mask.cumsum(0), mask.sum() + (~mask).cumsum(0)) - 1
+    return torch.zeros_like(ranks).scatter(0, ranks, torch.arange(ranks.shape[0], device=ranks.device))
 
 
 def _pairs(mask: torch.Tensor) -> torch.Tensor:

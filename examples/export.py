@@ -1,0 +1,153 @@
+"""Exports a classifier or ranker, so that it scores without this package: ONNX, or torch.export's .pt2.
+
+    python examples/export.py --model my-ranker --output exported              # exported/model.onnx, tokenizer.json ...
+    python examples/export.py --model my-ranker --output exported --format torch
+
+Both take `input_ids` and `attention_mask` (batch, seq_len), any batch and length, padded on either side, and give
+`logits`; what is exported is compared with the model before it is left there. It runs padded, so short texts next to
+long ones cost what the long ones do. Then, with onnxruntime and tokenizers alone:
+
+    tokenizer = Tokenizer.from_file("exported/tokenizer.json")
+    tokenizer.enable_padding(pad_id=0)
+    pairs = tokenizer.encode_batch([("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")])
+    inputs = {"input_ids": [pair.ids for pair in pairs], "attention_mask": [pair.attention_mask for pair in pairs]}
+    scores = InferenceSession("exported/model.onnx").run(["logits"], inputs)[0]
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+
+import modeling_gemma_encoder  # noqa: F401  registers our classes
+from modeling_gemma_encoder.suites import Help, fail
+
+FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+TOLERANCE = 1e-4  # of a logit
+
+
+@dataclass
+class ExportArguments:
+    model: str = field(metadata={"help": "A classifier or ranker: a folder, or a repository on the Hub."})
+    output: str = field(metadata={"help": "A folder; nothing in it is overwritten."})
+    format: str = field(default="onnx", metadata={"help": "onnx, or torch for torch.export."})
+    max_batch: int = field(default=4096, metadata={"help": "The largest batch it will take."})
+
+
+class Logits(torch.nn.Module):
+    """Tensors in, a tensor out: no class of ours or of transformers in what is exported."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def searchsorted(sorted_sequence, values, out_int32=False, right=False, side=None, sorter=None):
+    """torch.searchsorted for ONNX, which has none: how many of the sorted are reached by each value."""
+    from onnxscript import opset18 as op
+
+    if not right:
+        raise NotImplementedError("right=False")
+    one, zero = op.Constant(value_ints=[1]), op.Constant(value_ints=[0])
+    reached = op.GreaterOrEqual(op.Unsqueeze(values, one), op.Unsqueeze(sorted_sequence, zero))
+    return op.ReduceSum(op.Cast(reached, to=7), one, keepdims=0)  # 7: int64
+
+
+def load(checkpoint: str) -> Logits:
+    """In fp32, on padded batches. Raises ValueError where the checkpoint has no trained head."""
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{checkpoint} is no trained classifier or ranker: {', '.join(missing)} would be random.")
+    if not type(model).__module__.endswith("gemma_encoder"):
+        raise ValueError(f"{checkpoint} is no Gemma Encoder, but a {type(model).__name__}.")
+    return Logits(model).eval()
+
+
+def examples(vocab_size: int, lengths: tuple[int, ...], pad_left: bool = False) -> dict[str, torch.Tensor]:
+    """A batch of random tokens of these lengths."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, vocab_size, (len(lengths), max(lengths)), generator=draw)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    mask = mask.flip(-1) if pad_left else mask
+    return {"input_ids": ids.where(mask, 0), "attention_mask": mask.long()}
+
+
+@torch.no_grad()
+def export(model: Logits, path: Path, kind: str, max_batch: int) -> None:
+    config = model.model.config
+    batch = examples(config.vocab_size, (7, 3, 5))
+    sizes = torch.export.Dim("batch", max=max_batch), torch.export.Dim("seq_len", max=config.max_position_embeddings)
+    shapes = {name: dict(enumerate(sizes)) for name in batch}
+    if kind == "torch":
+        torch.export.save(torch.export.export(model, (), batch, dynamic_shapes=shapes), path)
+    else:
+        torch.onnx.export(
+            model,
+            (),
+            path,
+            kwargs=batch,
+            dynamic_shapes=shapes,
+            input_names=list(batch),
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+            custom_translation_table={torch.ops.aten.searchsorted.Tensor: searchsorted},
+        )
+
+
+@torch.no_grad()
+def difference(model: Logits, path: Path, kind: str) -> float:
+    """The largest of a logit, over batches of other sizes than the one that was traced."""
+    longest = model.model.config.max_position_embeddings
+    differences = []
+    for lengths, pad_left in (((min(longest, 64), 1, 9, 2), False), ((4,), False), ((3, 11), True)):
+        batch = examples(model.model.config.vocab_size, lengths, pad_left)
+        if kind == "torch":
+            found = torch.export.load(path).module()(**batch)
+        else:
+            from onnxruntime import InferenceSession
+
+            found = InferenceSession(path).run(["logits"], {name: value.numpy() for name, value in batch.items()})[0]
+        differences.append(np.abs(np.asarray(found) - model(**batch).numpy()).max())
+    return float(max(differences))
+
+
+def main():
+    parser = HfArgumentParser(
+        ExportArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
+    )
+    args = parser.parse_args_into_dataclasses()[0]
+    if args.format not in FILES:
+        fail(parser, f"--format must be one of {', '.join(FILES)}, got {args.format}")
+    folder = Path(args.output)
+    path = folder / FILES[args.format]
+    if path.exists():
+        fail(parser, f"--output {path} is there already: delete it, or name another folder")
+    try:
+        model = load(args.model)
+    except (ValueError, OSError) as error:
+        fail(parser, str(error))
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    export(model, part / path.name, args.format, args.max_batch)
+    if (worst := difference(model, part / path.name, args.format)) > TOLERANCE:
+        raise SystemExit(f"What was exported scores otherwise, by {worst:.1e}; it is left in {part}")
+    AutoTokenizer.from_pretrained(args.model).save_pretrained(part)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in part.iterdir():
+        file.replace(folder / file.name)
+    part.rmdir()
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, scores differ by {worst:.0e} at most")
+
+
+if __name__ == "__main__":
+    main()
