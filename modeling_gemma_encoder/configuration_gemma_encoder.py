@@ -42,6 +42,12 @@ def chunk_size(value: int | None):
 
 
 @as_validated_field
+def temperature(value: int | float | None):
+    if value is not None and (isinstance(value, bool) or not 0 < value < float("inf")):
+        raise ValueError(f"Value must be None or a number above 0, got {value}")
+
+
+@as_validated_field
 def layer_sizes(value: list[int] | tuple[int, ...]):
     if any(isinstance(size, bool) or size < 1 for size in value):
         raise ValueError(f"Value must list the sizes of the hidden layers, each at least 1, got {value}")
@@ -88,6 +94,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
         ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`.
         list_chunk_size: Documents of a batch that `GemmaEncoderForRanking` encodes at a time; the chunks are computed
             again in the backward pass, so that memory does not grow with the lists. `None` for all at once.
+        calibration_temperature, calibration_bias: What `probabilities` of a classifier or ranker divides logits by, and
+            takes from them before that. `None` until they were fitted.
         masked_lm_objective: Which state predicts a token in `GemmaEncoderForMaskedLM`: its own ("mlm"), or the one
             before it ("mntp", masked next-token prediction).
         problem_type: Which loss a classifier has, as in transformers; inferred from the labels when None.
@@ -115,6 +123,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
     classifier_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.0)
     ranking_loss: Literal["point_ce", "pair", "softmax", "poly1", "lambdarank", "margin_mse", "kl"] = "softmax"
     list_chunk_size: int | None = chunk_size(default=None)
+    calibration_temperature: int | float | None = temperature(default=None)
+    calibration_bias: int | float = 0.0
     masked_lm_objective: Literal["mlm", "mntp"] = "mlm"
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 

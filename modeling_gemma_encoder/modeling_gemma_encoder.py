@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils import can_return_tuple
 
 from .attention_gemma_encoder import UNPADDED, set_reach
+from .calibration_gemma_encoder import probabilities
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .encoding_gemma_encoder import (
     Encoded,
@@ -204,6 +205,12 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
 
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Calibrated probabilities of classes, or of each of several labels, as `logits` (batch, num_labels)."""
+        if self.config.problem_type == "regression" or logits.shape[-1] == 1:
+            raise ValueError("A regression has no probabilities.")
+        return probabilities(logits, self.config, self.config.problem_type != "multi_label_classification")
+
     def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
         check_labels(labels)
         problem_type = self.config.problem_type
@@ -292,6 +299,10 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
             attentions = attentions and tuple(weights.unflatten(0, list_shape) for weights in attentions)
         loss = None if labels is None else self._loss(logits, labels, list_shape)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Calibrated probabilities that a document is relevant, each by itself, of the shape of `logits`."""
+        return probabilities(logits, self.config, one_of_several=False)
 
     def _score(self, input_ids, attention_mask, inputs_embeds) -> torch.Tensor:
         return self.classifier(self.pool(self.encode(input_ids, attention_mask, inputs_embeds, False, False)))

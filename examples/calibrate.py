@@ -1,0 +1,82 @@
+"""Fits a ranker's temperature and bias on held-out judgements, so that its scores become probabilities of relevance.
+
+    python examples/calibrate.py --model my-ranker --data trec_dl/dl2020 --relevance_level 2 --output calibrated
+
+The queries are halved: on one half both are fitted, on the other they are shown, in `reliability.png` and
+`calibration.json`. --output gets the model, with them in its config; then `model.probabilities(logits)` applies them,
+while logits, and so CrossEncoder's scores and every order, stay as they are.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import HfArgumentParser
+
+from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
+from modeling_gemma_encoder.ranking import load_ranker, rerank
+from modeling_gemma_encoder.retrieval import read_collection
+from modeling_gemma_encoder.runs import write
+from modeling_gemma_encoder.suites import Help, fail
+
+
+@dataclass
+class CalibrationArguments:
+    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+    data: str = field(metadata={"help": "Judged data it was not trained on, as `evaluate_ranking.py` reads it."})
+    output: str = field(metadata={"help": "A folder that is not there yet."})
+    relevance_level: int = field(default=1, metadata={"help": "Least grade that counts as relevant."})
+    pair_columns: list[str] = field(
+        default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of a file of pairs."}
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens of a pair."})
+    tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
+    device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
+    seed: int = field(default=0, metadata={"help": "Of the halves."})
+
+
+def main():
+    parser = HfArgumentParser(
+        CalibrationArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
+    )
+    args = parser.parse_args_into_dataclasses()[0]
+    folder = Path(args.output)
+    if folder.exists():
+        fail(parser, f"--output {folder} is there already: delete it, or name another")
+    try:
+        name, _, split = args.data.partition(":")
+        collection = read_collection(name, split or None, tuple(args.pair_columns))
+        collection.run = None  # only what was judged has a label
+        model, tokenizer = load_ranker(args.model, device=args.device)
+        run = rerank(model, tokenizer, collection, None, args.max_length, args.tokens_per_batch)
+        queries = np.random.default_rng(args.seed).permutation(sorted(run))
+        halves = []
+        for half in (queries[::2], queries[1::2]):
+            pairs = [(run[qid][pid], grade) for qid in half for pid, grade in collection.qrels[qid].items()]
+            scores, grades = map(np.array, zip(*pairs, strict=True))
+            halves.append((scores, (grades >= args.relevance_level).astype(int)))
+        fitted = fit(*halves[0])
+    except (ValueError, OSError) as error:
+        fail(parser, str(error))
+    model.config.update(fitted)
+    scores, labels = halves[1]
+    after = model.probabilities(torch.tensor(scores)).numpy()
+    curves = {"sigmoid of the logit": (1 / (1 + np.exp(-scores)), labels), "calibrated": (after, labels)}
+    folder.mkdir(parents=True)
+    plot_reliability(curves, folder / "reliability.png")
+    errors = {name: calibration_error(*curve) for name, curve in curves.items()}
+    facts = {**fitted, "expected_calibration_error": errors, "queries": [len(queries[::2]), len(queries[1::2])]}
+    facts |= {"data": args.data, "relevance_level": args.relevance_level, "seed": args.seed}
+    write(folder / "calibration.json", json.dumps(facts, indent=2))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"temperature {fitted['calibration_temperature']:.3f}, bias {fitted['calibration_bias']:.3f}")
+    for name, error in errors.items():
+        print(f"{name}: calibration error {error:.3f} on {len(labels):,} held-out judgements")
+    print(f"The model, plot and numbers are in {folder}")
+
+
+if __name__ == "__main__":
+    main()
