@@ -3,7 +3,12 @@
 import re
 from pathlib import Path
 
+import torch
 from conftest import NANO
+from transformers import AutoTokenizer
+
+from modeling_gemma_encoder import GemmaEncoderForRanking
+from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -14,10 +19,13 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     rows = ["text,label", "It rains.,wet", "The sun is out.,dry", "Snow and a longer text.,cold", ""]
     (tmp_path / "train.csv").write_text("\n".join(rows))
     (tmp_path / "test.csv").write_text("\n".join([*rows[:3], ""]))  # a class is missing: ids must not shift
+    # What `examples/msmarco.py` leaves, untrained.
+    GemmaEncoderForRanking.from_pretrained(NANO, dtype=torch.float32).save_pretrained(tmp_path / "my-ranker")
+    set_template(AutoTokenizer.from_pretrained(NANO), pair=RANKING_TEMPLATE).save_pretrained(tmp_path / "my-ranker")
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    for block in blocks:
+    assert len(blocks) == 8
+    for block in (block for block in blocks if "langchain" not in block):  # not installed here
         exec(block.replace("google/gemma-2-2b", "gemma"), names)
     assert names["logits"].shape == (2, 3)
     assert type(names["model"]).__name__ == "GemmaEncoderForSequenceClassification"
@@ -25,6 +33,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     assert names["dataset"]["test"]["labels"][:] == [2, 1]
     assert (tmp_path / "my-encoder" / "attention_gemma_encoder.py").exists()
     assert sorted(names["best_first"].tolist()) == [0, 1] and names["loss"].item() > 0
+    names["trainer"].train()  # the ranker's
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
     assert type(names["merged"]).__name__ == "GemmaEncoderForSequenceClassification"
     assert names["merged"].config.pooling == "kv_probe"
