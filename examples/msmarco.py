@@ -259,7 +259,10 @@ def main():
             )
         folder, checkpoint = Path(args.output_dir), last_checkpoint(Path(args.output_dir))
         run = {**asdict(ranking), **asdict(options), **{key: getattr(args, key) for key in RECIPE}}
-        run |= {"lists": len(lists), "batch_size": args.train_batch_size * args.gradient_accumulation_steps}
+        run |= {
+            "lists": len(lists),
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        }
         finished = folder / "training.json"
         refuse_another_run(
             {

@@ -21,7 +21,7 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             temperature of training rows is too low.
 
     Raises:
-        ValueError: shapes do not match, or all labels are the same, which no finite temperature fits.
+        ValueError: shapes do not match, all labels are the same, or logits are not higher where labels are 1.
     """
     scores, labels = torch.as_tensor(logits, dtype=torch.float64), torch.as_tensor(np.asarray(labels))
     classes = scores.dim() == 2 and labels.dim() == 1
@@ -30,6 +30,10 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     scores, labels = scores[labels != IGNORE], labels[labels != IGNORE]
     if len(labels.unique()) < 2:
         raise ValueError(f"`labels` are all {labels[:1].tolist()}: there is nothing to fit.")
+    if not classes and (scores[labels == 1].mean() <= scores[labels == 0].mean()):
+        raise ValueError(
+            "Logits are not higher where labels are 1: they say nothing that a temperature could bring out."
+        )
     scale = max(float(scores.std()), 1e-6)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:

@@ -146,11 +146,7 @@ def _file(path: Path, what: str) -> Path:
 
 def _texts(path: Path) -> dict[str, str]:
     if path.suffix in (".tsv", ".txt"):  # id, tab, text, without a header, as MS MARCO's
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [line.split("\t", 1) for line in lines if line.strip()]
-        if wrong := next((row for row in rows if len(row) != 2), None):
-            raise ValueError(f"{path}: {wrong[0]!r} is not an id, a tab and a text.")
-        texts = ((one, text.removesuffix("\r")) for one, text in rows)
+        texts = _lines(path)
     else:
         rows = read_file(path)
         texts = zip(_ids(rows, path), _read(rows, path), strict=True)
@@ -162,6 +158,16 @@ def _texts(path: Path) -> dict[str, str]:
             raise ValueError(f"{path}: the text of {one!r} is {text!r}.")
         found[one] = text
     return found
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.strip():
+                one, tab, text = line.rstrip("\r\n").partition("\t")
+                if not tab:
+                    raise ValueError(f"{path}: {one!r} is not an id, a tab and a text.")
+                yield one, text
 
 
 def _ids(rows: Dataset, where) -> list[str]:

@@ -41,6 +41,8 @@ def test_the_temperature_and_bias_of_single_scores_are_found(shape):
 def test_what_cannot_be_fitted_is_said():
     with pytest.raises(ValueError, match="all"):
         fit(np.array([1.0, 2.0]), np.array([1, 1]))
+    with pytest.raises(ValueError, match="not higher"):
+        fit(np.array([1.0, 2.0]), np.array([1, 0]))
     with pytest.raises(ValueError, match="do not match"):
         fit(np.zeros((3, 2)), np.zeros(2))
 
