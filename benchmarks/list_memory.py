@@ -2,16 +2,16 @@
 
     python benchmarks/list_memory.py --model examples/nano --chunk 8 --sizes 8 16 32 64 128
 
-Each cell is a process of its own: the growth of its peak over what the loaded model had held before the step (resident
-memory on a CPU, allocated memory on a GPU), and the median time of three steps. On a CPU memory is measured in another
-process than time, which gives freed memory back at once: glibc keeps it otherwise, and its fragments grow with the list
-too. Prints a table, and leaves list_memory.png and .json.
+Each cell is a process of its own: the growth of its peak over what the model and its gradients held before the step
+(resident memory on a CPU, under Linux; allocated memory on a GPU), and the median time of three steps. On a CPU memory
+is measured in another process than time, which gives freed memory back at once: glibc keeps it otherwise, and its
+fragments grow with the list too. Prints a table, and leaves list_memory.png and .json.
 """
 
 import argparse
+import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -27,11 +27,22 @@ from modeling_gemma_encoder.runs import write
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
+def forget_peak(device: str) -> int:
+    """Bytes that are held now, from which on the peak counts."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins anew
+    return resident("VmRSS")
+
+
 def peak(device: str) -> int:
-    """Bytes."""
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+
+
+def resident(what: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[what].split()[0]) * 1024
 
 
 def cell(model: str, size: int, chunk: int | None, tokens: int) -> dict:
@@ -49,7 +60,8 @@ def cell(model: str, size: int, chunk: int | None, tokens: int) -> dict:
         ranker(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
 
     step(2)  # gradients and buffers are there now
-    before, times = peak(device), []
+    gc.collect()
+    before, times = forget_peak(device), []
     for _ in range(3):
         began = time.perf_counter()
         step(size)

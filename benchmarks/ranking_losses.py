@@ -3,8 +3,9 @@
     python benchmarks/ranking_losses.py --seeds 1 2 3 --output_dir runs/losses --model examples/nano \
         --train_data trecqa/train.jsonl --eval_data trecqa/test.jsonl --pair_columns question answer label
 
-All other flags are those of `examples/msmarco.py`, which trains; losses of a teacher's scores need such data. Runs that
-are finished are read, interrupted ones go on. Leaves results.md, results.json, and per run what `msmarco.py` leaves.
+All other flags are those of `examples/msmarco.py`, which trains, all losses at one learning rate; losses of a teacher's
+scores need such data. Runs that are finished are read, interrupted ones go on. Leaves results.md, results.json, and
+per run what `msmarco.py` leaves.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def main():
         for loss in args.losses:
             run = ["--ranking_loss", loss, "--seed", seed, "--output_dir", args.output_dir / loss / f"seed-{seed}"]
             print(f"{loss}, seed {seed}", flush=True)
-            subprocess.run([sys.executable, SCRIPT, *flags, *map(str, run)], check=True)
+            if code := subprocess.run([sys.executable, SCRIPT, *flags, *map(str, run)]).returncode:
+                raise SystemExit(code)
     found = collect(args.output_dir, args.losses, args.seeds)
     table = markdown(found, args.seeds)
     write(args.output_dir / "results.md", table)

@@ -31,7 +31,7 @@ class CalibrationArguments:
     pair_columns: list[str] = field(
         default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of a file of pairs."}
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a pair."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a pair. Default: as in training."})
     tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
     seed: int = field(default=0, metadata={"help": "Of the halves."})
@@ -46,9 +46,10 @@ def main():
     if folder.exists():
         fail(parser, f"--output {folder} is there already: delete it, or name another")
     try:
-        name, _, split = args.data.partition(":")
-        collection = read_collection(name, split or None, tuple(args.pair_columns))
+        collection = read_collection(args.data, tuple(args.pair_columns))
         collection.run = None  # only what was judged has a label
+        if len(collection.qrels) < 2:
+            raise ValueError(f"{args.data} has {len(collection.qrels)} judged queries: two at least are needed.")
         model, tokenizer = load_ranker(args.model, device=args.device)
         run = rerank(model, tokenizer, collection, None, args.max_length, args.tokens_per_batch)
         queries = np.random.default_rng(args.seed).permutation(sorted(run))
@@ -75,6 +76,8 @@ def main():
     print(f"temperature {fitted['calibration_temperature']:.3f}, bias {fitted['calibration_bias']:.3f}")
     for name, error in errors.items():
         print(f"{name}: calibration error {error:.3f} on {len(labels):,} held-out judgements")
+    if errors["calibrated"] > errors["sigmoid of the logit"]:
+        print("WARNING: on the held-out half it made things worse; there may be too few judgements")
     print(f"The model, plot and numbers are in {folder}")
 
 

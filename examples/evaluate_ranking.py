@@ -10,7 +10,8 @@ Reranked is a run, the 100 best of `--run bm25`, the Hub's own candidates, or wh
 passages that nobody looked at, so its numbers are above those of a run and cannot be compared with them.
 
 Leaves the runs in TREC's format, results.json, results.md and per_query.png. Equal scores are ordered by the CRC-32 of
-the passage's id; queries without candidates count 0, those without a relevant passage are left out.
+the passage's id. Queries without candidates count 0; those without a relevant passage, or in a judged pool without an
+irrelevant one, are left out.
 """
 
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from modeling_gemma_encoder.ranking import MEASURES, evaluate, load_ranker, parse_measures, random_order, rerank
-from modeling_gemma_encoder.retrieval import bm25, read_collection, read_run
+from modeling_gemma_encoder.ranking import MEASURES, baselines, evaluate, load_ranker, parse_measures, rerank
+from modeling_gemma_encoder.retrieval import read_collection, read_run, retrieve
 from modeling_gemma_encoder.suites import Help, fail
 
 
@@ -36,12 +37,14 @@ class EvaluationArguments:
         default=1, metadata={"help": "Least grade that counts as relevant in measures that know no grades; TREC DL: 2."}
     )
     measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "As ir_measures calls them."})
-    max_length: int | None = field(default=256, metadata={"help": "Tokens of a pair."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
+    )
     tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
     dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
     seed: int = field(default=0, metadata={"help": "Of the random order."})
-    output_dir: str = "runs/evaluation"
+    output_dir: str | None = field(default=None, metadata={"help": "Default: runs/evaluation/<model>-<data>."})
 
 
 def main():
@@ -51,29 +54,34 @@ def main():
     args = parser.parse_args_into_dataclasses()[0]
     if len(args.pair_columns) != 3:
         fail(parser, f"--pair_columns are three, of query, passage and label, got {' '.join(args.pair_columns)}")
+    for name in ("depth", "max_length", "tokens_per_batch"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            fail(parser, f"--{name} must be at least 1, got {value}")
     try:
         measures = parse_measures(args.measures, args.relevance_level)
-        name, _, split = args.data.partition(":")
-        collection = read_collection(name, split or None, tuple(args.pair_columns))
+        collection = read_collection(args.data, tuple(args.pair_columns))
         if args.run:
-            collection.run = bm25(collection, args.depth or 100) if args.run == "bm25" else read_run(Path(args.run))
+            collection.run = retrieve(collection, args.depth or 100) if args.run == "bm25" else read_run(Path(args.run))
             collection.check(args.run)
+        if args.depth and collection.run is None:
+            raise ValueError(f"--depth {args.depth} is of a run: give --run")
+        collection.comparable(args.data)
         model, tokenizer = load_ranker(args.model, args.dtype, args.device)
+        ours = rerank(model, tokenizer, collection, args.depth, args.max_length, args.tokens_per_batch)
     except (ValueError, OSError) as error:
         fail(parser, str(error))
-    runs = {
-        "Gemma Encoder": rerank(model, tokenizer, collection, args.depth, args.max_length, args.tokens_per_batch),
-        "BM25": bm25(collection),
-        "random order": random_order(collection, args.depth, args.seed),
-    }
+    runs = {"Gemma Encoder": ours, **baselines(collection, args.depth, args.seed)}
     facts = {
         "model": args.model,
         "data": args.data,
         "run": args.run or ("its own" if collection.run else "judged pool"),
     }
-    found = evaluate(collection, runs, measures, Path(args.output_dir), facts)
+    folder = Path(
+        args.output_dir or f"runs/evaluation/{Path(args.model).name}-{Path(args.data).name.replace(':', '-')}"
+    )
+    found = evaluate(collection, runs, measures, folder, facts)
     print(f"\n{args.data}, {found['queries']} queries, reranked: {facts['run']}\n\n{found['table']}")
-    print(f"\nRuns, table and plot are in {args.output_dir}")
+    print(f"\nRuns, table and plot are in {folder}")
 
 
 if __name__ == "__main__":

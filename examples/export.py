@@ -9,6 +9,7 @@ long ones cost what the long ones do. Then, with onnxruntime and tokenizers alon
 
     tokenizer = Tokenizer.from_file("exported/tokenizer.json")
     tokenizer.enable_padding(pad_id=0)
+    tokenizer.enable_truncation(256, strategy="only_second")
     pairs = tokenizer.encode_batch([("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")])
     inputs = {"input_ids": [pair.ids for pair in pairs], "attention_mask": [pair.attention_mask for pair in pairs]}
     scores = InferenceSession("exported/model.onnx").run(["logits"], inputs)[0]
@@ -32,7 +33,7 @@ TOLERANCE = 1e-4  # of a logit
 @dataclass
 class ExportArguments:
     model: str = field(metadata={"help": "A classifier or ranker: a folder, or a repository on the Hub."})
-    output: str = field(metadata={"help": "A folder; nothing in it is overwritten."})
+    output: str = field(metadata={"help": "A folder that is not there yet."})
     format: str = field(default="onnx", metadata={"help": "onnx, or torch for torch.export."})
     max_batch: int = field(default=4096, metadata={"help": "The largest batch it will take."})
 
@@ -98,6 +99,7 @@ def export(model: Logits, path: Path, kind: str, max_batch: int) -> None:
             input_names=list(batch),
             output_names=["logits"],
             dynamo=True,
+            external_data=model.model.num_parameters() > 400e6,  # more than 1.6 GB do not go into one ONNX file
             verbose=False,
             custom_translation_table={torch.ops.aten.searchsorted.Tensor: searchsorted},
         )
@@ -129,8 +131,8 @@ def main():
         fail(parser, f"--format must be one of {', '.join(FILES)}, got {args.format}")
     folder = Path(args.output)
     path = folder / FILES[args.format]
-    if path.exists():
-        fail(parser, f"--output {path} is there already: delete it, or name another folder")
+    if folder.exists():
+        fail(parser, f"--output {folder} is there already: delete it, or name another")
     try:
         model = load(args.model)
     except (ValueError, OSError) as error:
@@ -141,12 +143,12 @@ def main():
     export(model, part / path.name, args.format, args.max_batch)
     if (worst := difference(model, part / path.name, args.format)) > TOLERANCE:
         raise SystemExit(f"What was exported scores otherwise, by {worst:.1e}; it is left in {part}")
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(part)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in part.iterdir():
-        file.replace(folder / file.name)
-    part.rmdir()
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, scores differ by {worst:.0e} at most")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(part)
+    part.replace(folder)
+    sizes = ", ".join(f"{f.name} of {f.stat().st_size / 1e6:.1f} MB" for f in sorted(folder.glob(f"{path.name}*")))
+    print(f"{folder}: {sizes}, scores differ by {worst:.0e} at most")
 
 
 if __name__ == "__main__":

@@ -21,23 +21,32 @@ candidates of --eval_data are reranked. The same command goes on where it was in
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from zlib import crc32
 
-import torch
+import numpy as np
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, Trainer, set_seed
+from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
-from modeling_gemma_encoder import GemmaEncoderForRanking, verify_attention
+from modeling_gemma_encoder import verify_attention
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
 from modeling_gemma_encoder.finetuning import build
-from modeling_gemma_encoder.ranking import MEASURES, evaluate, measure_lists, parse_measures, random_order, rerank
-from modeling_gemma_encoder.retrieval import Collection, Texts, bm25, lists_of, read_collection, read_run
+from modeling_gemma_encoder.ranking import (
+    MEASURES,
+    baselines,
+    evaluate,
+    load_ranker,
+    measure_lists,
+    parse_measures,
+    rerank,
+)
+from modeling_gemma_encoder.retrieval import Collection, Texts, lists_of, read_collection, read_run, retrieve
 from modeling_gemma_encoder.runs import RECIPE, write
 from modeling_gemma_encoder.suites import fail, make_parser, parse
 from modeling_gemma_encoder.tasks import Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
-from modeling_gemma_encoder.training import StepTimer, last_checkpoint, refuse_another_run
+from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, refuse_another_run
 
 # Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.
 TASK = Task(
@@ -54,6 +63,7 @@ DEFAULTS = {
 CONFIGS = {"sentence-transformers/msmarco-bm25": "triplet-50", "sentence-transformers/msmarco": "labeled-list"}
 CORPORA = {"Tevatron/msmarco-passage-new": "Tevatron/msmarco-passage-corpus-new"}
 TEACHERS = ("margin_mse", "kl")
+FREE = ("measures", "relevance_level", "max_eval_samples", "preprocessing_num_workers")  # do not make another run
 
 
 @dataclass
@@ -153,7 +163,10 @@ READERS = {  # by the columns that tell them
 }
 
 
-def hub_lists(source: str, list_size: int, seed: int, from_teacher: bool) -> RankingDataset:
+def hub_lists(
+    source: str, list_size: int, seed: int, from_teacher: bool, limit: int | None = None
+) -> tuple[RankingDataset, list[str], str]:
+    """Lists of a data set on the Hub, at most `limit` of them, their queries' texts, and a digest of the rows."""
     name, config, split = [*source.split(":"), None, None][:3]
     rows = load_dataset(name, config or CONFIGS.get(name), split=split or "train")
     read = next((read for columns, read in READERS.items() if set(columns) <= set(rows.column_names)), None)
@@ -164,6 +177,8 @@ def hub_lists(source: str, list_size: int, seed: int, from_teacher: bool) -> Ran
         raise ValueError(
             f"{source}: a teacher's scores go with --ranking_loss {' and '.join(TEACHERS)}, labels with others."
         )
+    if limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(limit))
     texts = {}
     if read in (of_labels, of_margins):
         corpus, queries = load_dataset(name, "corpus", split="train"), load_dataset(name, "queries", split="train")
@@ -172,58 +187,74 @@ def hub_lists(source: str, list_size: int, seed: int, from_teacher: bool) -> Ran
     elif read is of_ids:
         corpus = load_dataset(CORPORA.get(name, f"{name}-corpus"), split="train")
         texts["passages"] = Texts(corpus["docid"], corpus["text"])
-    return RankingDataset(Rows(rows, read), list_size, seed, from_teacher=from_teacher, **texts)
+    lists = RankingDataset(Rows(rows, read), list_size, seed, from_teacher=from_teacher, **texts)
+    column = next(column for column in ("query", "query_text", "query_id") if column in rows.column_names)
+    asked = [texts["queries"][str(one)] for one in rows[column]] if "queries" in texts else list(rows[column])
+    return lists, asked, rows._fingerprint
 
 
-def local_lists(ranking: RankingArguments, seed: int) -> tuple[RankingDataset, Collection]:
-    """Lists of the queries to train on of all folders and files, and the queries that are held out."""
+def local_lists(
+    ranking: RankingArguments, seed: int, limit: int | None = None
+) -> tuple[RankingDataset, list[str], str, Collection]:
+    """The same of all folders and files, and the queries that are held out."""
     queries, passages, rows, held_out = {}, {}, [], Collection({}, {}, {})
     for number, source in enumerate(ranking.train_data):
-        found = read_collection(source, pairs=tuple(ranking.pair_columns))
-        run = None
+        found = read_collection(source, tuple(ranking.pair_columns))
+        found.run = None
+        out = {qid for qid in found.qrels if crc32(found.queries[qid].encode()) % 1000 < 1000 * ranking.held_out}
+        mark = f"{number}-" if len(ranking.train_data) > 1 else ""
+        passages |= {mark + pid: text for pid, text in found.passages.items()}
+        queries |= {mark + qid: text for qid, text in found.queries.items()}
+        held_out.qrels |= {mark + qid: {mark + pid: grade for pid, grade in found.qrels[qid].items()} for qid in out}
+        found.qrels = {qid: grades for qid, grades in found.qrels.items() if qid not in out}
         if ranking.train_run:
-            run = bm25(found, depth=100) if ranking.train_run == "bm25" else read_run(Path(ranking.train_run))
-            Collection(found.queries, found.passages, found.qrels, run).check(ranking.train_run)
-        rename = (lambda one, number=number: f"{number}-{one}") if len(ranking.train_data) > 1 else str
-        passages |= {rename(pid): text for pid, text in found.passages.items()}
-        queries |= {rename(qid): text for qid, text in found.queries.items()}
-        is_out = {qid: crc32(found.queries[qid].encode()) % 1000 < 1000 * ranking.held_out for qid in found.qrels}
-        held_out.qrels |= {
-            rename(qid): {rename(pid): grade for pid, grade in found.qrels[qid].items()}
-            for qid in found.qrels
-            if is_out[qid]
-        }
-        found.qrels = {qid: grades for qid, grades in found.qrels.items() if not is_out[qid]}
-        lists, without = lists_of(found, run)
+            found.run = retrieve(found) if ranking.train_run == "bm25" else read_run(Path(ranking.train_run))
+            found.check(ranking.train_run)
+        lists, without = lists_of(found, found.run)
         if without:
-            print(
-                f"{source}: {without} of {len(found.qrels)} queries have no relevant passage or no other one: left out"
-            )
+            print(f"{source}: {without} of {len(found.qrels)} queries have no relevant passage or no other: left out")
         for row in lists:
-            rows.append({**row, "query": rename(row["query"]), "documents": [rename(pid) for pid in row["documents"]]})
+            rows.append({**row, "query": mark + row["query"], "documents": [mark + pid for pid in row["documents"]]})
     if not rows:
         raise ValueError(
             f"{', '.join(ranking.train_data)}: no query has both a relevant passage and another one; --train_run bm25 "
             "finds others."
         )
+    if limit is not None and limit < len(rows):
+        rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
     held_out.queries, held_out.passages = queries, passages
-    return RankingDataset(rows, ranking.list_size, seed, passages, queries), held_out
+    lists = RankingDataset(rows, ranking.list_size, seed, passages, queries)
+    return lists, [queries[row["query"]] for row in rows], sha256(json.dumps(rows).encode()).hexdigest()[:16], held_out
 
 
 # 2. Collections to be measured on
 
 
 def judged(ranking: RankingArguments, held_out: Collection) -> dict[str, Collection]:
-    found = {"held-out": held_out} if held_out.qrels else {}
+    found = {"held-out": held_out.comparable("held-out")} if held_out.qrels else {}
     for number, source in enumerate(ranking.eval_data or ()):
-        name, _, split = source.partition(":")
-        collection = read_collection(name, split or None, tuple(ranking.pair_columns))
+        collection = read_collection(source, tuple(ranking.pair_columns))
         if ranking.eval_run:
             collection.run = read_run(Path(ranking.eval_run[number]))
             collection.check(ranking.eval_run[number])
-        short = Path(split or name).name
-        found[short if short not in found else f"{number}-{short}"] = collection
+        if ranking.eval_depth and collection.run is None:
+            raise ValueError(f"--eval_depth {ranking.eval_depth} is of a run: give --eval_run")
+        short = Path(source).name.replace(":", "-")
+        found[short if short not in found else f"{number}-{short}"] = collection.comparable(source)
     return found
+
+
+def check_lengths(tokenizer, lists: RankingDataset, queries: list[str], max_length: int) -> None:
+    """Queries that leave no room for a document are found now, not while training; says how often documents are cut."""
+    for start in range(0, len(queries), 10_000):
+        encode_pairs(tokenizer, [(query, "text") for query in queries[start : start + 10_000]], max_length)
+    if len(lists):
+        some = [
+            lists[int(i)] for i in np.random.default_rng(0).choice(len(lists), size=min(100, len(lists)), replace=False)
+        ]
+        pairs = [(row["query"], document) for row in some for document in row["documents"]]
+        cut = np.mean([len(ids) > max_length for ids in encode_pairs(tokenizer, pairs)])
+        print(f"Of {len(pairs):,} documents drawn {cut:.1%} are cut to {max_length} tokens")
 
 
 # 3. Everything
@@ -233,93 +264,128 @@ def main():
     parser = make_parser(RankingArguments, "runs/msmarco", __doc__)
     parser.set_defaults(**DEFAULTS)
     ranking, options, args = parse(parser, TASK)
-    if problem := ranking.problem():
+    if problem := ranking.problem() or cannot_do(options, args):
         fail(parser, problem)
+    folder, from_teacher = Path(args.output_dir), options.ranking_loss in TEACHERS
+    finished, held_out = folder / "training.json", Collection({}, {}, {})
+    local = [source for source in ranking.train_data if is_local(source)]
     try:
         measures = parse_measures(ranking.measures, ranking.relevance_level)
-        from_teacher = options.ranking_loss in TEACHERS
-        local = all(Path(source).exists() for source in ranking.train_data)
-        held_out = Collection({}, {}, {})
-        if local:
-            lists, held_out = local_lists(ranking, args.seed)
-            if from_teacher:
-                raise ValueError(
-                    f"--ranking_loss {options.ranking_loss} needs a teacher's scores, which qrels are not."
-                )
-        elif len(ranking.train_data) > 1 or ranking.held_out or ranking.train_run:
-            raise ValueError("--train_data of several places, --held_out and --train_run are for folders and files.")
-        else:
-            lists = hub_lists(ranking.train_data[0], ranking.list_size, args.seed, from_teacher)
-        collections = judged(ranking, held_out)
-        tokenizer = TASK.set_template(AutoTokenizer.from_pretrained(options.model))
-        max_length = options.max_length or TASK.max_length
-        for collection in collections.values():  # a query that does not fit is found now, not after training
-            encode_pairs(
-                tokenizer, [(collection.queries[qid], "text " * max_length) for qid in collection.qrels], max_length
+        if local and len(local) < len(ranking.train_data):
+            raise ValueError(
+                f"--train_data {' '.join(set(ranking.train_data) - set(local))}: there is no such folder or file"
             )
-        folder, checkpoint = Path(args.output_dir), last_checkpoint(Path(args.output_dir))
+        if local and from_teacher:
+            raise ValueError(f"--ranking_loss {options.ranking_loss} needs a teacher's scores, which qrels are not.")
+        if not local and (len(ranking.train_data) > 1 or ranking.held_out or ranking.train_run):
+            raise ValueError("--train_data of several places, --held_out and --train_run are for folders and files.")
+        if local:
+            lists, queries, digest, held_out = local_lists(ranking, args.seed, options.max_train_samples)
+        else:
+            form = (ranking.train_data[0], ranking.list_size, args.seed, from_teacher, options.max_train_samples)
+            lists, queries, digest = hub_lists(*form)
+        collections = judged(ranking, held_out)
+        lists_out = None
+        if args.eval_strategy != "no":
+            first = next(iter(collections.values()), Collection({}, {}, {}))
+            rows = lists_of(first, first.run)[0]
+            if not rows:
+                raise ValueError(
+                    f"--eval_strategy {args.eval_strategy} needs --eval_data or --held_out to make lists of."
+                )
+            lists_out = RankingDataset(rows, ranking.list_size, args.seed, first.passages, first.queries)
+        tokenizer = TASK.set_template(AutoTokenizer.from_pretrained(options.model))
+        max_length = min(options.max_length or TASK.max_length, check_positions(options.model))
+        tokenizer.model_max_length = max_length  # saved with the model: it is read as it was trained
+        evaluated = [c.queries[qid] for c in collections.values() for qid in c.qrels]
+        check_lengths(tokenizer, lists, [*queries, *evaluated], max_length)
+        given = args.resume_from_checkpoint
+        checkpoint = last_checkpoint(folder) if given in (None, True, "True", "true") else given
         run = {**asdict(ranking), **asdict(options), **{key: getattr(args, key) for key in RECIPE}}
-        run |= {
-            "lists": len(lists),
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        }
-        finished = folder / "training.json"
-        refuse_another_run(
-            {
-                key: value
-                for key, value in run.items()
-                if not key.startswith("eval_") and key not in ("measures", "relevance_level")
-            },
-            folder,
-            str(finished) if finished.exists() else checkpoint,
-            args.process_index == 0,
-        )
+        run = {key: value for key, value in run.items() if not key.startswith("eval_") and key not in FREE}
+        run["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        run |= {"lists": digest, "max_length": max_length}
+        if args.do_train:
+            done = str(finished) if finished.exists() else checkpoint
+            refuse_another_run(run, folder, done, args.process_index == 0)
+        elif not finished.exists():
+            load_ranker(options.model, device="cpu")  # or a random head would be measured
     except (ValueError, OSError) as error:
         fail(parser, str(error))
-    to_evaluate = ", ".join(collections) or "nothing"
-    print(f"{len(lists):,} queries to train on, lists of {ranking.list_size}; to evaluate: {to_evaluate}")
+    if args.process_index == 0:
+        to_evaluate = ", ".join(collections) or "nothing"
+        print(f"{len(lists):,} queries to train on, lists of {ranking.list_size}; to evaluate: {to_evaluate}")
+        for name, collection in collections.items():
+            seen = {collection.queries[qid] for qid in collection.qrels} & set(queries)
+            if seen and args.do_train:
+                print(f"WARNING: {len(seen)} of {len(collection.qrels)} queries of {name} are also trained on")
 
     set_seed(args.seed)
-    if finished.exists() or not args.do_train:
-        model = GemmaEncoderForRanking.from_pretrained(
-            folder if finished.exists() else options.model, dtype=torch.float32
-        )
-        model.to(args.device)
+    if args.do_train and not finished.exists():
+        model = train(ranking, options, args, lists, lists_out, tokenizer, max_length, measures, checkpoint, finished)
     else:
-        model, timer, lists_out = build(TASK, options), StepTimer(), None
-        args.include_num_input_tokens_seen = "non_padding"
-        if first := next(iter(collections.values()), None):  # for --eval_strategy
-            lists_out = RankingDataset(lists_of(first)[0], ranking.list_size, args.seed, first.passages, first.queries)
-        trainer = Trainer(
-            model,
-            args,
-            train_dataset=lists,
-            eval_dataset=lists_out,
-            compute_metrics=lambda output: measure_lists(output.predictions, output.label_ids, measures),
-            data_collator=RankingCollator(tokenizer, max_length),
-            processing_class=tokenizer,
-            callbacks=[FreshLists(lists), timer],
-        )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        verify_attention(trainer.model)
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scores in fp32
-        if trainer.is_world_process_zero():
-            history = {"history": trainer.state.log_history, "real_tokens_per_second": timer.real_tokens_per_second()}
-            write(finished, json.dumps(history, indent=2))
-    for name, collection in collections.items() if args.process_index == 0 else ():
-        runs = {
-            "Gemma Encoder": rerank(model, tokenizer, collection, ranking.eval_depth, max_length),
-            "BM25": bm25(collection),
-            "random order": random_order(collection, ranking.eval_depth),
-        }
-        found = evaluate(
-            collection, runs, measures, folder / name, facts={"trained_on": ranking.train_data, **asdict(options)}
-        )
+        model, tokenizer = load_ranker(str(folder if finished.exists() else options.model), device=str(args.device))
+    if args.do_eval and model is None and collections:
+        print(f"A sharded model is not evaluated here: evaluate_ranking.py --model {folder}")
+    for name, collection in collections.items() if args.do_eval and model and args.process_index == 0 else ():
+        ours = rerank(model, tokenizer, collection, ranking.eval_depth, max_length)
+        runs = {"Gemma Encoder": ours, **baselines(collection, ranking.eval_depth)}
+        facts = {"trained_on": ranking.train_data, **asdict(options)}
+        found = evaluate(collection, runs, measures, folder / name, facts)
         print(
             f"\n{name}, {found['queries']} queries, {'a run' if collection.run else 'judged pool'}\n\n{found['table']}"
         )
-    print(f"\nThe model, runs, tables and plots are in {folder}")
+    if args.process_index == 0:
+        print(f"\nEverything is in {folder}")
+
+
+def is_local(source: str) -> bool:
+    return Path(source).exists() or Path(source.partition(":")[0]).is_dir() or source.startswith((".", "/", "~"))
+
+
+def cannot_do(options, args) -> str | None:
+    """Flags of other scripts, which would do nothing here."""
+    if options.max_eval_samples is not None or options.preprocessing_num_workers is not None:
+        return "--max_eval_samples and --preprocessing_num_workers do nothing here; see --eval_depth"
+    if args.do_predict:
+        return "--do_predict does nothing here: rerank.py writes scores"
+    return None
+
+
+def check_positions(model: str) -> int:
+    return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+
+
+def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measures, checkpoint, finished):
+    """Trains and saves. The model, to score in fp32, or None where it is in pieces."""
+
+    def score(output) -> dict[str, float]:  # of drawn lists, not of all candidates: another name
+        found = measure_lists(output.predictions, output.label_ids, measures)
+        return {f"lists_{name}": value for name, value in found.items()}
+
+    timer = StepTimer()
+    args.include_num_input_tokens_seen = "non_padding"
+    trainer = Trainer(
+        build(TASK, options),
+        args,
+        train_dataset=lists,
+        eval_dataset=lists_out,
+        data_collator=RankingCollator(tokenizer, max_length),
+        processing_class=tokenizer,
+        compute_metrics=score,
+        callbacks=[FreshLists(lists), timer],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        history = trainer.state.log_history
+        plot_losses(history, [], finished.parent / "training.png")
+        facts = {"history": history, "real_tokens_per_second": timer.real_tokens_per_second()}
+        write(finished, json.dumps(facts, indent=2))
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    verify_attention(trainer.model)
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -45,7 +44,9 @@ class RerankArguments:
     run: str | None = field(default=None, metadata={"help": "A TREC run file."})
     depth: int | None = field(default=None, metadata={"help": "The best so many of the run only."})
     output: str | None = field(default=None, metadata={"help": "Where to write scores."})
-    max_length: int = field(default=256, metadata={"help": "Tokens of a pair; passages are cut, queries never."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
+    )
     tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
     rows_at_once: int = field(default=1000, metadata={"help": "Rows scored together and then written."})
     dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
@@ -66,8 +67,12 @@ class RerankArguments:
             return f"--output {self.output} is there already: delete it, or name another"
         if self.input and Path(self.input).suffix not in (".jsonl", ".tsv"):
             return f"--input {self.input} is neither .jsonl nor .tsv"
-        for name in ("max_length", "tokens_per_batch", "rows_at_once"):
-            if getattr(self, name) < 1:
+        if self.query is not None and self.output:
+            return "--output is for --input and --run; what --query finds is printed"
+        if self.depth is not None and not self.run:
+            return f"--depth {self.depth} is of a run: give --run"
+        for name in ("max_length", "tokens_per_batch", "rows_at_once", "depth"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 return f"--{name} must be at least 1, got {getattr(self, name)}"
         return None
 
@@ -88,6 +93,8 @@ def read_row(line: str, where: str) -> tuple[dict | list, list[tuple[str, str]]]
         raise ValueError(f"{where}: {error}") from error
     row = row if isinstance(row, dict) else {}
     passages = row.get("passages", [row.get("passage")])
+    if {"score", "scores"} & row.keys():
+        raise ValueError(f"{where}: the row has a score already, which would be overwritten")
     if not isinstance(passages, list) or not all(isinstance(text, str) for text in [row.get("query"), *passages]):
         raise ValueError(f"{where}: a row has a text `query`, and a text `passage` or a list of them, `passages`")
     if not passages:
@@ -138,12 +145,15 @@ def rerank(args: RerankArguments) -> int:
     if not sizes:
         raise ValueError(f"{args.input or args.run} has no rows.")
     began = {key: value for key, value in asdict(args).items() if key not in ("tokens_per_batch", "device")}
-    began["sha256"] = sha256(Path(args.input or args.run).read_bytes()).hexdigest()
+    for place in (args.model, args.data, args.input or args.run):  # what the scores depend on
+        began[f"files of {place}"] = stamp(Path(place)) if place else None
     if part.exists() and facts.exists() and (before := json.loads(facts.read_text())) != began:
         changed = ", ".join(name for name in began if before.get(name) != began[name])
         raise ValueError(f"{part} was begun otherwise ({changed}): delete it, or name another --output.")
     model, tokenizer = load_ranker(args.model, args.dtype, args.device)
-    encode_pairs(tokenizer, [(query, "text") for query in queries], args.max_length)
+    positions = model.config.max_position_embeddings
+    max_length = min(args.max_length or tokenizer.model_max_length, positions)
+    encode_pairs(tokenizer, [(query, "text") for query in queries], max_length)
     output.parent.mkdir(parents=True, exist_ok=True)
     done = keep_whole(part, args.rows_at_once) if facts.exists() else 0
     write(facts, json.dumps(began, indent=2))
@@ -183,6 +193,13 @@ def keep_whole(part: Path, rows_at_once: int) -> int:
     done = len(ends) // rows_at_once * rows_at_once
     os.truncate(part, ends[done - 1] if done else 0)
     return done
+
+
+def stamp(path: Path) -> dict[str, list[int]]:
+    """Sizes and times of a file, or of a folder's files; nothing of a repository's, which has a revision."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    found = {file.name: file.stat() for file in files if file.exists()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def as_run(part: Path) -> Run:

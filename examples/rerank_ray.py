@@ -40,7 +40,9 @@ class RayArguments:
         metadata={"help": "Cores of each, and threads where there is no GPU. Reading and writing need one too."},
     )
     rows_per_batch: int = field(default=1000, metadata={"help": "Rows handed to a worker together."})
-    max_length: int = field(default=256, metadata={"help": "Tokens of a pair; passages are cut, queries never."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
+    )
     tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
     dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
 
@@ -50,7 +52,7 @@ class RayArguments:
         if not Path(self.input).exists():
             return f"--input {self.input} does not exist"
         for name in ("workers", "rows_per_batch", "max_length", "tokens_per_batch"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 return f"--{name} must be at least 1, got {getattr(self, name)}"
         return None
 
@@ -82,6 +84,8 @@ def read(path: Path) -> ray.data.Dataset:
     columns = rows.schema().names
     if missing := {"query", "passage"} - set(columns):
         raise ValueError(f"--input {path} has the columns {', '.join(columns)}: no {' and no '.join(sorted(missing))}.")
+    if "score" in columns:
+        raise ValueError(f"--input {path} has a column `score` already, which would be overwritten.")
     return rows
 
 
@@ -99,6 +103,13 @@ def main():
             parser,
             f"--workers {args.workers} of --cpus_per_worker {args.cpus_per_worker:g} and a core to read and write are "
             f"{needed:g} cores; the cluster has {there:g}.",
+        )
+    needed, there = args.workers * args.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+    if needed > there:
+        fail(
+            parser,
+            f"--workers {args.workers} of --gpus_per_worker {args.gpus_per_worker:g} are {needed:g} GPUs; the cluster "
+            f"has {there:g}.",
         )
     try:
         rows = read(Path(args.input))

@@ -24,7 +24,7 @@ class RankingDataset(torch.utils.data.Dataset):
     goes on with the lists it would have read, and it does not matter which process or worker reads them.
 
     Args:
-        rows: Each with `query`, `documents` and `labels`, of any length, one label above 0 at least.
+        rows: Each with `query`, `documents` and `labels`, of any length; without a label above 0 nothing is learned.
         passages: The texts, where `documents` are ids.
         queries: The texts, where `query` is an id.
         from_teacher: Labels are a teacher's scores, which make no document the relevant one: all are drawn alike.
@@ -57,12 +57,13 @@ class RankingDataset(torch.utils.data.Dataset):
         row = self.rows[number]
         labels = np.asarray(row["labels"])
         draw = np.random.default_rng([self.seed, int(self._epoch), number])
+        if len(labels) == 0:
+            raise ValueError(f"Query {row['query']!r}, row {number}, has no documents.")
         if self.from_teacher:
             chosen = draw.permutation(len(labels))[: self.list_size]
         else:
-            if not (labels > 0).any():
-                raise ValueError(f"Query {row['query']!r}, row {number}, has no relevant document: leave it out.")
-            first = draw.choice(np.flatnonzero(labels > 0))
+            relevant = np.flatnonzero(labels > 0)
+            first = draw.choice(relevant) if len(relevant) else draw.integers(len(labels))
             rest = np.delete(np.arange(len(labels)), first)
             chosen = [first, *draw.permutation(rest)[: self.list_size - 1]]
         documents = [row["documents"][i] for i in chosen]

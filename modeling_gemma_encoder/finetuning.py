@@ -146,6 +146,7 @@ def check_model(task: Task, options: FineTuningArguments) -> None:
 def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
     """The encoder with the task's head, and with adapters where they are asked for."""
     encoder = {**encoder_options(options), "dtype": getattr(torch, options.dtype)}
+    encoder |= {"calibration_temperature": None, "calibration_bias": 0.0}  # a fit of other weights is none
     if task.problem != "choice":
         labels = task.labels or (task.label,)
         encoder |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -147,7 +148,9 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As upstream; parameters are always saved under our names, never under those they were loaded from."""
-        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+        kwargs = {"save_original_format": False, **kwargs}
+        with _named_as_written(type(self)):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As upstream, with unpadded execution as the default, and the decoder has a say."""
@@ -194,3 +197,17 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         embeddings = self.model.resize_token_embeddings(*args, **kwargs)
         self.config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings
+
+
+@contextmanager
+def _named_as_written(model_class: type):
+    """FSDP2 makes a model's class one of its own, in torch's module, whose code would be saved in the place of ours."""
+    if not model_class.__module__.startswith("torch."):
+        yield
+        return
+    written, made = model_class.__bases__[1], (model_class.__name__, model_class.__module__)
+    model_class.__name__, model_class.__module__ = written.__name__, written.__module__
+    try:
+        yield
+    finally:
+        model_class.__name__, model_class.__module__ = made

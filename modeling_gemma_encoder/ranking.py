@@ -12,13 +12,15 @@ from scipy.stats import bootstrap, permutation_test
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .configuration_gemma_encoder import GemmaEncoderConfig
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking
-from .retrieval import Collection, Run, ranked, write_run
+from .retrieval import Collection, Run, bm25, ranked, write_run
 from .runs import write
 from .templates import encode_pairs
 from .verification_gemma_encoder import verify_attention
 
+AT_ONCE = 10_000  # pairs that are tokenized together
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")  # what `ir_measures` calls them
 
 
@@ -31,8 +33,13 @@ def load_ranker(
     Raises:
         ValueError: `dtype` is not float32 or bfloat16, or the checkpoint has no trained head.
     """
+    if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).exists():
+        raise ValueError(f"There is no folder {checkpoint}.")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
+    config = GemmaEncoderConfig.from_pretrained(checkpoint)
+    if config.architectures and config.architectures[0] != GemmaEncoderForRanking.__name__:
+        raise ValueError(f"{checkpoint} is no ranker, but a {config.architectures[0]}.")
     model, loading = GemmaEncoderForRanking.from_pretrained(
         checkpoint, dtype=getattr(torch, dtype), output_loading_info=True
     )
@@ -61,21 +68,22 @@ def score_pairs(
     in which batch changes no score beyond rounding.
 
     Args:
-        max_length: Tokens of a pair, documents are cut to fit. None: the decoder's positions.
+        max_length: Tokens of a pair, documents are cut to fit. None: as the tokenizer says (`model_max_length`), which
+            a training of ours sets, and never more than the decoder's positions.
         progress: A bar that is moved on.
 
     Raises:
         ValueError: a query leaves no room for a document, or a score is not finite.
     """
     positions = model.config.get_text_config().max_position_embeddings
-    ids = encode_pairs(tokenizer, pairs, min(max_length or positions, positions))
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    ids = encode_pairs(tokenizer, pairs, min(max_length or tokenizer.model_max_length, positions))
+    order, start = sorted(range(len(ids)), key=lambda i: -len(ids[i])), 0
     scores, training = np.empty(len(ids), dtype=np.float32), model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    while order:
-        size = max(1, tokens_per_batch // len(ids[order[0]]))
-        batch, order = order[:size], order[size:]
+    while start < len(order):
+        batch = order[start : start + max(1, tokens_per_batch // max(1, len(ids[order[start]])))]
+        start += len(batch)
         padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(device)
         logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
         scores[batch] = logits[:, 0].float().cpu().numpy()
@@ -103,9 +111,10 @@ def rerank(
     places = [(qid, pid) for qid, pids in candidates.items() for pid in pids]
     pairs = [(collection.queries[qid], collection.passages[pid]) for qid, pid in places]
     with tqdm(total=len(pairs), desc="Reranking", unit=" pairs") as progress:
-        scores = score_pairs(model, tokenizer, pairs, max_length, tokens_per_batch, progress)
+        slices = [pairs[start : start + AT_ONCE] for start in range(0, len(pairs), AT_ONCE)]
+        parts = [score_pairs(model, tokenizer, some, max_length, tokens_per_batch, progress) for some in slices]
     run = {qid: {} for qid in candidates}
-    for (qid, pid), score in zip(places, scores, strict=True):
+    for (qid, pid), score in zip(places, np.concatenate([np.empty(0), *parts]), strict=True):
         run[qid][pid] = float(score)
     return run
 
@@ -154,6 +163,15 @@ def measure_lists(scores: np.ndarray, labels: np.ndarray, measures: Sequence) ->
     return {name: float(np.mean([*found.values()])) for name, found in measure(qrels, run, measures).items()}
 
 
+def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -> dict[str, Run]:
+    """What the same candidates are worth by BM25, in random order, and, if they are a run's, as they came."""
+    first = {}
+    if collection.run is not None:
+        chosen = collection.candidates(depth)
+        first["first stage"] = {qid: {pid: collection.run[qid][pid] for pid in pids} for qid, pids in chosen.items()}
+    return {"BM25": bm25(collection, depth), **first, "random order": random_order(collection, depth, seed)}
+
+
 def random_order(collection: Collection, depth: int | None = None, seed: int = 0) -> Run:
     draw = np.random.default_rng(seed)
     candidates = collection.candidates(depth)
@@ -170,9 +188,14 @@ def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> 
     if len(differences) < 2 or not np.ptp(differences):
         return result
     test = permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(seed)
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=9999,
+        batch=100,
+        rng=np.random.default_rng(seed),
     )
-    interval = bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(seed))
+    interval = bootstrap((differences,), np.mean, method="percentile", batch=100, rng=np.random.default_rng(seed))
     bounds = [float(bound) for bound in interval.confidence_interval]
     return {**result, "p": float(test.pvalue), "interval": bounds}
 

@@ -21,7 +21,7 @@ Run = dict[str, dict[str, float]]  # query id -> passage id -> score
 # What columns are called, in TREC-style and BEIR-style files and on the Hub.
 ID = ("qid", "pid", "query_id", "passage_id", "docid", "doc_id", "_id", "id")
 TEXT = ("text", "query", "passage", "contents", "body")
-FILES = {"queries": ("queries",), "passages": ("passages", "corpus", "collection"), "qrels": ("qrels", "qrels/test")}
+FILES = {"queries": ("queries",), "passages": ("passages", "corpus", "collection"), "qrels": ("qrels",)}
 
 
 class Texts(Mapping[str, str]):
@@ -68,22 +68,39 @@ class Collection:
         return {qid: ranked(self.run.get(qid, {}))[:depth] for qid in self.qrels}
 
     def check(self, name: str) -> "Collection":
-        """
-        Leaves out queries without a relevant passage, for which no ranking is better than another.
-
-        Raises:
-            ValueError: an id is not known, or no query is left.
-        """
-        useless = [qid for qid, grades in self.qrels.items() if not any(grade > 0 for grade in grades.values())]
-        if useless:
-            print(f"{name}: {len(useless)} of {len(self.qrels)} queries have no relevant passage and are left out")
-            self.qrels = {qid: grades for qid, grades in self.qrels.items() if qid not in set(useless)}
+        """Raises ValueError, naming the collection, where an id is not known, or nothing is judged."""
         if not self.qrels:
-            raise ValueError(f"{name}: no query has a relevant passage.")
+            raise ValueError(f"{name}: no query was judged.")
         check_ids("qrels", self.qrels, self.queries, {} if self.run else self.passages, name)
         if self.run is not None:  # then judged passages that are not reranked need no text
             of_run = {qid: passages for qid, passages in self.run.items() if qid in self.qrels}
+            if not of_run:
+                raise ValueError(f"{name}: the run has none of the {len(self.qrels)} queries that were judged.")
             check_ids("run", of_run, self.queries, self.passages, name)
+        return self
+
+    def comparable(self, name: str) -> "Collection":
+        """
+        Leaves out queries for which no ranking is better than another: without a relevant passage, or, in a judged
+        pool, without an irrelevant one. Says how many, and how many the run has no passages for.
+
+        Raises:
+            ValueError: no query is left.
+        """
+        number = len(self.qrels)
+        useless = {qid for qid, grades in self.qrels.items() if not any(grade > 0 for grade in grades.values())}
+        if useless:
+            print(f"{name}: {len(useless)} of {number} queries have no relevant passage and are left out")
+        if self.run is None:
+            alike = {qid for qid, grades in self.qrels.items() if all(grade > 0 for grade in grades.values())}
+            if alike:
+                print(f"{name}: {len(alike)} of {number} queries have only relevant passages judged and are left out")
+            useless |= alike
+        self.qrels = {qid: grades for qid, grades in self.qrels.items() if qid not in useless}
+        if not self.qrels:
+            raise ValueError(f"{name}: no query has both a relevant passage and another one; rerank a run, or `bm25`.")
+        if self.run is not None and (without := [qid for qid in self.qrels if not self.run.get(qid)]):
+            print(f"{name}: the run has no passages for {len(without)} of {len(self.qrels)} queries, which count 0")
         return self
 
 
@@ -103,27 +120,28 @@ def some(ids: list[str]) -> str:
 # Reading
 
 
-def read_collection(source: str, split: str | None = None, pairs: tuple[str, str, str] | None = None) -> Collection:
+def read_collection(source: str, pairs: tuple[str, str, str] | None = None) -> Collection:
     """
     Args:
         source: A folder with queries, passages and qrels (.jsonl, .tsv; qrels .txt, .tsv); or a file of labelled pairs;
             or a data set on the Hub with configs `queries`, `corpus` and `qrels` (or `default`), and perhaps `bm25`,
-            the candidates, as NanoBEIR and MTEB have.
-        split: Of the Hub's configs, where they have several: `NanoMSMARCO`.
+            the candidates, as NanoBEIR and MTEB have. After a colon one of several splits, `folder:test` of a BEIR
+            folder's `qrels/`, `name:NanoMSMARCO` of the Hub's configs.
         pairs: Columns of query, passage and label in a file of pairs.
 
     Raises:
         ValueError: names what is missing or contradictory, and where.
     """
-    path = Path(source)
+    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
+    path = Path(name)
     if path.is_dir():
-        found = Collection(*read_texts(path), read_qrels(_file(path, "qrels")))
+        found = Collection(*read_texts(path), read_qrels(_file(path, "qrels", split)))
     elif path.suffix in FORMATS:
-        found = _pairs(read_file(path, (pairs or PAIRS)[:2]), source, pairs or PAIRS)
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source} is neither a folder nor a file of {', '.join(FORMATS)}.")
+        found = _pairs(read_file(path, (pairs or PAIRS)[:2]), name, pairs or PAIRS)
+    elif path.exists() or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is neither a folder nor a file of {', '.join(FORMATS)}.")
     else:
-        found = _hub(source, split)
+        found = _hub(name, split)
     return found.check(source)
 
 
@@ -135,9 +153,15 @@ def read_texts(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return _texts(_file(path, "queries")), _texts(_file(path, "passages"))
 
 
-def _file(path: Path, what: str) -> Path:
+def _file(path: Path, what: str, split: str = "") -> Path:
     suffixes = (".txt", ".tsv") if what == "qrels" else (*FORMATS, ".txt")
-    places = [path / f"{name}{suffix}" for name in FILES[what] for suffix in suffixes]
+    names = (f"qrels/{split}",) if split else FILES[what]
+    places = [path / f"{name}{suffix}" for name in names for suffix in suffixes]
+    if what == "qrels" and not split and not any(place.exists() for place in places):
+        splits = sorted(place.stem for place in (path / "qrels").glob("*.tsv"))
+        if len(splits) > 1:
+            raise ValueError(f"{path}/qrels has the splits {', '.join(splits)}: say which, {path}:{splits[0]}.")
+        places += [path / "qrels" / f"{one}.tsv" for one in splits]
     found = next((place for place in places if place.exists()), None)
     if found is None:
         raise ValueError(f"{path} has no {what}: none of {', '.join(str(p.relative_to(path)) for p in places)}.")
@@ -241,14 +265,15 @@ def _pairs(rows: Dataset, where: str, columns: tuple[str, str, str]) -> Collecti
     for query, passage, label in zip(*(rows[column] for column in columns), strict=True):
         qid = queries.setdefault(query, f"q{len(queries)}")
         pid = passages.setdefault(passage, f"p{len(passages)}")
-        if not isinstance(query, str) or not isinstance(passage, str) or int(label) != label:
+        whole = isinstance(label, int | float) and label == int(label)
+        if not isinstance(query, str) or not isinstance(passage, str) or not whole:
             raise ValueError(f"{where}: {query!r}, {passage!r}, {label!r} are not two texts and a grade.")
         qrels[qid][pid] = max(int(label), qrels[qid].get(pid, 0))  # the same pair twice: once relevant is relevant
     swapped = ({one: text for text, one in texts.items()} for texts in (queries, passages))
     return Collection(*swapped, dict(qrels))
 
 
-def _hub(name: str, split: str | None) -> Collection:
+def _hub(name: str, split: str) -> Collection:
     configs = get_dataset_config_names(name)
     judged = "qrels" if "qrels" in configs else "default"
     if missing := [config for config in ("queries", "corpus", judged) if config not in configs]:
@@ -283,25 +308,34 @@ def ranked(scores: Mapping[str, float]) -> list[str]:
     return sorted(scores, key=lambda pid: (-scores[pid], crc32(pid.encode()), pid))
 
 
-def bm25(collection: Collection, depth: int | None = None) -> Run:
-    """
-    BM25 (bm25s: Lucene's, k1 1.5, b 0.75, lower case, no stemming, no stop words) of every query that was judged.
-
-    Args:
-        depth: Of all passages the best so many. None: the collection's candidates, among all candidates' words.
-    """
-    candidates = collection.candidates() if depth is None else {}
-    pids = list(dict.fromkeys(pid for chosen in candidates.values() for pid in chosen)) or list(collection.passages)
-    places = {pid: place for place, pid in enumerate(pids)}
+def _bm25(collection: Collection, pids: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each judged query and its scores of these passages."""
     words = {"stopwords": None, "show_progress": False}
     index = bm25s.BM25()
     index.index(bm25s.tokenize([collection.passages[pid] for pid in pids], **words), show_progress=False)
-    run = {}
     for qid in collection.qrels:
         tokens = bm25s.tokenize(collection.queries[qid], return_ids=False, **words)[0]
-        found = index.get_scores(tokens) if tokens else np.zeros(len(pids))
-        chosen = candidates[qid] if depth is None else [pids[i] for i in np.argsort(-found, kind="stable")[:depth]]
-        run[qid] = {pid: float(found[places[pid]]) for pid in chosen}
+        yield qid, index.get_scores(tokens) if tokens else np.zeros(len(pids))
+
+
+def bm25(collection: Collection, depth: int | None = None) -> Run:
+    """
+    The collection's candidates by BM25 (bm25s: Lucene's, k1 1.5, b 0.75, lower case, no stemming, no stop words),
+    whose statistics are those of all queries' candidates; `depth` as for `candidates`.
+    """
+    everything = dict.fromkeys(pid for pids in collection.candidates().values() for pid in pids)
+    places = {pid: place for place, pid in enumerate(everything)}
+    chosen = collection.candidates(depth)
+    return {qid: {pid: float(s[places[pid]]) for pid in chosen[qid]} for qid, s in _bm25(collection, list(everything))}
+
+
+def retrieve(collection: Collection, depth: int = 100) -> Run:
+    """The best `depth` of all passages by BM25, for each query that was judged."""
+    pids, run = list(collection.passages), {}
+    depth = min(depth, len(pids))
+    for qid, scores in _bm25(collection, pids):
+        best = np.argpartition(-scores, depth - 1)[:depth]
+        run[qid] = {pids[i]: float(scores[i]) for i in best}
     return run
 
 

@@ -4,6 +4,7 @@
 `attention_mask` (seq_len,) and a label, or, where one of several candidates is chosen, lists of those (num_docs,).
 """
 
+import csv
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ class Source:
 def read_file(path: Path, texts: Sequence[str] = ()) -> Dataset:
     """
     Rows of a .jsonl, .json, .csv, .tsv or .parquet file. In .csv and .tsv nothing stands for a missing value, "NA" is a
-    word, and the columns `texts` are text even where they hold numbers.
+    word, and the columns `texts` are text even where they hold numbers. In .tsv quotation marks are only that.
 
     Raises:
         ValueError: the file is missing, empty, of another kind, or cannot be read.
@@ -207,7 +208,8 @@ def read_file(path: Path, texts: Sequence[str] = ()) -> Dataset:
         if FORMATS[path.suffix] == "csv":
             separator = "\t" if path.suffix == ".tsv" else ","
             kinds = dict.fromkeys(texts, str)
-            table = pandas.read_csv(path, sep=separator, keep_default_na=False, dtype=kinds)
+            quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+            table = pandas.read_csv(path, sep=separator, keep_default_na=False, dtype=kinds, quoting=quoting)
             return Dataset.from_pandas(table, preserve_index=False)
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:

@@ -69,13 +69,19 @@ def encode_pairs(
         return []
     queries, documents = map(list, zip(*pairs, strict=True))
     cut = {} if max_length is None else {"truncation": "only_second", "max_length": max_length}
-    error = None
+    error, backend = None, tokenizer.backend_tokenizer
+    template = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length is not None and max_length <= template + 1:
+        raise ValueError(
+            f"`max_length` of {max_length} tokens leaves no room for a query and a document beside the template's "
+            f"{template}."
+        )
     try:
         ids = tokenizer(queries, documents, return_attention_mask=False, verbose=False, **cut)["input_ids"]
     except Exception as problem:  # the tokenizers library has no kinds of errors
         error = problem
-    # It raises where no document is left, but where the template alone fills `max_length` it does not cut at all.
-    if error is None and (max_length is None or all(len(one) <= max_length for one in ids)):
+    backend.no_truncation()  # or the tokenizer would be saved with this call's
+    if error is None:
         return ids
     alone = tokenizer(queries, [""] * len(queries), return_attention_mask=False, verbose=False)["input_ids"]
     needed, longest = max(zip(map(len, alone), queries, strict=True))

@@ -3,9 +3,11 @@
 import json
 import sys
 
+import list_memory
 import pretraining
 import pretraining_speed
 import pytest
+import ranking_losses
 from conftest import NANO, decoder_config
 
 
@@ -69,3 +71,20 @@ def test_the_gain_of_compiling_is_printed(tmp_path, monkeypatch, capsys):
     assert report["gain"] > 0
     assert set(report["tokens_per_second"]) == {"eager", "compiled"}
     assert "times as fast (median of 2)" in capsys.readouterr().out
+
+
+def test_losses_are_gathered_over_seeds(tmp_path):
+    for loss, values in (("pair", (0.1, 0.3)), ("softmax", (0.5, 0.5))):
+        for seed, value in zip((1, 2), values, strict=True):
+            folder = tmp_path / loss / f"seed-{seed}" / "dev"
+            folder.mkdir(parents=True)
+            means = {"Gemma Encoder": {"nDCG@10": value}, "BM25": {"nDCG@10": 0.4}, "random order": {"nDCG@10": 0.2}}
+            (folder / "results.json").write_text(json.dumps({"means": means}))
+    table = ranking_losses.markdown(ranking_losses.collect(tmp_path, ["pair", "softmax"], [1, 2]), [1, 2])
+    assert "| BM25 | 40.0 |" in table and "| pair | 20.0 ± 14.1 |" in table and "| softmax | 50.0 ± 0.0 |" in table
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_memory_and_time_of_a_list_are_measured(decoder):
+    found = [list_memory.cell(str(decoder), size, None, tokens=100) for size in (4, 64)]
+    assert found[1]["megabytes"] > found[0]["megabytes"] + 10 and found[1]["seconds"] > found[0]["seconds"] > 0

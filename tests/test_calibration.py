@@ -12,8 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from test_retrieval import jsonl
 from transformers import AutoTokenizer
 
-from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, finetuning
 from modeling_gemma_encoder.calibration import calibration_error, fit
+from modeling_gemma_encoder.finetuning import FineTuningArguments
+from modeling_gemma_encoder.tasks import Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 
@@ -95,6 +97,9 @@ def test_a_ranker_is_calibrated_from_the_command_line(decoder, tmp_path, monkeyp
     assert model.config.calibration_temperature == facts["calibration_temperature"] > 0
     assert model.config.calibration_bias == facts["calibration_bias"]
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 5000
+    options = FineTuningArguments(model=str(tmp_path / "out"))
+    task = Task(("query", "passage"), None, problem="choice")
+    assert finetuning.build(task, options).config.calibration_temperature is None  # training makes the fit void
     with pytest.raises(SystemExit):
         calibrate.main()
     assert "is there already" in capsys.readouterr().err

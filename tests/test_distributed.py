@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parent.parent
+STARRED = {path.name for path in (REPOSITORY / "modeling_gemma_encoder").glob("*_gemma_encoder.py")}
 CONFIGS = REPOSITORY / "examples" / "accelerate"
 
 
@@ -42,6 +43,10 @@ def train(launch: list, decoder: Path, data: Path, output: Path, batch_size: int
     history = json.loads((folder / "results.json").read_text())["history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     predicted = json.loads((folder / "predictions-test.json").read_text())["predictions"]
+    assert {path.name for path in folder.glob("*.py")} >= STARRED
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    written = "modeling_gemma_encoder.GemmaEncoderForSequenceClassification"
+    assert auto_map["AutoModelForSequenceClassification"] == written
     return losses, load_file(folder / "model.safetensors"), predicted
 
 

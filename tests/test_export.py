@@ -53,6 +53,7 @@ def test_a_stranger_scores_with_what_is_exported(decoder, tmp_path, monkeypatch,
     set_template(AutoTokenizer.from_pretrained(decoder), pair=RANKING_TEMPLATE).save_pretrained(tmp_path / "ranker")
     flags = ["--model", tmp_path / "ranker", "--output", tmp_path / "out", "--format", kind]
     command(monkeypatch, *flags)
+    assert len(list((tmp_path / "out").glob("model.*"))) == 1  # weights included
     assert "scores differ by" in capsys.readouterr().out and not (tmp_path / "out.part").exists()
     words = [sys.executable, "-c", SCORE, tmp_path / "out", json.dumps(PAIRS), kind]
     printed = subprocess.run(list(map(str, words)), check=True, stdout=subprocess.PIPE, text=True).stdout

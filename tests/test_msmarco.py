@@ -59,7 +59,9 @@ def test_every_form_of_the_hub_gives_the_same_lists(form, monkeypatch):
         return Dataset.from_list(tables[name if name in tables else config])
 
     monkeypatch.setattr(msmarco, "load_dataset", load)
-    found = msmarco.hub_lists(form, list_size=3, seed=0, from_teacher=form == "margins")[0]
+    lists, queries, _ = msmarco.hub_lists(form, list_size=3, seed=0, from_teacher=form == "margins")
+    found = lists[0]
+    assert queries == ["rain"]
     labels = dict(zip(found["documents"], found["labels"], strict=True))
     assert found["query"] == "rain"
     assert labels[PASSAGES["a"]] - labels[PASSAGES["b"]] == (2.5 if form == "margins" else 1)
@@ -99,6 +101,7 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     command(monkeypatch, msmarco.main, *flags)
     printed = capsys.readouterr().out
     assert "2 queries to train on" in printed and printed.count("| BM25 |") == 2
+    assert f"WARNING: 2 of 2 queries of {folder.name} are also trained on" in printed
     saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
     assert saved["queries"] == 2 and saved["ranking_loss"] == "lambdarank"
 
@@ -106,6 +109,9 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     tokenizer = AutoTokenizer.from_pretrained(runs / "ranker")
     assert type(model).__name__ == "GemmaEncoderForRanking" and model.config.ranking_loss == "lambdarank"
     assert "Query: a Document: b" in tokenizer.decode(tokenizer("a", "b")["input_ids"])
+    assert tokenizer.model_max_length == 32
+    assert json.loads((runs / "ranker" / "tokenizer.json").read_text())["truncation"] is None
+    assert (runs / "ranker" / "training.png").exists()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
     command(monkeypatch, msmarco.main, *flags)  # finished: measured again, trained no further
@@ -130,7 +136,9 @@ def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypa
     jsonl(folder / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in queries.items()])
     (folder / "qrels.txt").write_text("".join(f"{qid} 0 a 1\n{qid} 0 b 0\n" for qid in queries))
     ranking = msmarco.RankingArguments(train_data=[str(folder), str(folder)], held_out=0.25, list_size=2)
-    lists, held_out = msmarco.local_lists(ranking, seed=0)
+    lists, asked, _, held_out = msmarco.local_lists(ranking, seed=0)
+    assert set(asked) == {lists[number]["query"] for number in range(len(lists))}
+    assert len(msmarco.local_lists(ranking, seed=0, limit=7)[0]) == 7
     trained = {lists[number]["query"] for number in range(len(lists))}
     measured = {held_out.queries[qid] for qid in held_out.qrels}
     assert trained | measured == set(queries.values()) and not trained & measured
@@ -147,14 +155,21 @@ def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypa
         (["--ranking_loss", "kl"], "needs a teacher's scores"),
         (["--train_run", "not-there.run"], "not-there.run"),
         (["--eval_run", "a", "b"], "--eval_run names 2 files for 0"),
-        (["--max_length", 8], "leaves no room for a document after the query"),
+        (["--max_length", 14], "leaves no room for a document after the query"),
+        (["--max_length", 8], "leaves no room for a query and a document"),
+        (["--eval_strategy", "epoch"], "needs --eval_data or --held_out"),
+        (["--eval_depth", 3, "--eval_data", "same"], "--eval_depth 3 is of a run"),
+        (["--do_predict"], "--do_predict does nothing here"),
+        (["--max_eval_samples", 3], "do nothing here"),
+        (["--do_train", "false"], "is no trained ranker"),
+        (["--train_data", "same", "./not-there"], "./not-there is neither a folder nor a file"),
+        (["--train_data", "same", "someone/data"], "someone/data: there is no such folder or file"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(folder, decoder, tmp_path, monkeypatch, capsys, flags, message):
     jsonl(folder / "queries.jsonl", [{"qid": "1", "text": "rain " * 9}, {"qid": "2", "text": "sun"}])
     required = ["--model", decoder, "--train_data", folder, "--output_dir", tmp_path / "run"]
-    if "--max_length" in flags:
-        required += ["--eval_data", folder]
+    flags = [folder if flag == "same" else flag for flag in flags]
     with pytest.raises(SystemExit):
         command(monkeypatch, msmarco.main, *required, *flags)
     assert message in capsys.readouterr().err

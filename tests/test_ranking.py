@@ -8,10 +8,12 @@ import torch
 from sklearn.metrics import ndcg_score
 from transformers import AutoTokenizer
 
-from modeling_gemma_encoder import GemmaEncoderForRanking
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.ranking import (
+    baselines,
     compare,
     evaluate,
+    load_ranker,
     measure,
     measure_lists,
     parse_measures,
@@ -19,7 +21,7 @@ from modeling_gemma_encoder.ranking import (
     rerank,
     score_pairs,
 )
-from modeling_gemma_encoder.retrieval import Collection, bm25, read_run
+from modeling_gemma_encoder.retrieval import Collection, read_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 PAIRS = [(f"query {n % 3}", "some words " * (n * 7 % 11)) for n in range(12)]
@@ -49,6 +51,25 @@ def test_no_pairs_have_no_scores_and_the_mode_of_the_model_comes_back(ranker):
     score_pairs(model, tokenizer, PAIRS[:1])
     assert model.training
     model.eval()
+
+
+def test_what_is_no_ranker_is_refused(decoder, tmp_path):
+    GemmaEncoderForSequenceClassification.from_pretrained(decoder, num_labels=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no ranker, but a GemmaEncoderForSequenceClassification"):
+        load_ranker(str(tmp_path))
+    with pytest.raises(ValueError, match="no trained ranker"):
+        load_ranker(str(decoder))
+    with pytest.raises(ValueError, match=r"There is no folder \./not/there"):
+        load_ranker("./not/there")
+
+
+def test_texts_are_cut_as_the_tokenizer_was_saved_to(ranker):
+    model, tokenizer = ranker
+    long, before = [("query", "many words " * 50)], tokenizer.model_max_length
+    tokenizer.model_max_length = 32
+    assert score_pairs(model, tokenizer, long) == score_pairs(model, tokenizer, long, max_length=32)
+    assert score_pairs(model, tokenizer, long) != score_pairs(model, tokenizer, long, max_length=64)
+    tokenizer.model_max_length = before
 
 
 def test_a_score_that_is_none_is_named(ranker):
@@ -128,7 +149,11 @@ def test_reranking_leaves_runs_tables_and_a_plot(ranker, tmp_path):
     passages = {pid: f"passage {pid} " * n for n, pid in enumerate("abcdef", start=1)}
     collection = Collection(queries, passages, {"1": {"a": 1, "b": 0}, "2": {"c": 1, "d": 0}, "3": {"e": 1}})
     collection.run = {"1": {"a": 1.0, "b": 2.0, "c": 3.0}, "2": {"f": 1.0, "c": 0.5}}
-    runs = {"ours": rerank(model, tokenizer, collection, depth=2), "BM25": bm25(collection)}
+    runs = {"ours": rerank(model, tokenizer, collection, depth=2), **baselines(collection, depth=2)}
+    assert runs.keys() == {"ours", "BM25", "first stage", "random order"}
+    candidates = [{qid: set(scores) for qid, scores in run.items()} for run in runs.values()]
+    assert all(one == candidates[0] for one in candidates)  # all of them order the same passages
+    assert runs["first stage"] == {"1": {"c": 3.0, "b": 2.0}, "2": {"f": 1.0, "c": 0.5}, "3": {}}
     assert {qid: set(scores) for qid, scores in runs["ours"].items()} == {"1": {"b", "c"}, "2": {"f", "c"}, "3": set()}
     found = evaluate(collection, runs, parse_measures(["nDCG@10", "R@100"]), tmp_path)
     assert read_run(tmp_path / "ours.run") == {qid: scores for qid, scores in runs["ours"].items() if scores}

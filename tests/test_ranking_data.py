@@ -59,8 +59,11 @@ def test_a_teachers_scores_make_no_document_the_relevant_one():
     found = RankingDataset(rows, list_size=2, from_teacher=True)[0]
     assert len(found["documents"]) == 2
     assert found["labels"] == [{"a": -1.5, "b": -2.5, "c": -3.5}[text] for text in found["documents"]]
-    with pytest.raises(ValueError, match="no relevant document"):
-        RankingDataset(rows, list_size=2)[0]
+    assert (
+        len(RankingDataset(rows, list_size=2)[0]["documents"]) == 2
+    )  # nothing relevant: defined, and nothing to learn
+    with pytest.raises(ValueError, match="'q', row 0, has no documents"):
+        RankingDataset([{"query": "q", "documents": [], "labels": []}], list_size=2)[0]
 
 
 def test_ids_become_texts():
@@ -93,9 +96,13 @@ def test_documents_are_cut_and_queries_and_the_template_never(tokenizer):
     assert tokenizer.decode(ids[0]).startswith(f"<bos>Query: {query} Document:")
     with pytest.raises(ValueError, match=r"max_length.* of 12 .*'rain rain"):
         encode_pairs(tokenizer, [("a", document), ("rain " * 20, document)], max_length=12)
-    for max_length in range(1, 9):  # the template alone has more
-        with pytest.raises(ValueError, match="leaves no room"):
+    template = len(tokenizer([""], [""])["input_ids"][0])
+    for max_length in range(1, template + 2):
+        with pytest.raises(ValueError, match="leaves no room for a"):
             encode_pairs(tokenizer, [("a", document)], max_length=max_length)
+    assert len(encode_pairs(tokenizer, [("a", document)], max_length=template + 2)[0]) == template + 2
+    assert len(tokenizer([query], [document])["input_ids"][0]) == len(whole)  # nothing is left behind of a call
+    assert tokenizer.backend_tokenizer.truncation is None
 
 
 def test_lists_without_documents_or_labels_are_named(tokenizer):

@@ -146,7 +146,7 @@ def test_another_input_does_not_go_on(folder, tmp_path, monkeypatch, capsys):
     jsonl(tmp_path / "in.jsonl", ROWS[1:])
     with pytest.raises(SystemExit):
         command(monkeypatch, folder, *flags)
-    assert "was begun otherwise (sha256)" in capsys.readouterr().err
+    assert "was begun otherwise (files of " in capsys.readouterr().err
     assert len((tmp_path / "out.jsonl.rows").read_text().splitlines()) == 10
 
 
@@ -156,6 +156,7 @@ def test_another_input_does_not_go_on(folder, tmp_path, monkeypatch, capsys):
         ('{"query": "q"}', "line 2: a row has a text `query`"),
         ('{"query": "q", "passages": []}', "line 2: the query 'q' has no passages"),
         ('{"query": "q", "passage": 3}', "line 2: a row has"),
+        ('{"query": "q", "passage": "p", "score": 1}', "line 2: the row has a score already"),
         ('["q", "p"]', "line 2: a row has"),
         ('{"query": ', "line 2: Expecting value"),
         ('{"query": "' + "long " * 70 + '", "passage": "p"}', "leaves no room"),
@@ -175,6 +176,9 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
     for flags, message in (
         ([], "give one of --query, --input, --run"),
         (["--query", "q"], "--query needs --passages"),
+        (["--query", "q", "--passages", "p", "--output", "x"], "--output is for"),
+        (["--query", "q", "--passages", "p", "--depth", 3], "--depth 3 is of a run"),
+        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--tokens_per_batch", 0], "at least 1, got 0"),
         (["--input", tmp_path / "in.jsonl"], "--output is needed"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "there.jsonl"], "is there already"),
         (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .tsv"),

@@ -16,6 +16,7 @@ from modeling_gemma_encoder.retrieval import (
     ranked,
     read_collection,
     read_run,
+    retrieve,
     write_run,
 )
 
@@ -63,7 +64,43 @@ def test_labelled_pairs_are_grouped_by_their_texts(tmp_path):
         found.queries[qid]: {found.passages[pid]: grade for pid, grade in grades.items()}
         for qid, grades in found.qrels.items()
     }
-    assert texts == {"q": {"x": 1, "y": 0}, "other": {"y": 1, "z": 0}}  # nothing is relevant to "none"
+    assert texts == {"q": {"x": 1, "y": 0}, "other": {"y": 1, "z": 0}, "none": {"x": 0}}
+    assert len(found.comparable("it").qrels) == 2  # nothing is relevant to "none"
+
+
+def test_quotation_marks_of_tsv_are_only_that(tmp_path):
+    (tmp_path / "pairs.tsv").write_text('query\tpassage\tlabel\nq\t"unclosed\t1\nq\tplain\t0\nq1\tsay "no"\t1\n')
+    found = read_collection(str(tmp_path / "pairs.tsv"))
+    assert list(found.passages.values()) == ['"unclosed', "plain", 'say "no"'] and len(found.qrels) == 2
+
+
+def test_a_beir_folder_with_several_splits_must_be_told_which(folder):
+    (folder / "qrels.txt").unlink()
+    (folder / "qrels").mkdir()
+    for split, pid in (("train", "a"), ("test", "b")):
+        (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n1\t{pid}\t1\n")
+    with pytest.raises(ValueError, match="splits test, train: say which"):
+        read_collection(str(folder))
+    assert read_collection(f"{folder}:train").qrels == {"1": {"a": 1}}
+    assert read_collection(f"{folder}:test").qrels == {"1": {"b": 1}}
+    with pytest.raises(ValueError, match="has no qrels"):
+        read_collection(f"{folder}:dev")
+
+
+def test_queries_for_which_all_rankings_are_equal_are_left_out(folder, capsys):
+    (folder / "qrels.txt").write_text(QRELS.replace("2 0 d 0", "2 0 d 1"))
+    assert read_collection(str(folder)).comparable("it").qrels.keys() == {"1"}
+    assert "1 of 2 queries have only relevant passages" in capsys.readouterr().out
+    (folder / "qrels.txt").write_text("1 0 a 1\n2 0 b 1\n")  # as MS MARCO has them
+    with pytest.raises(ValueError, match="rerank a run, or `bm25`"):
+        read_collection(str(folder)).comparable("it")
+    collection = read_collection(str(folder))
+    collection.run = {"1": {"a": 1.0, "c": 0.5}}
+    assert len(collection.comparable("it").qrels) == 2
+    assert "no passages for 1 of 2 queries, which count 0" in capsys.readouterr().out
+    collection.run = {"other": {"a": 1.0}}
+    with pytest.raises(ValueError, match="the run has none of the 2 queries"):
+        collection.check("it")
 
 
 @pytest.mark.parametrize("judged,one_split", [("qrels", False), ("default", True)])
@@ -91,7 +128,7 @@ def test_the_hubs_forms_are_the_same_collection(folder, monkeypatch, judged, one
     monkeypatch.setattr(retrieval, "get_dataset_config_names", lambda name: list(tables))
     monkeypatch.setattr(retrieval, "get_dataset_split_names", lambda name, config: splits[config])
     monkeypatch.setattr(retrieval, "load_dataset", load)
-    found = read_collection("someone/data", split=None if one_split else "NanoTwo")
+    found = read_collection("someone/data" if one_split else "someone/data:NanoTwo")
     assert found.qrels == {"1": {"a": 1}, "2": {"b": 1}} and dict(found.passages.items()) == PASSAGES
     assert found.candidates() == {"1": ["d", "a"], "2": ["b"]} and found.candidates(1) == {"1": ["d"], "2": ["b"]}
     if not one_split:
@@ -122,14 +159,14 @@ def test_unknown_ids_are_named(folder):
         ("1 0 a 1\n1 0 a 0\n", "line 2: 1 a was judged 1 before"),
         ("1 0 a 1\n1 a\n", "line 2: '1 a' is not"),
         ("1 0 a 1\n1 0 b yes\n", "line 2"),
-        ("1 0 a 0\n", "no query has a relevant passage"),
-        ("", "no query has a relevant passage"),
+        ("1 0 a 0\n", "no query has both a relevant passage and another"),
+        ("", "no query was judged"),
     ],
 )
 def test_bad_judgements_are_named(folder, text, message):
     (folder / "qrels.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_collection(str(folder))
+        read_collection(str(folder)).comparable("it")
 
 
 def test_bad_texts_are_named(folder, tmp_path):
@@ -177,7 +214,7 @@ def test_bm25_finds_the_words(folder):
     collection = read_collection(str(folder))
     run = bm25(collection)
     assert run["1"]["a"] > run["1"]["c"] == 0 and set(run["1"]) == {"a", "c"}
-    best = bm25(collection, depth=2)
+    best = retrieve(collection, depth=2)
     assert ranked(best["2"]) == ["b", "d"] and ranked(best["1"])[0] == "a"
 
 
