@@ -19,19 +19,16 @@ candidates of --eval_data are reranked. The same command goes on where it was in
 """
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
-from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from modeling_gemma_encoder import verify_attention
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
 from modeling_gemma_encoder.finetuning import build
+from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.ranking import (
     MEASURES,
     baselines,
@@ -41,7 +38,7 @@ from modeling_gemma_encoder.ranking import (
     parse_measures,
     rerank,
 )
-from modeling_gemma_encoder.retrieval import Collection, Texts, lists_of, read_collection, read_run, retrieve
+from modeling_gemma_encoder.retrieval import Collection, lists_of, read_collection, read_run
 from modeling_gemma_encoder.runs import RECIPE, write
 from modeling_gemma_encoder.suites import fail, make_parser, parse
 from modeling_gemma_encoder.tasks import Task
@@ -60,8 +57,6 @@ DEFAULTS = {
     "save_strategy": "steps",
     "save_steps": 500,
 }
-CONFIGS = {"sentence-transformers/msmarco-bm25": "triplet-50", "sentence-transformers/msmarco": "labeled-list"}
-CORPORA = {"Tevatron/msmarco-passage-new": "Tevatron/msmarco-passage-corpus-new"}
 TEACHERS = ("margin_mse", "kl")
 FREE = ("measures", "relevance_level", "max_eval_samples", "preprocessing_num_workers")  # do not make another run
 
@@ -107,127 +102,7 @@ class RankingArguments:
         return None
 
 
-# 1. Lists to train on
-
-
-class Rows(Sequence):
-    """Rows of a data set as lists, each made when it is read."""
-
-    def __init__(self, rows: Dataset, read: Callable[[dict], dict]):
-        self.rows, self.read = rows, read
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict:
-        return self.read(self.rows[number])
-
-
-def of_texts(row: dict) -> dict:
-    negatives = [text for name, text in row.items() if name.startswith("negative") and text]
-    return {"query": row["query"], "documents": [row["positive"], *negatives], "labels": [1] + [0] * len(negatives)}
-
-
-def of_labels(row: dict) -> dict:
-    return {"query": str(row["query_id"]), "documents": list(map(str, row["doc_ids"])), "labels": row["labels"]}
-
-
-def of_ids(row: dict) -> dict:
-    positive, negative = row["positive_document_ids"], row["negative_document_ids"]
-    labels = [1] * len(positive) + [0] * len(negative)
-    return {
-        "query": row.get("query") or row["query_text"],
-        "documents": [str(one) for one in (*positive, *negative)],
-        "labels": labels,
-    }
-
-
-def of_passages(row: dict) -> dict:
-    positive, negative = row["positive_passages"], row["negative_passages"]
-    texts = [f"{one.get('title') or ''} {one['text']}".strip() for one in (*positive, *negative)]
-    return {"query": row["query"], "documents": texts, "labels": [1] * len(positive) + [0] * len(negative)}
-
-
-def of_margins(row: dict) -> dict:
-    documents = [str(row["positive_id"]), str(row["negative_id"])]
-    return {"query": str(row["query_id"]), "documents": documents, "labels": [row["score"], 0.0]}
-
-
-READERS = {  # by the columns that tell them
-    ("query", "positive", "negative"): of_texts,
-    ("query", "positive", "negative_1"): of_texts,
-    ("query_id", "doc_ids", "labels"): of_labels,
-    ("query_id", "positive_document_ids", "negative_document_ids"): of_ids,
-    ("query", "positive_passages", "negative_passages"): of_passages,
-    ("query_id", "positive_id", "negative_id", "score"): of_margins,
-}
-
-
-def hub_lists(
-    source: str, list_size: int, seed: int, from_teacher: bool, limit: int | None = None
-) -> tuple[RankingDataset, list[str], str]:
-    """Lists of a data set on the Hub, at most `limit` of them, their queries' texts, and a digest of the rows."""
-    name, config, split = [*source.split(":"), None, None][:3]
-    rows = load_dataset(name, config or CONFIGS.get(name), split=split or "train")
-    read = next((read for columns, read in READERS.items() if set(columns) <= set(rows.column_names)), None)
-    if read is None:
-        forms = "; ".join(", ".join(columns) for columns in READERS)
-        raise ValueError(f"{source} has the columns {', '.join(rows.column_names)}. Lists have one of: {forms}.")
-    if (read is of_margins) != from_teacher:
-        raise ValueError(
-            f"{source}: a teacher's scores go with --ranking_loss {' and '.join(TEACHERS)}, labels with others."
-        )
-    if limit is not None and limit < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(limit))
-    texts = {}
-    if read in (of_labels, of_margins):
-        corpus, queries = load_dataset(name, "corpus", split="train"), load_dataset(name, "queries", split="train")
-        texts["passages"] = Texts(corpus["passage_id"], corpus["passage"])
-        texts["queries"] = Texts(queries["query_id"], queries["query"])
-    elif read is of_ids:
-        corpus = load_dataset(CORPORA.get(name, f"{name}-corpus"), split="train")
-        texts["passages"] = Texts(corpus["docid"], corpus["text"])
-    lists = RankingDataset(Rows(rows, read), list_size, seed, from_teacher=from_teacher, **texts)
-    column = next(column for column in ("query", "query_text", "query_id") if column in rows.column_names)
-    asked = [texts["queries"][str(one)] for one in rows[column]] if "queries" in texts else list(rows[column])
-    return lists, asked, rows._fingerprint
-
-
-def local_lists(
-    ranking: RankingArguments, seed: int, limit: int | None = None
-) -> tuple[RankingDataset, list[str], str, Collection]:
-    """The same of all folders and files, and the queries that are held out."""
-    queries, passages, rows, held_out = {}, {}, [], Collection({}, {}, {})
-    for number, source in enumerate(ranking.train_data):
-        found = read_collection(source, tuple(ranking.pair_columns))
-        found.run = None
-        out = {qid for qid in found.qrels if crc32(found.queries[qid].encode()) % 1000 < 1000 * ranking.held_out}
-        mark = f"{number}-" if len(ranking.train_data) > 1 else ""
-        passages |= {mark + pid: text for pid, text in found.passages.items()}
-        queries |= {mark + qid: text for qid, text in found.queries.items()}
-        held_out.qrels |= {mark + qid: {mark + pid: grade for pid, grade in found.qrels[qid].items()} for qid in out}
-        found.qrels = {qid: grades for qid, grades in found.qrels.items() if qid not in out}
-        if ranking.train_run:
-            found.run = retrieve(found) if ranking.train_run == "bm25" else read_run(Path(ranking.train_run))
-            found.check(ranking.train_run)
-        lists, without = lists_of(found, found.run)
-        if without:
-            print(f"{source}: {without} of {len(found.qrels)} queries have no relevant passage or no other: left out")
-        for row in lists:
-            rows.append({**row, "query": mark + row["query"], "documents": [mark + pid for pid in row["documents"]]})
-    if not rows:
-        raise ValueError(
-            f"{', '.join(ranking.train_data)}: no query has both a relevant passage and another one; --train_run bm25 "
-            "finds others."
-        )
-    if limit is not None and limit < len(rows):
-        rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
-    held_out.queries, held_out.passages = queries, passages
-    lists = RankingDataset(rows, ranking.list_size, seed, passages, queries)
-    return lists, [queries[row["query"]] for row in rows], sha256(json.dumps(rows).encode()).hexdigest()[:16], held_out
-
-
-# 2. Collections to be measured on
+# 1. What is measured, and what fits
 
 
 def judged(ranking: RankingArguments, held_out: Collection) -> dict[str, Collection]:
@@ -257,7 +132,7 @@ def check_lengths(tokenizer, lists: RankingDataset, queries: list[str], max_leng
         print(f"Of {len(pairs):,} documents drawn {cut:.1%} are cut to {max_length} tokens")
 
 
-# 3. Everything
+# 2. Everything
 
 
 def main():
@@ -280,7 +155,10 @@ def main():
         if not local and (len(ranking.train_data) > 1 or ranking.held_out or ranking.train_run):
             raise ValueError("--train_data of several places, --held_out and --train_run are for folders and files.")
         if local:
-            lists, queries, digest, held_out = local_lists(ranking, args.seed, options.max_train_samples)
+            form = {"pairs": tuple(ranking.pair_columns), "run": ranking.train_run, "held_out": ranking.held_out}
+            lists, queries, digest, held_out = local_lists(
+                ranking.train_data, ranking.list_size, args.seed, options.max_train_samples, **form
+            )
         else:
             form = (ranking.train_data[0], ranking.list_size, args.seed, from_teacher, options.max_train_samples)
             lists, queries, digest = hub_lists(*form)

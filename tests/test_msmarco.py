@@ -11,6 +11,7 @@ from evaluate_ranking import main as evaluate_main
 from test_retrieval import PASSAGES, QRELS, QUERIES, jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from modeling_gemma_encoder import lists as lists_module
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 CORPUS = [{"docid": pid, "text": text} for pid, text in PASSAGES.items()]
@@ -58,8 +59,8 @@ def test_every_form_of_the_hub_gives_the_same_lists(form, monkeypatch):
         tables = FORMS[form]
         return Dataset.from_list(tables[name if name in tables else config])
 
-    monkeypatch.setattr(msmarco, "load_dataset", load)
-    lists, queries, _ = msmarco.hub_lists(form, list_size=3, seed=0, from_teacher=form == "margins")
+    monkeypatch.setattr(lists_module, "load_dataset", load)
+    lists, queries, _ = lists_module.hub_lists(form, list_size=3, seed=0, from_teacher=form == "margins")
     found = lists[0]
     assert queries == ["rain"]
     labels = dict(zip(found["documents"], found["labels"], strict=True))
@@ -68,13 +69,13 @@ def test_every_form_of_the_hub_gives_the_same_lists(form, monkeypatch):
     if PASSAGES["c"] in labels:
         assert labels[PASSAGES["c"]] == 0
     with pytest.raises(ValueError, match="teacher's scores"):
-        msmarco.hub_lists(form, list_size=3, seed=0, from_teacher=form != "margins")
+        lists_module.hub_lists(form, list_size=3, seed=0, from_teacher=form != "margins")
 
 
 def test_other_columns_are_named(monkeypatch):
-    monkeypatch.setattr(msmarco, "load_dataset", lambda *_, **__: Dataset.from_list([{"question": "q"}]))
+    monkeypatch.setattr(lists_module, "load_dataset", lambda *_, **__: Dataset.from_list([{"question": "q"}]))
     with pytest.raises(ValueError, match=r"columns question\. Lists have one of: query, positive, negative; "):
-        msmarco.hub_lists("someone/data", 3, 0, False)
+        lists_module.hub_lists("someone/data", 3, 0, False)
 
 
 @pytest.fixture
@@ -135,10 +136,10 @@ def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypa
     queries = {str(n): f"query number {n}" for n in range(40)}
     jsonl(folder / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in queries.items()])
     (folder / "qrels.txt").write_text("".join(f"{qid} 0 a 1\n{qid} 0 b 0\n" for qid in queries))
-    ranking = msmarco.RankingArguments(train_data=[str(folder), str(folder)], held_out=0.25, list_size=2)
-    lists, asked, _, held_out = msmarco.local_lists(ranking, seed=0)
+    both = [str(folder), str(folder)]
+    lists, asked, _, held_out = lists_module.local_lists(both, list_size=2, seed=0, held_out=0.25)
     assert set(asked) == {lists[number]["query"] for number in range(len(lists))}
-    assert len(msmarco.local_lists(ranking, seed=0, limit=7)[0]) == 7
+    assert len(lists_module.local_lists(both, list_size=2, seed=0, limit=7)[0]) == 7
     trained = {lists[number]["query"] for number in range(len(lists))}
     measured = {held_out.queries[qid] for qid in held_out.qrels}
     assert trained | measured == set(queries.values()) and not trained & measured

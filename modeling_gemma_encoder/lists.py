@@ -1,0 +1,144 @@
+"""Lists to train a ranker on: from the forms that MS MARCO has on the Hub, and from judged folders and files."""
+
+import json
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from datasets import Dataset, load_dataset
+
+from .data import RankingDataset
+from .retrieval import Collection, Texts, lists_of, read_collection, read_run, retrieve
+
+CONFIGS = {"sentence-transformers/msmarco-bm25": "triplet-50", "sentence-transformers/msmarco": "labeled-list"}
+CORPORA = {"Tevatron/msmarco-passage-new": "Tevatron/msmarco-passage-corpus-new"}
+
+
+class Rows(Sequence):
+    """Rows of a data set as lists, each made when it is read."""
+
+    def __init__(self, rows: Dataset, read: Callable[[dict], dict]):
+        self.rows, self.read = rows, read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        return self.read(self.rows[number])
+
+
+def of_texts(row: dict) -> dict:
+    negatives = [text for name, text in row.items() if name.startswith("negative") and text]
+    return {"query": row["query"], "documents": [row["positive"], *negatives], "labels": [1] + [0] * len(negatives)}
+
+
+def of_labels(row: dict) -> dict:
+    return {"query": str(row["query_id"]), "documents": list(map(str, row["doc_ids"])), "labels": row["labels"]}
+
+
+def of_ids(row: dict) -> dict:
+    positive, negative = row["positive_document_ids"], row["negative_document_ids"]
+    labels = [1] * len(positive) + [0] * len(negative)
+    return {
+        "query": row.get("query") or row["query_text"],
+        "documents": [str(one) for one in (*positive, *negative)],
+        "labels": labels,
+    }
+
+
+def of_passages(row: dict) -> dict:
+    positive, negative = row["positive_passages"], row["negative_passages"]
+    texts = [f"{one.get('title') or ''} {one['text']}".strip() for one in (*positive, *negative)]
+    return {"query": row["query"], "documents": texts, "labels": [1] * len(positive) + [0] * len(negative)}
+
+
+def of_margins(row: dict) -> dict:
+    documents = [str(row["positive_id"]), str(row["negative_id"])]
+    return {"query": str(row["query_id"]), "documents": documents, "labels": [row["score"], 0.0]}
+
+
+READERS = {  # by the columns that tell them
+    ("query", "positive", "negative"): of_texts,
+    ("query", "positive", "negative_1"): of_texts,
+    ("query_id", "doc_ids", "labels"): of_labels,
+    ("query_id", "positive_document_ids", "negative_document_ids"): of_ids,
+    ("query", "positive_passages", "negative_passages"): of_passages,
+    ("query_id", "positive_id", "negative_id", "score"): of_margins,
+}
+
+
+def hub_lists(
+    source: str, list_size: int, seed: int, from_teacher: bool, limit: int | None = None
+) -> tuple[RankingDataset, list[str], str]:
+    """Lists of a data set on the Hub, at most `limit` of them, their queries' texts, and a digest of the rows."""
+    name, config, split = [*source.split(":"), None, None][:3]
+    rows = load_dataset(name, config or CONFIGS.get(name), split=split or "train")
+    read = next((read for columns, read in READERS.items() if set(columns) <= set(rows.column_names)), None)
+    if read is None:
+        forms = "; ".join(", ".join(columns) for columns in READERS)
+        raise ValueError(f"{source} has the columns {', '.join(rows.column_names)}. Lists have one of: {forms}.")
+    if (read is of_margins) != from_teacher:
+        raise ValueError(f"{source}: a teacher's scores go with --ranking_loss margin_mse and kl, labels with others.")
+    if limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(limit))
+    texts = {}
+    if read in (of_labels, of_margins):
+        corpus, queries = load_dataset(name, "corpus", split="train"), load_dataset(name, "queries", split="train")
+        texts["passages"] = Texts(corpus["passage_id"], corpus["passage"])
+        texts["queries"] = Texts(queries["query_id"], queries["query"])
+    elif read is of_ids:
+        corpus = load_dataset(CORPORA.get(name, f"{name}-corpus"), split="train")
+        texts["passages"] = Texts(corpus["docid"], corpus["text"])
+    lists = RankingDataset(Rows(rows, read), list_size, seed, from_teacher=from_teacher, **texts)
+    column = next(column for column in ("query", "query_text", "query_id") if column in rows.column_names)
+    asked = [texts["queries"][str(one)] for one in rows[column]] if "queries" in texts else list(rows[column])
+    return lists, asked, rows._fingerprint
+
+
+def local_lists(
+    sources: Sequence[str],
+    list_size: int,
+    seed: int,
+    limit: int | None = None,
+    pairs: tuple[str, str, str] | None = None,
+    run: str | None = None,
+    held_out: float = 0.0,
+) -> tuple[RankingDataset, list[str], str, Collection]:
+    """
+    Lists of all queries of folders and files, their queries' texts, a digest of them, and what is held out.
+
+    Args:
+        pairs: Columns of query, passage and label in files of pairs.
+        run: A TREC run file whose passages are candidates too, or `bm25`, the 100 best.
+        held_out: Share of the queries, chosen by their texts, that come back as a collection instead.
+    """
+    queries, passages, rows, rest = {}, {}, [], Collection({}, {}, {})
+    for number, source in enumerate(sources):
+        found = read_collection(source, pairs)
+        found.run = None
+        out = {qid for qid in found.qrels if crc32(found.queries[qid].encode()) % 1000 < 1000 * held_out}
+        mark = f"{number}-" if len(sources) > 1 else ""
+        passages |= {mark + pid: text for pid, text in found.passages.items()}
+        queries |= {mark + qid: text for qid, text in found.queries.items()}
+        rest.qrels |= {mark + qid: {mark + pid: grade for pid, grade in found.qrels[qid].items()} for qid in out}
+        found.qrels = {qid: grades for qid, grades in found.qrels.items() if qid not in out}
+        if run:
+            found.run = retrieve(found) if run == "bm25" else read_run(Path(run))
+            found.check(run)
+        lists, without = lists_of(found, found.run)
+        if without:
+            print(f"{source}: {without} of {len(found.qrels)} queries have no relevant passage or no other: left out")
+        for row in lists:
+            rows.append({**row, "query": mark + row["query"], "documents": [mark + pid for pid in row["documents"]]})
+    if not rows:
+        raise ValueError(
+            f"{', '.join(sources)}: no query has both a relevant passage and another one; --train_run bm25 "
+            "finds others."
+        )
+    if limit is not None and limit < len(rows):
+        rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
+    rest.queries, rest.passages = queries, passages
+    lists = RankingDataset(rows, list_size, seed, passages, queries)
+    return lists, [queries[row["query"]] for row in rows], sha256(json.dumps(rows).encode()).hexdigest()[:16], rest
