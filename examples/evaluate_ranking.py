@@ -4,7 +4,7 @@
     python examples/evaluate_ranking.py --model my-ranker --data trec_dl/dl2019 --run bm25.run --depth 100
     python examples/evaluate_ranking.py --model my-ranker --data sentence-transformers/NanoBEIR-en:NanoMSMARCO
 
---data is a folder with queries, passages and qrels (TREC's, MS MARCO's and BEIR's files), a file of labelled pairs, or
+--data is a folder with queries, passages and qrels (see the README here), a file of labelled pairs, or
 a data set on the Hub with configs `queries`, `corpus` and `qrels` (or `default`), `name:split` where it has several.
 Reranked is a run, the 100 best of `--run bm25`, the Hub's own candidates, or what was judged: a judged pool has no
 passages that nobody looked at, so its numbers are above those of a run and cannot be compared with them.
