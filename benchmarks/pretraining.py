@@ -133,7 +133,8 @@ def main():
         parser.error(f"--models must begin with a checkpoint: {SCRATCH} takes its config")
     config_of, folder = options.models[0], Path(args.output_dir)
     tokenizers = {
-        model: AutoTokenizer.from_pretrained(config_of if model == SCRATCH else model) for model in options.models
+        model: AutoTokenizer.from_pretrained(config_of if model == SCRATCH else model, trust_remote_code=False)
+        for model in options.models
     }
 
     def cell(model, task, rows, split, learning_rate, seed) -> float:

@@ -28,7 +28,9 @@ class SpeedArguments:
 
 def make_step(options: SpeedArguments, device: torch.device, compiled: bool):
     torch.manual_seed(0)
-    decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.config).get_text_config())
+    decoder = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(options.config, trust_remote_code=False).get_text_config()
+    )
     decoder.to(device).train()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
     forward = torch.compile(decoder) if compiled else decoder

@@ -278,7 +278,7 @@ def main():
     print(
         f"{len(passages['train']):,} passages to learn from, {len(passages['test']):,} of other files to be tested on"
     )
-    tokenizer = AutoTokenizer.from_pretrained(demo.model)
+    tokenizer = AutoTokenizer.from_pretrained(demo.model, trust_remote_code=False)
     done = {}
     for task in demo.tasks:
         print(f"\nFine-tuning {Path(demo.model).name} to {task}: {demo.attention} attention, {demo.pooling} pooling")

@@ -63,7 +63,11 @@ def searchsorted(sorted_sequence, values, out_int32=False, right=False, side=Non
 def load(checkpoint: str) -> Logits:
     """In fp32, on padded batches. Raises ValueError where the checkpoint has no trained head."""
     model, loading = AutoModelForSequenceClassification.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        checkpoint,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{checkpoint} is no trained classifier or ranker: {', '.join(missing)} would be random.")
@@ -143,7 +147,7 @@ def main():
     export(model, part / path.name, args.format, args.max_batch)
     if (worst := difference(model, part / path.name, args.format)) > TOLERANCE:
         raise SystemExit(f"What was exported scores otherwise, by {worst:.1e}; it is left in {part}")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(part)
     part.replace(folder)

@@ -172,7 +172,7 @@ def main():
                     f"--eval_strategy {args.eval_strategy} needs --eval_data or --held_out to make lists of."
                 )
             lists_out = RankingDataset(rows, ranking.list_size, args.seed, first.passages, first.queries)
-        tokenizer = TASK.set_template(AutoTokenizer.from_pretrained(options.model))
+        tokenizer = TASK.set_template(AutoTokenizer.from_pretrained(options.model, trust_remote_code=False))
         max_length = min(options.max_length or TASK.max_length, check_positions(options.model))
         tokenizer.model_max_length = max_length  # saved with the model: it is read as it was trained
         evaluated = [c.queries[qid] for c in collections.values() for qid in c.qrels]
@@ -231,7 +231,7 @@ def cannot_do(options, args) -> str | None:
 
 
 def check_positions(model: str) -> int:
-    return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().max_position_embeddings
 
 
 def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measures, checkpoint, finished):

@@ -115,12 +115,12 @@ def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
 def make_tokenizer(options: PretrainingArguments, texts: dict, folder: Path, made: bool, args: TrainingArguments):
     """The tokenizer that was named, or that this run has made already, or a new one; saved with the decoder."""
     if named := options.tokenizer or options.model:
-        tokenizer = AutoTokenizer.from_pretrained(named)
+        tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=False)
     elif made:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     else:
         print("Training a tokenizer", flush=True)
-        vocab_size = AutoConfig.from_pretrained(options.config).get_text_config().vocab_size
+        vocab_size = AutoConfig.from_pretrained(options.config, trust_remote_code=False).get_text_config().vocab_size
         mixed = mix(list(texts.values()), args.seed).shuffle(seed=args.seed)
         words = documents(mixed, options.join_lines, limit=50_000_000)
         tokenizer = train_tokenizer(words, vocab_size, options.block_size)
@@ -135,8 +135,8 @@ def make_tokenizer(options: PretrainingArguments, texts: dict, folder: Path, mad
 def make_decoder(options: PretrainingArguments, tokenizer):
     form = {"dtype": torch.float32, "attn_implementation": options.attn_implementation}
     if options.model:
-        return AutoModelForCausalLM.from_pretrained(options.model, **form)
-    config = AutoConfig.from_pretrained(options.config).get_text_config()
+        return AutoModelForCausalLM.from_pretrained(options.model, **form, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(options.config, trust_remote_code=False).get_text_config()
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"--config {options.config}: model_type {config.model_type!r} is not of {', '.join(FAMILIES)}."

@@ -127,7 +127,7 @@ def main():
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():
         parser.error(problem)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     masks = mask_with(tokenizer, options.mask_token)
     set_seed(args.seed)
     folder, is_main = Path(args.output_dir), args.process_index == 0

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from .checkpoint_gemma_encoder import all_or_nothing
 from .configuration_gemma_encoder import GemmaEncoderConfig
 
 # Every linear layer of the decoder, as QLoRA found best (section 4, figure 2); our choice of default.
@@ -32,13 +33,16 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
         """As PEFT; adapters of other names than "default" have folders of their own in `save_directory`."""
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: pickled weights run code when they are loaded.")
-        super().save_pretrained(save_directory, selected_adapters=selected_adapters, **kwargs)
-        if not kwargs.get("is_main_process", True):
-            return
+        with all_or_nothing(save_directory) as part:
+            super().save_pretrained(str(part), selected_adapters=selected_adapters, **kwargs)
+            if kwargs.get("is_main_process", True):
+                self._save_encoder(part, selected_adapters)
+
+    def _save_encoder(self, save_directory: Path, selected_adapters: list[str] | None) -> None:
         encoder = self.get_base_model()
         encoder.config.architectures, encoder.config.dtype = [type(encoder).__name__], encoder.dtype
         for name in selected_adapters or list(self.peft_config):
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            folder = save_directory if name == "default" else save_directory / name
             refuse_stock_head(folder / "adapter_model.safetensors")
             custom_object_save(encoder, folder, config=encoder.config)
             encoder.config.save_pretrained(folder)

@@ -13,6 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec, strict
 from transformers.utils.type_validators import as_validated_field, interval
 
+from .checkpoint_gemma_encoder import only_settings
+
 # The decoders whose layers we know how to run bidirectionally, by `model_type`.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
 # Multimodal configs whose text tower is one of them.
@@ -171,13 +173,13 @@ class GemmaEncoderConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _adopt_decoder(config_dict), kwargs
+        return _adopt_decoder(only_settings(config_dict)), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As upstream, but keywords become part of the dict before the config is built and checked as a whole."""
         cls._refuse_misspelt(kwargs)
-        config_dict = _adopt_decoder(config_dict)
+        config_dict = _adopt_decoder(only_settings(config_dict))
         if isinstance(kwargs.get("text_config"), dict):
             decoder = _to_dict(config_dict.get("text_config"))
             if unknown := [name for name in kwargs["text_config"] if decoder and name not in decoder]:

@@ -115,7 +115,7 @@ def training_defaults(model: str, adapters: bool, task: Task) -> dict:
 def decoder_of(checkpoint: str) -> PreTrainedModel:
     """The decoder by its config, without weights."""
     with torch.device("meta"):
-        return AutoModel.from_config(AutoConfig.from_pretrained(checkpoint).get_text_config())
+        return AutoModel.from_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config())
 
 
 def parameters_of(checkpoint: str) -> int:

@@ -16,6 +16,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .attention_gemma_encoder import UNPADDED
+from .checkpoint_gemma_encoder import all_or_nothing, refuse_incomplete, refuse_paths
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .pooling_gemma_encoder import ProbePooler
 
@@ -30,6 +31,8 @@ SHAPING = {"attention", "attention_window", "pooling", "pooling_k", "pooling_num
 FIELDS = GemmaEncoderConfig.__dataclass_fields__.keys() - {"dtype"} | {"num_labels"}
 # Arguments of `from_pretrained` that say where a file is.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+# Arguments of `push_to_hub`.
+PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 def find_adapter(path, where: dict) -> dict | None:
@@ -41,6 +44,15 @@ def find_adapter(path, where: dict) -> dict | None:
         return None
     file = find_adapter_config_file(str(path), **where)
     return None if file is None else json.loads(Path(file).read_text())
+
+
+def refuse_unknown_attention(requested: str) -> None:
+    """Raises ValueError where no attention function of this name is registered: a name never loads code."""
+    if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
+        raise ValueError(
+            f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
+            "'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
+        )
 
 
 def materialize(model: nn.Module) -> None:
@@ -88,8 +100,13 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         over the decoder it was trained on, with the options it was trained with, which its folder's config holds.
 
         Raises:
-            ValueError: an adapter has no encoder's config or lacks the head, or `kwargs` say other options.
+            ValueError: weights of the decoder, or of the head or pooler that were saved, are missing; the weights are
+                not those of the config; an adapter has no encoder's config or lacks the head, or `kwargs` say other
+                options.
+            OSError: there are no safetensors. Pickled weights are never read.
         """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("`use_safetensors` must be True: pickled weights run code when they are loaded.")
         key_mapping = {**TEXT_TOWER, **(key_mapping or {})}
         given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
         where = {name: given[name] for name in HUB_OPTIONS if name in given}
@@ -97,10 +114,20 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             return cls._from_adapter(
                 pretrained_model_name_or_path, adapter, where, *args, key_mapping=key_mapping, **kwargs
             )
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, key_mapping=key_mapping, **kwargs)
+        if isinstance(pretrained_model_name_or_path, str | Path):
+            refuse_paths(Path(pretrained_model_name_or_path) / where.get("subfolder", ""))
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, key_mapping=key_mapping, output_loading_info=True, **kwargs
+        )
+        if pretrained_model_name_or_path is not None and (info["missing_keys"] or info["unexpected_keys"]):
+            saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **where)
+            refuse_incomplete(
+                pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"], saved, model.config
+            )
         if is_fsdp_enabled():
-            materialize(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
+            materialize(model)
+        return (model, info) if with_info else model
 
     @classmethod
     def _from_adapter(cls, path, adapter: dict, where: dict, *args, config=None, **kwargs):
@@ -112,6 +139,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
                 f"{path} is an adapter without an encoder's config.json, which says how it attends and pools. Load the "
                 "base model with the options it was trained with, and the adapter with `PeftModel.from_pretrained`."
             )
+        weights = cached_file(path, "adapter_model.safetensors", **where)  # or OSError: pickled ones are never read
         options = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
         trained = cls.config_class.from_pretrained(path, **where)
         given = config or cls.config_class.from_pretrained(path, **where, **options)
@@ -132,7 +160,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             loaded = model.load_adapter(str(path), adapter_kwargs=where)
         finally:
             logging.set_verbosity(level)
-        saved = load_state_dict(cached_file(path, "adapter_model.safetensors", **where))
+        saved = load_state_dict(weights)
         heads = [name for name in ("pooler", "classifier") if list(getattr(model, name, nn.Identity()).parameters())]
         lost = [name for name in heads if not any(f".{name}." in key for key in saved)]
         if lost or loaded.missing_keys:
@@ -146,20 +174,27 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
                 parameter.data = weight.to(parameter.device)
         return (model, loaded.to_dict()) if with_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As upstream; parameters are always saved under our names, never under those they were loaded from."""
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+        """As upstream, with parameters under our names, whatever they were loaded from. An interrupted save leaves
+        what was there before as it was; `distributed_checkpoint=True` does not."""
         kwargs = {"save_original_format": False, **kwargs}
+        hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
         with _named_as_written(type(self)):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            if kwargs.get("distributed_checkpoint"):
+                return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **hub, **kwargs)
+            with all_or_nothing(save_directory) as part:
+                super().save_pretrained(part, *args, **kwargs)
+        if push_to_hub:
+            return self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        refuse_unknown_attention(attn_implementation or UNPADDED)  # upstream would look for a kernel of this name
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As upstream, with unpadded execution as the default, and the decoder has a say."""
         requested = requested_attention or self.config.text_config._attn_implementation or UNPADDED
-        if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
-            raise ValueError(
-                f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
-                "'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
-            )
+        refuse_unknown_attention(requested)
         if requested == "sdpa" and self.config.text_config.model_type == "gemma2":
             raise ValueError(
                 "attn_implementation='sdpa' cannot soft-cap attention scores, as Gemma 2 does. Use the default, "

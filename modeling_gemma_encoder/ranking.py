@@ -49,7 +49,7 @@ def load_ranker(
         device = torch.accelerator.current_accelerator()
     model = model.to(device or "cpu").eval()
     verify_attention(model)
-    return model, AutoTokenizer.from_pretrained(checkpoint)
+    return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
 
 
 @torch.no_grad()

@@ -79,8 +79,10 @@ class Data:
         if limit := options.max_eval_samples:
             validation = {split: rows.select(range(min(limit, len(rows)))) for split, rows in validation.items()}
 
-        tokenizer = task.set_template(AutoTokenizer.from_pretrained(options.model))
-        positions = AutoConfig.from_pretrained(options.model).get_text_config().max_position_embeddings
+        tokenizer = task.set_template(AutoTokenizer.from_pretrained(options.model, trust_remote_code=False))
+        positions = (
+            AutoConfig.from_pretrained(options.model, trust_remote_code=False).get_text_config().max_position_embeddings
+        )
         max_length = min(options.max_length or task.max_length, positions)
         template = tokenizer.num_special_tokens_to_add(pair=True)
         if max_length < template + 2:
