@@ -16,9 +16,9 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
+from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.ranking import load_ranker, rerank
 from modeling_gemma_encoder.retrieval import read_collection
-from modeling_gemma_encoder.runs import write
 from modeling_gemma_encoder.suites import Help, fail
 
 

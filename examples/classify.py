@@ -25,8 +25,9 @@ from datasets import ClassLabel, Dataset, load_dataset
 from scipy.special import softmax
 from sklearn.metrics import r2_score
 
+from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, pearson_and_spearman
-from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions, write
+from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions
 from modeling_gemma_encoder.suites import cannot_run, conclude, fail, make_parser, of_run, parse
 from modeling_gemma_encoder.tasks import Task, by_label, read_file
 

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from modeling_gemma_encoder import verify_attention
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
+from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import build
 from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.ranking import (
@@ -39,11 +40,11 @@ from modeling_gemma_encoder.ranking import (
     rerank,
 )
 from modeling_gemma_encoder.retrieval import Collection, lists_of, read_collection, read_run
-from modeling_gemma_encoder.runs import RECIPE, write
+from modeling_gemma_encoder.runs import RECIPE
 from modeling_gemma_encoder.suites import fail, make_parser, parse
 from modeling_gemma_encoder.tasks import Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
-from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, refuse_another_run
+from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, provenance, refuse_another_run
 
 # Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.
 TASK = Task(
@@ -258,7 +259,7 @@ def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measu
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         plot_losses(history, [], finished.parent / "training.png")
-        facts = {"history": history, "real_tokens_per_second": timer.real_tokens_per_second()}
+        facts = {"history": history, "real_tokens_per_second": timer.real_tokens_per_second(), **provenance()}
         write(finished, json.dumps(facts, indent=2))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None

@@ -27,9 +27,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.ranking import load_ranker, score_pairs
 from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
-from modeling_gemma_encoder.runs import write
 from modeling_gemma_encoder.suites import Help, fail
 from modeling_gemma_encoder.templates import encode_pairs
 

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
+from .files import write
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking
 from .retrieval import Collection, Run, bm25, ranked, write_run
-from .runs import write
 from .templates import encode_pairs
 from .verification_gemma_encoder import verify_attention
 

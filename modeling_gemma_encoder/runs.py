@@ -29,10 +29,11 @@ from transformers import (
 from transformers.integrations import is_fsdp_enabled
 
 from .data import collate_lists
+from .files import write
 from .finetuning import FineTuningArguments, build
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of
-from .training import StepTimer, last_checkpoint, refuse_another_run
+from .training import StepTimer, last_checkpoint, provenance, refuse_another_run
 from .verification_gemma_encoder import verify_attention
 
 # What of TrainingArguments makes a run another one.
@@ -248,6 +249,7 @@ def describe(task: Task, data: Data, trainer: Trainer, model: PreTrainedModel, t
         "real_tokens_per_second": timer.real_tokens_per_second(),
         "parameters": {"all": sum(size for size, _ in sizes), "trained": sum(size for size, free in sizes if free)},
         "history": trainer.state.log_history,
+        **provenance(),
     }
 
 
@@ -255,10 +257,3 @@ def predictions(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and logits of a finished run's test split, in the order of its rows."""
     found = json.loads((folder / f"predictions-{split}.json").read_text())
     return np.array(found["predictions"]), np.array(found["logits"])
-
-
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n")
-    part.replace(path)

@@ -14,9 +14,10 @@ from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_fsdp_enabled
 
+from .files import write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from .reports import average, markdown, summarize
-from .runs import Data, claim, fine_tune, predictions, write
+from .runs import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
 
 # Name of the task, its row, split, rows and predictions -> the test server's file name and text.

@@ -1,7 +1,11 @@
 """What training scripts share: how fast, whether it is the same run again, and how it went."""
 
 import json
+import os
+import platform
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +58,18 @@ class StepTimer(TrainerCallback):
         """Tokens of all steps of this session over their time, where steps differ in length; padding does not count
         if the Trainer's `include_num_input_tokens_seen` is "non_padding"."""
         return self.tokens / sum(self.seconds) if self.seconds else None
+
+
+def provenance() -> dict[str, str]:
+    """The command line of this process, and what it runs on: for a card to tell."""
+    command = ["python", *sys.argv]
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        command[0] = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', processes)}"
+    if torch.cuda.is_available():
+        hardware = f"{processes} x {torch.cuda.get_device_name()}"
+    else:
+        hardware = f"{processes * torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return {"command": " ".join([command[0], *map(shlex.quote, command[1:])]), "hardware": hardware}
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,115 @@
+"""Publishes a trained encoder, or an adapter: verified, with its code, template, licence and a card that says how it
+was made and how good it is.
+
+    python examples/publish.py --model runs/glue/sst2/seed-1 --repo_id me/sst2-encoder --private
+    python examples/publish.py --model my-ranker --repo_id me/ranker --tag v1 --results measured/dl2020
+    python examples/publish.py --model my-adapter --repo_id me/adapter --base_model google/gemma-2-2b
+    python examples/publish.py --model my-encoder --repo_id me/encoder --dry_run --output_dir staged   # nothing leaves
+
+`hf auth login` first. The card's tables come from what the training scripts left beside the model. What is published
+is put together in a folder, loaded in a fresh process as a stranger would, and refused if a check fails; then it goes
+up in one commit, is compared with what arrived, and the card follows with that commit's id in its snippets.
+"""
+
+import json
+import sys
+import tempfile
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import HfArgumentParser
+
+from modeling_gemma_encoder.cards import read_run
+from modeling_gemma_encoder.files import read
+from modeling_gemma_encoder.hub import NotVerified, publish, stage
+from modeling_gemma_encoder.verification import verify
+
+TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
+
+
+@dataclass
+class PublishingArguments:
+    model: str = field(metadata={"help": "Folder of a training, or a repository: a model or an adapter."})
+    repo_id: str = field(metadata={"help": "On the Hub, owner/name."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "What it was made of. Default: what the run's folder or the adapter says."}
+    )
+    base_revision: str | None = field(default=None, metadata={"help": "Commit of an adapter's base to load it over."})
+    license: str | None = field(default=None, metadata={"help": "Of the weights. Default: the base model's."})
+    private: bool = field(default=False, metadata={"help": "Of a new repository. Default: the account's."})
+    revision: str | None = field(default=None, metadata={"help": "A branch, made if it is not there."})
+    tag: str | None = field(default=None, metadata={"help": "For what is published now."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
+    message: str = field(default="Publish a Gemma Encoder", metadata={"help": "Of the commit."})
+    dtype: Literal["float32", "bfloat16"] | None = field(default=None, metadata={"help": "Default: as saved."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Of a file of weights."})
+    inputs: str | None = field(
+        default=None,
+        metadata={"help": "A .jsonl file of more golden inputs, each line a text or a list of two."},
+    )
+    results: list[str] = field(
+        default_factory=list, metadata={"help": "Other folders with results.json, as evaluate_ranking.py leaves them."}
+    )
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Trained on, as the Hub calls them."})
+    command: str | None = field(default=None, metadata={"help": "That trained it. Default: what the run wrote down."})
+    language: list[str] = field(default_factory=list, metadata={"help": "Codes, as en."})
+    limits: str | None = field(default=None, metadata={"help": "What it should not be used for, and its biases."})
+    template: str = field(default=str(TEMPLATE), metadata={"help": "Of the card (Jinja)."})
+    output_dir: str | None = field(default=None, metadata={"help": "Empty or new: keeps what was put together."})
+    dry_run: bool = field(default=False, metadata={"help": "Put it together and verify, and upload nothing."})
+    device: str = field(default="cpu", metadata={"help": "For verification, which runs in fp32."})
+
+
+def main():
+    parser = HfArgumentParser(PublishingArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    (args,) = parser.parse_args_into_dataclasses()
+    run = read_run(Path(args.model))
+    for folder in args.results:
+        found = read_run(Path(folder).parent)
+        run.results += [table for table in found.results if f"| {Path(folder).name}, " in table]
+        run.scores += [score for score in found.scores if score.dataset_name == Path(folder).name]
+    run.command, run.datasets = args.command or run.command, args.datasets
+    base = args.base_model or read(Path(args.model) / "run.json").get("model")
+    try:
+        inputs = [json.loads(line) for line in Path(args.inputs).read_text().splitlines()] if args.inputs else None
+        with tempfile.TemporaryDirectory() as temporary:
+            staged = stage(
+                args.model,
+                Path(args.output_dir or temporary),
+                args.repo_id,
+                Path(args.template),
+                run,
+                base=base,
+                base_revision=args.base_revision,
+                licence=args.license,
+                dtype=args.dtype,
+                inputs=inputs,
+                language=args.language or None,
+                limits=args.limits,
+                max_shard_size=args.max_shard_size,
+            )
+            if args.dry_run:
+                checks = verify(staged.folder, device=args.device)
+                print("\n".join(map(str, checks)))
+                sys.exit(0 if all(check.passed for check in checks) else 1)
+            commit = publish(
+                staged,
+                private=args.private or None,
+                revision=args.revision,
+                tag=args.tag,
+                create_pr=args.create_pr,
+                message=args.message,
+                device=args.device,
+            )
+    except (ValueError, OSError, HfHubHTTPError, NotVerified) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"\n{commit.pr_url or commit.commit_url}\n\nCheck it from anywhere:")
+    where = commit.pr_revision or commit.oid
+    print(f"    python -m modeling_gemma_encoder.hub verify {args.repo_id} --revision {where}")
+
+
+if __name__ == "__main__":
+    main()

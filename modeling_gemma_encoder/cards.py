@@ -1,0 +1,297 @@
+"""Model cards: what a run left in its folder, as tables a reader can check, and the Hub's metadata."""
+
+import importlib.metadata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from .configuration_gemma_encoder import GemmaEncoderConfig
+from .files import read
+
+GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+OF_GOOGLE = ("gemma", "gemma2", "gemma3_text")  # decoders whose weights are under the Gemma Terms; Gemma 4's are not
+PIPELINES = {
+    "GemmaEncoderForRanking": "text-ranking",
+    "GemmaEncoderForSequenceClassification": "text-classification",
+    "GemmaEncoderForMaskedLM": "fill-mask",
+    "GemmaEncoderModel": "feature-extraction",
+}
+KINDS = {
+    "GemmaEncoderForRanking": "a reranker: a query and a document in, a score out",
+    "GemmaEncoderForSequenceClassification": "a classifier",
+    "GemmaEncoderForMaskedLM": "an up-trained encoder, which predicts hidden tokens",
+    "GemmaEncoderModel": "an encoder without a task",
+}
+# Metrics as the Hub calls them, where it has another name than we.
+METRICS = {"nDCG@10": "ndcg_at_10", "RR@10": "mrr_at_10", "AP": "map", "R@100": "recall_at_100"}
+LIMITS = (
+    "It has the biases of its decoder and of its training data, which nobody filtered for this. Measured on the data "
+    "above and nothing else: not on other languages, domains or lengths, not for fairness, not against adversaries. "
+    "Do not let it decide about people."
+)
+
+
+@dataclass
+class Run:
+    """What is known of a model's training and measurements."""
+
+    command: str | None = None
+    training: list[tuple[str, str]] = field(default_factory=list)  # rows of a table
+    results: list[str] = field(default_factory=list)  # Markdown tables
+    scores: list[EvalResult] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    of_pairs: bool = False  # whether it was trained on pairs of texts
+
+
+def read_run(folder: Path) -> Run:
+    """From what `glue.py`, `superglue.py`, `classify.py` and `msmarco.py` leave in a run's folder."""
+    began, found = read(folder / "run.json"), read(folder / "results.json")
+    trained = {**read(folder / "training.json"), **found}
+    run = Run(command=trained.get("command"), of_pairs=len(began.get("texts", [])) > 1)
+    recipe = {
+        "data": began.get("task") or ", ".join(Path(name).name for name in began.get("train_data", [])),
+        "learning rate": began.get("learning_rate"),
+        "schedule": began.get("lr_scheduler_type"),
+        "batch": began.get("batch_size"),
+        "steps": trained.get("steps") or max((entry["step"] for entry in trained.get("history", [])), default=None),
+        "longest text": began.get("max_length") and f"{began['max_length']} tokens",
+        "ranking loss": began.get("train_data") and began.get("ranking_loss"),
+        "list size": began.get("list_size"),
+        "precision": ("bf16 autocast" if began.get("bf16") else "fp32") if began else None,
+        "adapter rank": began.get("lora_r"),
+        "seed": began.get("seed"),
+        "training rows": (trained.get("rows") or {}).get("train"),
+        "hardware": trained.get("hardware"),
+    }
+    run.training = [(name, str(value)) for name, value in recipe.items() if value not in (None, "")]
+    _add_classification(run, found, read(folder.parent.parent / "results.json").get("summary", []))
+    for path in sorted(folder.glob("*/results.json")):
+        _add_ranking(run, path.parent.name, read(path))
+    return run
+
+
+def _add_classification(run: Run, found: dict, summary: list[dict]) -> None:
+    for split, scores in found.get("scores", {}).items():
+        majority = found.get("majority", {}).get(split, {})
+        seeds = {row["metric"]: row for row in summary if (row["task"], row["split"]) == (found["task"], split)}
+        rows = [
+            f"| {name.replace('_', ' ')} | {100 * value:.1f} | {_over_seeds(seeds.get(name))} | "
+            f"{_percent(majority.get(name))} |"
+            for name, value in scores.items()
+        ]
+        title = f"{found['task']}, {split}, {found['rows'].get(split, '?'):,} rows, x 100"
+        run.results.append(
+            "\n".join(
+                [
+                    f"| {title} | this model | the same recipe | most frequent answer |",
+                    "| --- | ---: | ---: | ---: |",
+                    *rows,
+                ]
+            )
+        )
+        run.scores += [
+            EvalResult("text-classification", found["task"], found["task"], name, value, dataset_split=split)
+            for name, value in scores.items()
+        ]
+
+
+def _over_seeds(row: dict | None) -> str:
+    if row is None or len(row["seeds"]) < 2:
+        return ""
+    return f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}, seeds {', '.join(map(str, row['seeds']))}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _add_ranking(run: Run, name: str, found: dict) -> None:
+    if "means" not in found:
+        return
+    measures = list(next(iter(found["means"].values())))
+    rows = [
+        f"| {ranker} | {' | '.join(f'{100 * means[measure]:.1f}' for measure in measures)} |"
+        for ranker, means in found["means"].items()
+    ]
+    title = f"{name}, {found['queries']} queries, x 100" if "queries" in found else f"{name}, x 100"
+    run.results.append(
+        "\n".join([f"| {title} | {' | '.join(measures)} |", "| --- |" + " ---: |" * len(measures), *rows])
+    )
+    ours = found["means"].get("Gemma Encoder", {})
+    run.scores += [
+        EvalResult("text-ranking", name, name, METRICS.get(measure, measure), value, metric_name=measure)
+        for measure, value in ours.items()
+    ]
+
+
+# Licences
+
+
+def licence_of(base: str, decoder: str, given: str | None = None) -> str:
+    """
+    Of the weights: what is given; or what the base model's card says; or what Google says of such decoders.
+
+    Raises:
+        ValueError: the base is under the Gemma Terms, which hold for what is made of it, and `given` is not.
+    """
+    try:
+        card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False)
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
+        card = None
+    of_base = card and ModelCard.load(card, ignore_metadata_errors=True).data.license
+    if of_base == "gemma" and given not in (None, "gemma"):
+        raise ValueError(f"--license {given}: {base} is under the Gemma Terms of Use, and so is what is made of it.")
+    return given or of_base or ("gemma" if decoder in OF_GOOGLE else "apache-2.0")
+
+
+def notice(base: str, licence: str) -> str | None:
+    """The NOTICE file that the Gemma Terms of Use (section 3.1) ask of derivatives, with the changes said."""
+    if licence != "gemma":
+        return None
+    return (
+        f"{GEMMA_NOTICE}\n\nModified files: the weights (*.safetensors) and config.json are derived from {base}: "
+        "attention was changed, a pooler and a head were added, and the weights were trained further. tokenizer.json "
+        "may carry another template.\nThe code (*.py) is not derived from Gemma and is under the Apache License 2.0, "
+        "see LICENSE."
+    )
+
+
+def code_licence() -> str:
+    """The text of the Apache License, as installed with this package."""
+    beside = Path(__file__).parent.parent / "LICENSE"
+    if beside.is_file():
+        return beside.read_text()
+    files = importlib.metadata.files("gemma-encoder") or []
+    return next(file for file in files if file.name == "LICENSE").read_text()
+
+
+# The card
+
+
+def usage(repo_id: str, revision: str | None, architecture: str, adapter: bool, pair: bool) -> str:
+    """A snippet that runs as it is."""
+    revision = revision or "<commit>"
+    pinned = f'"{repo_id}", revision="{revision}", trust_remote_code=True'
+    if adapter:
+        cls = architecture
+        return (
+            f"from modeling_gemma_encoder import {cls}  # pip install the package gemma-encoder\n"
+            f"from transformers import AutoTokenizer\n\n"
+            f'model = {cls}.from_pretrained("{repo_id}", revision="{revision}").eval()\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", revision="{revision}")'
+        )
+    if architecture == "GemmaEncoderForRanking":
+        return (
+            "from sentence_transformers import CrossEncoder  # pip install sentence-transformers\n\n"
+            f"ranker = CrossEncoder({pinned})\n"
+            'ranker.rank("how do cats purr", ["They vibrate their larynx.", "Dogs bark."])\n\n'
+            "# or with transformers alone\n"
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({pinned})\n"
+            f"model = AutoModelForSequenceClassification.from_pretrained({pinned}).eval()\n"
+            'batch = tokenizer(["how do cats purr"], ["They vibrate their larynx."], return_tensors="pt")\n'
+            "scores = model(**batch).logits  # higher is more relevant"
+        )
+    if architecture == "GemmaEncoderForSequenceClassification":
+        text = '{"text": "A first text.", "text_pair": "A second one."}' if pair else '"A text."'
+        return (
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline\n\n"
+            f'classify = pipeline("text-classification", {pinned})\n'
+            f"classify({text})\n\n"
+            "# or\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({pinned})\n"
+            f"model = AutoModelForSequenceClassification.from_pretrained({pinned}).eval()"
+        )
+    auto = "AutoModelForMaskedLM" if architecture == "GemmaEncoderForMaskedLM" else "AutoModel"
+    return (
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({pinned})\n"
+        f"model = {auto}.from_pretrained({pinned}).eval()"
+    )
+
+
+def how_it_reads(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase, parameters: int, dtypes: dict) -> str:
+    layers = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
+    rows = {
+        "decoder": f"{config.text_config.model_type}, {layers}",
+        "parameters": f"{parameters:,}",
+        "weights": ", ".join(dtypes).replace("F32", "fp32").replace("BF16", "bf16"),
+        "attention": config.attention + (f", radius {config.attention_window}" if config.attention_window else ""),
+        "pooling": config.pooling,
+        "a text": f"`{tokenizer.decode(tokenizer('{first}')['input_ids'])}`",
+        "a pair": f"`{tokenizer.decode(tokenizer('{first}', '{second}')['input_ids'])}`".replace("\n", "\\n"),
+        "longest text": f"{min(tokenizer.model_max_length, config.max_position_embeddings):,} tokens",
+        "labels": ", ".join(str(name) for name in config.id2label.values()),
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def make_card(
+    template: Path,
+    repo_id: str,
+    base: str,
+    config: GemmaEncoderConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    licence: str,
+    parameters: int,
+    dtypes: dict[str, int],
+    adapter: bool = False,
+    revision: str | None = None,
+    language: list[str] | None = None,
+    limits: str | None = None,
+) -> ModelCard:
+    """
+    The card of a model, from `template` (Jinja).
+
+    Args:
+        base: The checkpoint that was trained further.
+        revision: Commit that the snippets pin.
+        limits: What to say of limits and biases, besides what holds for all.
+    """
+    architecture = (config.architectures or ["GemmaEncoderModel"])[0]
+    local = Path(base).exists()
+    data = ModelCardData(
+        language=language,
+        license=licence,
+        library_name="transformers",
+        pipeline_tag=PIPELINES[architecture],
+        base_model=None if local else base,
+        base_model_relation=None if local else ("adapter" if adapter else "finetune"),
+        datasets=run.datasets or None,
+        metrics=sorted({score.metric_type for score in run.scores}) or None,
+        tags=["gemma-encoder", *(["sentence-transformers", "reranker"] if "Ranking" in architecture else [])],
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=run.scores or None,
+    )
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in run.training)]
+    of_weights = f"Weights: {licence}."
+    if licence == "gemma":
+        of_weights = f"Weights: {GEMMA_NOTICE}. What was changed is in `NOTICE`."
+    return ModelCard.from_template(
+        data,
+        template_path=str(template),
+        name=repo_id.rpartition("/")[2],
+        what=f"{base} as a bidirectional encoder ([Gemma Encoder](https://arxiv.org/abs/2503.02656)), trained as "
+        f"{KINDS[architecture]}.",
+        results="\n\n".join(run.results),
+        usage=usage(repo_id, revision, architecture, adapter, pair=run.of_pairs),
+        repo_id=repo_id,
+        revision=revision,
+        verify=True,
+        adapter=adapter,
+        transformers="5.23",
+        facts=how_it_reads(config, tokenizer, parameters, dtypes),
+        command=run.command,
+        training="\n".join(table) if run.training else "Nothing was left beside the model that says how.",
+        limits="\n\n".join(filter(None, [limits, LIMITS])),
+        licence=f"{of_weights} Code (`*.py`): Apache-2.0, in `LICENSE`.",
+    )
+
+
+def parameters_of(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,248 @@
+"""Is what was published what was trained? Golden inputs and outputs travel with a model, and anyone can repeat them.
+
+`verification.json` holds texts, their tokens and fp32 outputs, the settings that decide scores, and every file's hash.
+It shows accidents and careless changes. Whoever can write to a repository can write a new one: see SECURITY.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .configuration_gemma_encoder import GemmaEncoderConfig
+from .files import read, write
+from .stranger import observe
+from .version import __version__
+
+FILE = "verification.json"
+PACKAGE = Path(__file__).parent
+CODE = sorted(path.name for path in PACKAGE.glob("*_gemma_encoder.py"))
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
+UNHASHED = (FILE, "README.md", ".gitattributes")  # the first says the hashes, people edit the second
+TOLERANCE = 2e-4  # of outputs, times the largest of them; other machines add up in another order
+
+# Longer than many a window, shorter than what small models read; single texts, and pairs in the template.
+LONG = " ".join(
+    f"In {1800 + 7 * n} the {kind} of the old harbour was {done} for the {n + 2}th time."
+    for n, (kind, done) in enumerate(
+        (kind, done)
+        for done in ("painted", "sold", "repaired", "forgotten")
+        for kind in ("lighthouse", "customs house", "dry dock", "chapel", "rope walk", "crane", "quay", "school")
+    )
+)
+INPUTS = [
+    "It works.",
+    "A gripping, funny and humane film, and the best of its year; I would not have missed a minute of it.",
+    LONG,
+    ["how do cats purr", "Cats purr by vibrating the muscles of their larynx some 25 to 150 times a second."],
+    ["how do cats purr", "The harbour froze in January."],
+    ["a query", ""],
+]
+
+
+@dataclass
+class Check:
+    """One row of the table; `passed` is None where there was nothing to compare with."""
+
+    name: str
+    passed: bool | None
+    found: str
+
+    def __str__(self):
+        return f"{ {True: 'ok', False: 'FAILED', None: 'not checked'}[self.passed]:<12} {self.name:<22} {self.found}"
+
+
+def hash_of(path: Path) -> str:
+    found = sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def dtypes(folder: Path) -> dict[str, int]:
+    """How many tensors of each dtype the weights hold."""
+    found = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+    return dict(sorted(found.items()))
+
+
+def files_of(folder: Path) -> list[str]:
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if path.parts[0] not in (".cache", ".git"))
+
+
+def write_golden(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: list | None = None
+) -> None:
+    """
+    Writes `verification.json` of a folder that is otherwise complete.
+
+    Args:
+        model: As loaded from `folder` in fp32.
+        inputs: Texts and pairs of texts, besides our own.
+    """
+    inputs = [*INPUTS, *(inputs or [])]
+    found = observe(model, tokenizer, inputs)
+    golden = {"version": __version__, "inputs": inputs, **found, "dtypes": dtypes(folder)}
+    golden["files"] = {name: hash_of(folder / name) for name in files_of(folder) if name not in UNHASHED}
+    write(folder / FILE, json.dumps(golden, indent=1))
+
+
+def verify(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+) -> list[Check]:
+    """
+    Loads a published folder or repository as a stranger would, in a fresh process, and compares it with its golden
+    outputs. Code that is not this package's own runs only with `trust_remote_code`.
+
+    Raises:
+        ValueError: there is no config of a Gemma Encoder.
+        huggingface_hub.errors.HfHubHTTPError: the repository or revision cannot be read.
+    """
+    folder, names = fetch(source, revision, token)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json: it is no Gemma Encoder.")
+    config = read(folder / "config.json")
+    if config.get("model_type") != GemmaEncoderConfig.model_type:
+        raise ValueError(f"{source} is of model_type={config.get('model_type')!r}, no Gemma Encoder.")
+    golden = read(folder / FILE)
+    checks = [*check_files(folder, names, golden), *check_code(folder, config, golden, trust_remote_code)]
+    safe = all(check.passed for check in checks if check.name in ("code", "names in configs"))
+    if not safe:
+        why = "not run: `trust_remote_code` runs code that is not this package's own"
+        return [*checks, Check("loads as a stranger", False, why)]
+    found = run_stranger(folder, golden.get("inputs", INPUTS), device)
+    if error := found.get("error"):
+        return [*checks, Check("loads as a stranger", False, error)]
+    return [*checks, Check("loads as a stranger", not found["new"], said(found)), *compare(found, golden, folder)]
+
+
+def fetch(source: str | Path, revision: str | None, token: str | None) -> tuple[Path, list[str]]:
+    """The folder, and the names of all its files; pickles of a repository are not downloaded."""
+    if Path(source).is_dir():
+        return Path(source).resolve(), files_of(Path(source))
+    folder = Path(
+        snapshot_download(str(source), revision=revision, token=token, ignore_patterns=[f"*{end}" for end in PICKLED])
+    )
+    try:
+        return folder, HfApi().list_repo_files(str(source), revision=revision, token=token)
+    except OfflineModeIsEnabled:
+        return folder, files_of(folder)
+
+
+def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]:
+    adapter = "adapter_config.json" in names
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    whole = weights in names or (not adapter and f"{weights}.index.json" in names)
+    needed = [*CODE, "README.md", "LICENSE", "tokenizer.json", "tokenizer_config.json"]
+    lost = [name for name in needed if name not in names] + ([] if whole else [weights])
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    found = ", ".join([*(f"no {name}" for name in lost), *(f"pickled: {name}" for name in pickled)])
+    yield Check("files", not (lost or pickled), found or f"{len(names)} files, weights in safetensors only")
+    if not golden:
+        yield Check("golden outputs", False, f"no {FILE}: nothing to compare with")
+        return
+    hashes = golden["files"]
+    wrong = [f"{name} is missing" for name in hashes if not (folder / name).is_file()]
+    wrong += [f"{n} differs" for n in hashes if (folder / n).is_file() and hash_of(folder / n) != hashes[n]]
+    wrong += [f"{n} is new" for n in names if n not in hashes and n not in UNHASHED]
+    yield Check("hashes", not wrong, ", ".join(wrong) or f"{len(hashes)} as published")
+    card = folder / "README.md"
+    licence = ModelCard.load(card).data.license if card.is_file() else None
+    yield Check("card", licence is not None, f"licence: {licence}")
+
+
+def check_code(folder: Path, config: dict, golden: dict, trusted: bool) -> Iterator[Check]:
+    """Before anything runs: whose code it is, and that no config names other code."""
+    python = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    lost = [name for name in CODE if name not in python]
+    other = [name for name in python if name not in CODE or hash_of(folder / name) != hash_of(PACKAGE / name)]
+    if lost:
+        found = f"no {', '.join(lost)}"
+    elif other:
+        found = f"of version {golden.get('version', 'unknown')}, not of {__version__}: {', '.join(other)}"
+    else:
+        found = f"{len(CODE)} files, the same as in version {__version__}"
+    yield Check("code", not lost and (trusted or not other), found)
+    expected = GemmaEncoderConfig(architectures=config.get("architectures")).to_dict()["auto_map"]
+    named = {"auto_map of config.json": (config.get("auto_map"), expected)}
+    for name in ("tokenizer_config.json", "processor_config.json", "adapter_config.json"):
+        elsewhere = read(folder / name)
+        named[f"auto_map of {name}"] = (elsewhere.get("auto_map"), None)
+        named[f"auto_mapping of {name}"] = (elsewhere.get("auto_mapping"), None)
+    named["auto_map of text_config"] = (config.get("text_config", {}).get("auto_map"), None)
+    wrong = [f"{name}: {value}" for name, (value, right) in named.items() if value != right]
+    yield Check("names in configs", not wrong, "; ".join(wrong) or "only this folder's own code")
+
+
+def run_stranger(folder: Path, inputs: list, device: str) -> dict:
+    """What `stranger.py` prints in a process without this package, or {"error": its last line}."""
+    source = (PACKAGE / "stranger.py").read_text()
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(empty) / "modules"), "PYTHONWARNINGS": "ignore"}
+        environment.pop("PYTHONPATH", None)
+        if not (folder / "adapter_config.json").exists():
+            environment["HF_HUB_OFFLINE"] = "1"  # a folder is all it takes
+        result = subprocess.run(
+            [sys.executable, "-c", source, str(folder), json.dumps(inputs), device],
+            env=environment,
+            cwd=empty,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        return {"error": lines[-1]}
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def said(found: dict) -> str:
+    if found["new"]:
+        return f"random weights: {', '.join(found['new'])}"
+    return f"{found['class']} over {found['decoder']}, transformers {found['versions']['transformers']}"
+
+
+def compare(found: dict, golden: dict, folder: Path) -> Iterator[Check]:
+    attention = found["attention"]
+    yield Check("attention as configured", attention is None, attention or "in every layer, by its behaviour")
+    scale = max(1.0, *(abs(value) for row in found["outputs"] for value in row))
+    changed = found["padding_changes"]
+    yield Check("padding, batches", changed <= TOLERANCE * scale, f"change outputs by {changed:.1e} at most")
+    if not golden:
+        return
+    right = {**golden["settings"], "class": golden["class"], "decoder": golden["decoder"], "reach": golden["reach"]}
+    now = {**found["settings"], "class": found["class"], "decoder": found["decoder"], "reach": found["reach"]}
+    wrong = [f"{name}={now[name]!r}, published {right[name]!r}" for name in right if now[name] != right[name]]
+    settings = f"{now['attention']}, pooling {now['pooling']}, {len(now['reach'])} layers"
+    yield Check("settings", not wrong, "; ".join(wrong) or settings)
+    same = [ids == published for ids, published in zip(found["tokens"], golden["tokens"], strict=True)]
+    count = f"{sum(same)} of {len(same)} inputs read as published"
+    yield Check("tokens and template", all(same), count)
+    ours, theirs = torch.tensor(found["outputs"]), torch.tensor(golden["outputs"])
+    if ours.shape != theirs.shape:
+        yield Check("outputs", False, f"of shape {tuple(ours.shape)}, published {tuple(theirs.shape)}")
+    else:
+        difference = (ours - theirs).abs().max().item()
+        yield Check("outputs", difference <= TOLERANCE * scale, f"differ by {difference:.1e} at most")
+    now = dtypes(folder)
+    yield Check("dtype", now == golden["dtypes"], ", ".join(f"{count} {name}" for name, count in now.items()))
