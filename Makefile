@@ -5,7 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+# The ends of the range that pyproject.toml gives for transformers; nothing for the newest release there is.
+VERSIONS := 5.20.0 newest
+# What travels with a checkpoint, and how it is saved and loaded.
+TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunks losses masked_lm modeling pooling \
+	ranking_losses saving,tests/test_$(name).py)
+
+.PHONY: demo test lint format audit compat clean
 
 # Fine-tunes an encoder on real text in a few minutes; MODEL=google/gemma-3-270m starts from a real checkpoint.
 demo: $(READY)
@@ -17,6 +23,22 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit -q -c pyproject.toml -r modeling_gemma_encoder examples benchmarks
+
+# Known vulnerabilities of what is installed, from PyPI.
+audit: $(INSTALLED)
+	$(BIN)/pip-audit --local --skip-editable
+
+# The published files on the lowest and the newest transformers that are supported, each in an environment of its own.
+compat: $(addprefix compat-,$(VERSIONS))
+
+compat-%:
+	test -x .compat/$*/bin/python || $(PYTHON) -m venv .compat/$*
+	grep -v '^transformers==' constraints.txt > .compat/constraints.txt
+	.compat/$*/bin/python -m pip install -q -c .compat/constraints.txt -e ".[train]" pytest \
+		$(if $(filter newest,$*),--upgrade transformers,transformers==$*)
+	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	.compat/$*/bin/python -m pytest $(TRAVELS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -29,8 +51,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,ray,onnx,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,ray,onnx,app,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) .compat demo_output

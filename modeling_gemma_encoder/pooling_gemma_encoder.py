@@ -4,6 +4,8 @@ Every pooler maps token states (total_tokens, hidden) and sequence offsets (batc
 sequence b owns the tokens offsets[b] .. offsets[b + 1] - 1, and tokens after offsets[-1] belong to no sequence.
 There is no padding here, so none can matter. A sequence without tokens is pooled to zeros.
 
+`weights` of the same two are the shares (total_tokens,) that tokens have in their sequence's vector, to look at.
+
 Gemma Encoder (arXiv 2503.02656) names the five poolers; K, the number of probes and their heads are our choice.
 """
 
@@ -47,38 +49,40 @@ class MeanPooler(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.k = config.pooling_k
+
+    def keep(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Which tokens are averaged (total_tokens,)."""
+        return torch.ones(token_states.shape[0], dtype=torch.bool, device=token_states.device)
 
     def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return segment_mean(token_states, offsets)
+        return segment_mean(token_states, offsets, self.keep(token_states, offsets))
+
+    def weights(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        keep, sequences = self.keep(token_states, offsets).float(), sequence_ids(token_states, offsets)
+        counts = segment_sum(keep, sequences, offsets.shape[0] - 1).clamp(min=1)
+        return keep / torch.cat([counts, counts.new_ones(1)])[sequences]
 
 
-class FirstKPooler(nn.Module):
+class FirstKPooler(MeanPooler):
     """The mean of the first `pooling_k` token states, or of all in a shorter sequence.
 
     Averaging keeps the head's size independent of K and of the length; the paper does not say how K > 1 states combine.
     """
 
-    def __init__(self, config):
-        super().__init__()
-        self.k = config.pooling_k
-
-    def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def keep(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         starts = offsets[sequence_ids(token_states, offsets)]
         tokens = torch.arange(token_states.shape[0], device=token_states.device)
-        return segment_mean(token_states, offsets, keep=tokens - starts < self.k)
+        return tokens - starts < self.k
 
 
-class LastKPooler(nn.Module):
+class LastKPooler(MeanPooler):
     """The mean of the last `pooling_k` token states, or of all in a shorter sequence."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.k = config.pooling_k
-
-    def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def keep(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         ends = torch.cat([offsets[1:], offsets[-1:]])[sequence_ids(token_states, offsets)]
         tokens = torch.arange(token_states.shape[0], device=token_states.device)
-        return segment_mean(token_states, offsets, keep=ends - tokens <= self.k)
+        return ends - tokens <= self.k
 
 
 class ProbePooler(nn.Module):
@@ -112,15 +116,19 @@ class QueryProbePooler(ProbePooler):
     """
 
     def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        batch = offsets.shape[0] - 1
-        sequences = sequence_ids(token_states, offsets)
         states = self.norm(token_states.to(self.norm.weight.dtype))
+        sequences, weights = sequence_ids(states, offsets), self._weights(states, offsets)
+        answers = segment_sum(weights[..., None] * self.heads(self.value(states)), sequences, offsets.shape[0] - 1)
+        return self.output(answers.flatten(1).to(states.dtype)).float()
+
+    def weights(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self._weights(self.norm(token_states.to(self.norm.weight.dtype)), offsets).mean(-1)
+
+    def _weights(self, states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """(total_tokens, num_heads); the mean over probes commutes with the weighted sum and with W_o."""
         queries, keys = self.heads(self.query(self.probes)), self.heads(self.key(states))
         scores = torch.einsum("thd,phd->tph", keys, queries) * keys.shape[-1] ** -0.5
-        # The mean over probes commutes with the weighted sum and with W_o, so the tokens are summed once.
-        weights = segment_softmax(scores, sequences, batch).mean(1)  # (total_tokens, num_heads)
-        answers = segment_sum(weights[..., None] * self.heads(self.value(states)), sequences, batch)
-        return self.output(answers.flatten(1).to(states.dtype)).float()
+        return segment_softmax(scores, sequence_ids(states, offsets), offsets.shape[0] - 1).mean(1)
 
 
 class KVProbePooler(ProbePooler):
@@ -138,6 +146,11 @@ class KVProbePooler(ProbePooler):
         answers = torch.einsum("thp,phd->thd", weights, values).flatten(1)  # (total_tokens, hidden)
         # W_o is linear: averaging before it is averaging after it, for one row a sequence.
         return self.output(segment_mean(answers, offsets).to(states.dtype)).float()
+
+    def weights(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """All the same: tokens differ in what they take from the probes, not in how much they count."""
+        sizes = offsets.diff().clamp(min=1)
+        return 1 / torch.cat([sizes, sizes.new_ones(1)])[sequence_ids(token_states, offsets)]
 
 
 POOLERS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers import initialization as init
 from transformers.integrations import is_fsdp_enabled
@@ -204,19 +205,19 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             self.model.get_correct_attn_implementation(requested)
         return super().get_correct_attn_implementation(requested, is_init_check)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, *args, **kwargs):
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         """As upstream, except where it would be silently wrong.
 
         Raises:
             ValueError: `use_reentrant=True` on a Gemma 4 whose layers share keys and values: their gradient is lost.
         """
         shares = getattr(self.config.text_config, "num_kv_shared_layers", 0)
-        if shares and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        if enable and shares and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "`use_reentrant=True` loses gradients of a Gemma 4 whose layers share keys and values; pass "
                 '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -308,14 +308,14 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
     if family == "gemma4_text" and use_reentrant:
         model = GemmaEncoderModel(encoder_config(family))
         with pytest.raises(ValueError, match="use_reentrant"):  # layers share keys and values past the checkpoint
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         return
     model = build(GemmaEncoderForSequenceClassification, encoder_config(family)).train()
     torch.manual_seed(0)
     loss, gradients = loss_and_gradient(model)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
     torch.manual_seed(0)
     again, recomputed = loss_and_gradient(model)
     torch.testing.assert_close(again, loss)

@@ -37,6 +37,29 @@ def test_values_by_hand(pooling, k, expected):
     torch.testing.assert_close(pooled, torch.tensor(expected)[:, None].expand(-1, 32))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "first_k", "last_k"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_averages_are_what_their_weights_make_of_the_tokens(pooling, k):
+    pooler = make(pooling, pooling_k=k)
+    weights = pooler.weights(STATES, OFFSETS)
+    assert weights.shape == (4,) and weights[:3].sum() == pytest.approx(1) and weights[3] == 1
+    pooled = torch.stack([weights[:3] @ STATES[:3], weights[3:] @ STATES[3:]])
+    torch.testing.assert_close(pooled, pooler(STATES, OFFSETS))
+
+
+def test_weights_of_probes_are_torchs():
+    states, offsets = torch.randn(8, 32), torch.tensor([0, 5, 7])  # the last token is of no sequence
+    pooler = make("query_probe")
+    keys = F.rms_norm(states, (32,), pooler.norm.weight, eps=1e-6)
+    reference = torch.nn.MultiheadAttention(32, pooler.num_heads, bias=False, batch_first=True)
+    reference.in_proj_weight.data = torch.cat([pooler.query.weight, pooler.key.weight, pooler.value.weight])
+    weights = pooler.weights(states, offsets)
+    for tokens in (slice(0, 5), slice(5, 7)):
+        theirs = reference(pooler.probes[None], keys[None, tokens], keys[None, tokens])[1][0].mean(0)
+        torch.testing.assert_close(weights[tokens], theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(make("kv_probe").weights(states, offsets)[:7], torch.tensor([0.2] * 5 + [0.5] * 2))
+
+
 def attention_by_torch(pooler, queries, keys_values):
     """torch.nn.MultiheadAttention with the pooler's projections: an independent multi-head attention."""
     reference = torch.nn.MultiheadAttention(32, pooler.num_heads, bias=False, batch_first=True)

@@ -1,0 +1,173 @@
+"""A page to try a trained encoder: classify or rerank, and see what its tokens attend to and how they are pooled.
+
+    python examples/app.py --model runs/glue/sst2/seed-1      # http://127.0.0.1:7860
+    python examples/app.py --model my-ranker --port 8000
+
+Needs `pip install ".[app]"` besides what training needs. It listens on this machine only, unless `--host 0.0.0.0` says
+otherwise; nothing is sent elsewhere.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
+
+import gradio
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import pyplot
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_gemma_encoder import (
+    GemmaEncoderConfig,
+    GemmaEncoderForRanking,
+    GemmaEncoderForSequenceClassification,
+    verify_attention,
+)
+from modeling_gemma_encoder.ranking import score_pairs
+
+MOST_TOKENS = 80  # of a picture
+EXAMPLES = {
+    "text": "A gripping, funny and humane film, and the best of its year.",
+    "query": "how do cats purr",
+    "documents": "Cats purr by vibrating their larynx.\nThe harbour froze in January.\nDogs bark at strangers.",
+}
+
+
+def load(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Raises ValueError where there is no trained head."""
+    config = GemmaEncoderConfig.from_pretrained(checkpoint)
+    heads = {cls.__name__: cls for cls in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
+    if not config.architectures or config.architectures[0] not in heads:
+        raise ValueError(f"{checkpoint} is no trained classifier or ranker.")
+    model = heads[config.architectures[0]].from_pretrained(checkpoint, dtype=torch.float32).eval()
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    verify_attention(model)
+    return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+class Page:
+    """What the buttons of the page do with a model."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+
+    def encode(self, first: str, second: str):
+        texts = [first, second] if second.strip() else [first]
+        batch = self.tokenizer(*texts, truncation=True, max_length=self.longest, return_tensors="pt")
+        self.tokenizer.backend_tokenizer.no_truncation()
+        return batch.to(self.model.device)
+
+    @torch.no_grad()
+    def classify(self, first: str, second: str):
+        if not first.strip():
+            raise gradio.Error("There is no text.")
+        logits = self.model(**self.encode(first, second)).logits[0].float()
+        config = self.model.config
+        if config.problem_type == "regression" or len(logits) == 1:
+            return ", ".join(f"{value:.3f}" for value in logits.tolist())
+        if config.calibration_temperature is not None:
+            shares = self.model.probabilities(logits)
+        else:
+            shares = logits.sigmoid() if config.problem_type == "multi_label_classification" else logits.softmax(-1)
+        return {str(config.id2label[label]): share for label, share in enumerate(shares.tolist())}
+
+    def rerank(self, query: str, documents: str) -> pd.DataFrame:
+        documents = [line.strip() for line in documents.splitlines() if line.strip()]
+        if not query.strip() or not documents:
+            raise gradio.Error("It takes a query and at least one document, each on a line of its own.")
+        try:
+            scores = score_pairs(self.model, self.tokenizer, [(query, text) for text in documents], self.longest)
+        except ValueError as error:
+            raise gradio.Error(str(error)) from error
+        order = np.argsort(-scores, kind="stable")
+        rows = [(rank, round(float(scores[i]), 4), documents[i]) for rank, i in enumerate(order, 1)]
+        return pd.DataFrame(rows, columns=["rank", "score", "document"])
+
+    @torch.no_grad()
+    def look(self, first: str, second: str, layer: int):
+        """A picture of what tokens attend to in a layer, and of their shares in the pooled vector."""
+        if not first.strip():
+            raise gradio.Error("There is no text.")
+        batch = self.encode(first, second)
+        encoded = self.model.encode(**batch, output_attentions=True)
+        shares = self.model.pooler.weights(encoded.token_states, encoded.offsets).float().cpu().numpy()
+        attention = encoded.attentions[int(layer) - 1][0].float().mean(0).cpu().numpy()  # (seq_len, seq_len)
+        tokens = self.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+        return draw(tokens, attention, shares, int(layer), self.model.config)
+
+
+def draw(tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: int, config: GemmaEncoderConfig):
+    shown = min(len(tokens), MOST_TOKENS)
+    names = [token.replace("▁", "·") for token in tokens[:shown]]
+    side = max(5.0, 0.22 * shown)
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(side + 1, side + 2), height_ratios=[1, 4], sharex=True, layout="constrained"
+    )
+    above.bar(range(shown), shares[:shown], color="C0")
+    above.set(ylabel="share", title=f"Pooling: {config.pooling}")
+    below.imshow(attention[:shown, :shown] ** 0.5, cmap="Blues", vmin=0, aspect="auto")
+    below.set(title=f"Layer {layer} of {config.num_hidden_layers}, mean of heads: a row attends to columns (root)")
+    below.set_xticks(range(shown), names, rotation=90)
+    below.set_yticks(range(shown), names)
+    return figure
+
+
+def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> gradio.Blocks:
+    page, config = Page(model, tokenizer), model.config
+    ranks = isinstance(model, GemmaEncoderForRanking)
+    calibrated = config.calibration_temperature is not None
+    with gradio.Blocks(title=f"Gemma Encoder: {name}") as blocks:
+        gradio.Markdown(
+            f"# {name}\n{type(model).__name__} over {config.text_config.model_type}, {config.attention}, "
+            f"pooling {config.pooling}, {config.num_hidden_layers} layers, texts of up to {page.longest} tokens"
+        )
+        if ranks:
+            with gradio.Tab("Rerank"):
+                query = gradio.Textbox(EXAMPLES["query"], label="Query")
+                documents = gradio.Textbox(EXAMPLES["documents"], label="Documents, one a line", lines=6)
+                button = gradio.Button("Rerank", variant="primary")
+                table = gradio.Dataframe(headers=["rank", "score", "document"], label="Best first", wrap=True)
+                button.click(page.rerank, [query, documents], table, api_name="rerank")
+        else:
+            with gradio.Tab("Classify"):
+                first = gradio.Textbox(EXAMPLES["text"], label="Text", lines=3)
+                second = gradio.Textbox("", label="Second text, for pairs", lines=2)
+                button = gradio.Button("Classify", variant="primary")
+                label = gradio.Label(label=f"Prediction, {'' if calibrated else 'not '}calibrated")
+                button.click(page.classify, [first, second], label, api_name="classify")
+        with gradio.Tab("Look inside"):
+            texts = [EXAMPLES["query"], EXAMPLES["documents"].splitlines()[0]] if ranks else [EXAMPLES["text"], ""]
+            names = ["Query", "Document"] if ranks else ["Text", "Second text"]
+            pair = [gradio.Textbox(text, label=name, lines=2) for text, name in zip(texts, names, strict=True)]
+            layer = gradio.Slider(1, config.num_hidden_layers, config.num_hidden_layers, step=1, label="Layer")
+            button = gradio.Button("Look", variant="primary")
+            plot = gradio.Plot(label="Pooling and attention")
+            button.click(page.look, [*pair, layer], plot, api_name="look")
+    return blocks
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="A trained classifier or ranker: folder or repository.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=None, help="Default: the first that is free from 7860 on.")
+    args = parser.parse_args()
+    matplotlib.use("Agg")
+    try:
+        model, tokenizer = load(args.model)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    font = ["system-ui", "sans-serif"]  # the default's would be fetched
+    theme = gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
+    blocks = build(model, tokenizer, "/".join(Path(args.model).parts[-2:]))
+    blocks.launch(server_name=args.host, server_port=args.port, theme=theme, footer_links=[], share=False)
+
+
+if __name__ == "__main__":
+    main()
