@@ -35,7 +35,7 @@ compat: $(addprefix compat-,$(VERSIONS))
 compat-%:
 	test -x .compat/$*/bin/python || $(PYTHON) -m venv .compat/$*
 	grep -v '^transformers==' constraints.txt > .compat/constraints.txt
-	.compat/$*/bin/python -m pip install -q -c .compat/constraints.txt -e ".[train]" pytest \
+	.compat/$*/bin/python -m pip install -q -c .compat/constraints.txt -e ".[train,rank]" pytest \
 		$(if $(filter newest,$*),--upgrade transformers,transformers==$*)
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.compat/$*/bin/python -m pytest $(TRAVELS)

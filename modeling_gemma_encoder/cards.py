@@ -284,7 +284,7 @@ def make_card(
         revision=revision,
         verify=True,
         adapter=adapter,
-        transformers="5.23",
+        transformers="5.20",
         facts=how_it_reads(config, tokenizer, parameters, dtypes),
         command=run.command,
         training="\n".join(table) if run.training else "Nothing was left beside the model that says how.",

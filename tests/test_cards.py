@@ -1,0 +1,116 @@
+"""Laws of cards: they say what the run left, metadata is the Hub's, licences follow the base, commands exist."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import NANO, encoder_config
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, TrainingArguments
+from yaml import safe_load
+
+from modeling_gemma_encoder.cards import GEMMA_NOTICE, Run, licence_of, make_card, notice, read_run
+from modeling_gemma_encoder.finetuning import FineTuningArguments
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = ROOT / "model_cards" / "template.md"
+
+
+@pytest.fixture
+def classified(tmp_path):
+    folder = tmp_path / "rte" / "seed-2"
+    folder.mkdir(parents=True)
+    began = {"task": "rte", "texts": ["premise", "hypothesis"], "learning_rate": 2e-5, "bf16": True, "seed": 2}
+    found = {"task": "rte", "rows": {"train": 2490, "validation": 277}, "steps": 780, "command": "python glue.py"}
+    found |= {"scores": {"validation": {"accuracy": 0.715}}, "majority": {"validation": {"accuracy": 0.527}}}
+    summary = {
+        "task": "rte",
+        "split": "validation",
+        "metric": "accuracy",
+        "seeds": [1, 2],
+        "mean": 0.71,
+        "deviation": 0.01,
+    }
+    (folder / "run.json").write_text(json.dumps(began))
+    (folder / "results.json").write_text(json.dumps(found))
+    (tmp_path / "results.json").write_text(json.dumps({"summary": [summary]}))
+    return folder
+
+
+def card_of(run, architecture="GemmaEncoderForSequenceClassification", **options) -> ModelCard:
+    config = encoder_config(architectures=[architecture], num_labels=2)
+    form = {"base": "google/gemma-2-2b", "licence": "gemma", "parameters": 12, "dtypes": {"F32": 3}, **options}
+    return make_card(
+        TEMPLATE, "me/model", config=config, tokenizer=AutoTokenizer.from_pretrained(NANO), run=run, **form
+    )
+
+
+def test_a_classifiers_card_says_what_the_run_left(classified):
+    card = card_of(read_run(classified), revision="0" * 40)
+    text = str(card)
+    assert "| accuracy | 71.5 | 71.0 ± 1.0, seeds 1, 2 | 52.7 |" in text
+    assert "rte, validation, 277 rows" in text and "python glue.py" in text
+    assert "| training rows | 2490 |" in text and "| steps | 780 |" in text and "bf16 autocast" in text
+    assert '"text_pair"' in text and f'revision="{"0" * 40}", trust_remote_code=True' in text
+    metadata = safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "google/gemma-2-2b" and metadata["base_model_relation"] == "finetune"
+    assert metadata["pipeline_tag"] == "text-classification" and metadata["license"] == "gemma"
+    (result,) = metadata["model-index"][0]["results"]
+    assert result["metrics"][0] == {"type": "accuracy", "value": 0.715} and result["dataset"]["split"] == "validation"
+
+
+def test_a_rerankers_card_has_its_baselines(tmp_path):
+    means = {"Gemma Encoder": {"nDCG@10": 0.5, "RR@10": 0.25}, "BM25": {"nDCG@10": 0.625, "RR@10": 0.75}}
+    (tmp_path / "dl2020").mkdir()
+    (tmp_path / "dl2020" / "results.json").write_text(json.dumps({"means": means, "queries": 54}))
+    (tmp_path / "training.json").write_text(json.dumps({"history": [{"step": 3}], "command": "python msmarco.py"}))
+    card = card_of(read_run(tmp_path), "GemmaEncoderForRanking")
+    text = str(card)
+    assert "| dl2020, 54 queries, x 100 | nDCG@10 | RR@10 |" in text
+    assert "| Gemma Encoder | 50.0 | 25.0 |\n| BM25 | 62.5 | 75.0 |" in text and "CrossEncoder(" in text
+    metadata = safe_load(text.split("---")[1])
+    assert metadata["pipeline_tag"] == "text-ranking" and "reranker" in metadata["tags"]
+    assert metadata["metrics"] == ["mrr_at_10", "ndcg_at_10"]
+
+
+def test_a_card_without_results_says_so():
+    text = str(card_of(Run()))
+    assert "None were measured" in text and "Nothing was left beside the model" in text
+    assert str(card_of(Run(), adapter=True)).count("base_model_relation: adapter") == 1
+    assert "base_model" not in str(card_of(Run(), base=str(NANO)))  # a folder is no name on the Hub
+
+
+def test_the_licence_is_the_bases(tmp_path):
+    assert licence_of(str(NANO), "gemma2") == "apache-2.0"  # its card says
+    assert licence_of(str(tmp_path), "gemma2") == licence_of(str(tmp_path), "gemma3_text") == "gemma"
+    assert licence_of(str(tmp_path), "gemma4_text") == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
+    assert licence_of(str(tmp_path), "gemma2") == "gemma"
+    with pytest.raises(ValueError, match="--license mit"):
+        licence_of(str(tmp_path), "gemma2", "mit")
+    assert notice("google/gemma-2-2b", "gemma").startswith(GEMMA_NOTICE) and notice("x", "apache-2.0") is None
+
+
+def test_commands_of_our_cards_have_only_flags_that_exist():
+    """Of scripts in examples/, by their dataclasses and Trainer's."""
+    sources = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    shared = {*TrainingArguments.__dataclass_fields__, *FineTuningArguments.__dataclass_fields__}
+    suite = (ROOT / "modeling_gemma_encoder" / "suites.py").read_text()
+    seen = 0
+    for card in (ROOT / "model_cards").glob("*.md"):
+        for block in re.findall(r"```bash\n(.*?)```", card.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                script = next(
+                    (Path(word).name for word in words if word.startswith("examples/") and ".py" in word), None
+                )
+                if script is None:
+                    continue
+                flags = [word[2:] for word in words[words.index(f"examples/{script}") :] if word.startswith("--")]
+                for flag in flags:
+                    own = re.search(rf'\b{flag}: |"--{flag}"', sources[script] + suite)
+                    assert flag in shared or own, f"{card.name}: {script} has no --{flag}"
+                    seen += 1
+    assert seen > 30
