@@ -43,6 +43,9 @@ def find_adapter(path, where: dict) -> dict | None:
     folder = Path(path) / where.get("subfolder", "")
     if any((folder / f"model.safetensors{end}").exists() for end in WHOLE):
         return None
+    if folder.is_dir():
+        file = folder / "adapter_config.json"
+        return json.loads(file.read_text()) if file.is_file() else None
     file = find_adapter_config_file(str(path), **where)
     return None if file is None else json.loads(Path(file).read_text())
 
@@ -133,6 +136,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     @classmethod
     def _from_adapter(cls, path, adapter: dict, where: dict, *args, config=None, **kwargs):
         kwargs = {name: value for name, value in kwargs.items() if name not in (*where, "adapter_kwargs")}
+        if (folder := Path(path) / where.get("subfolder", "")).is_dir():
+            path, where = folder, {name: value for name, value in where.items() if name != "subfolder"}
         with_info = kwargs.pop("output_loading_info", False)
         file = cached_file(path, "config.json", **where, _raise_exceptions_for_missing_entries=False)
         if file is None or json.loads(Path(file).read_text()).get("model_type") != GemmaEncoderConfig.model_type:
