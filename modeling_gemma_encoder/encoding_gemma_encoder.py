@@ -19,7 +19,7 @@ from .attention_gemma_encoder import (
     padded_mask,
     restore_attentions,
     unpad,
-    with_dense_masks,
+    with_buckets,
 )
 
 
@@ -90,8 +90,10 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
 
 def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     """Every layer sees (1, total_tokens, hidden)."""
-    unpadding = unpad(mask)
-    if unpadding.max_length == 0:
+    implementation = encoder.model.config._attn_implementation
+    split = implementation == UNPADDED and not kwargs["output_attentions"]  # weights are of one batch
+    unpadding = unpad(mask, longest_first=split)
+    if max(unpadding.lengths) == 0:
         # Nothing but padding: run one token of no sequence, so that hooks, gradients and collectives happen as ever.
         unpadding = unpad(torch.arange(mask.numel(), device=mask.device).view_as(mask) == 0)
         input_ids, inputs_embeds = (None if x is None else torch.zeros_like(x) for x in (input_ids, inputs_embeds))
@@ -99,9 +101,8 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         input_ids = input_ids.flatten()[unpadding.indices][None]
     else:
         inputs_embeds = inputs_embeds.flatten(0, 1)[unpadding.indices][None]
-    implementation = encoder.model.config._attn_implementation
     if implementation == UNPADDED:
-        kwargs["unpadding"] = with_dense_masks(unpadding, {layer.self_attn.reach for layer in encoder.model.layers})
+        kwargs["unpadding"] = with_buckets(unpadding, {layer.self_attn.reach for layer in encoder.model.layers}, split)
     else:  # flash attention keeps sequences apart by their lengths
         softcap = getattr(encoder.config.text_config, "attn_logit_softcapping", None)
         dropout = encoder.training and encoder.model.layers[0].self_attn.attention_dropout
@@ -112,7 +113,7 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
             )
         offsets = unpadding.offsets.int()
         kwargs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
-        kwargs.update(max_length_q=unpadding.max_length, max_length_k=unpadding.max_length)
+        kwargs.update(max_length_q=max(unpadding.lengths), max_length_k=max(unpadding.lengths))
         if encoder.config.text_config.model_type == "gemma" and encoder.config.attention_window is not None:
             kwargs["sliding_window"] = encoder.config.attention_window + 1  # Gemma 1's layers do not pass their own
     outputs = encoder.model(
@@ -124,9 +125,12 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     if attentions is not None:
         attentions = tuple(restore_attentions(weights, unpadding, mask.shape[1]) for weights in attentions)
         attentions = tuple(weights.where(_pairs(mask).to(weights.device), 0) for weights in attentions)
-    states = outputs.last_hidden_state[0]
+    states, indices = outputs.last_hidden_state[0], unpadding.indices
+    if split:  # the sequences in their own order again
+        order = indices.argsort()
+        states, indices = states.index_select(0, order.to(states.device)), indices[order]
     offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
-    return Encoded(states, offsets, unpadding.indices, mask, hidden_states, attentions)
+    return Encoded(states, offsets, indices, mask, hidden_states, attentions)
 
 
 def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:

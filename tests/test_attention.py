@@ -27,6 +27,7 @@ from modeling_gemma_encoder import (
     GemmaEncoderModel,
     verify_attention,
 )
+from modeling_gemma_encoder.attention_gemma_encoder import split_by_length, unpad, with_buckets
 
 BATCH = texts((10, 6, 3))
 
@@ -356,3 +357,38 @@ def test_the_decoder_alone_refuses_to_run_unpadded():
     model = build(GemmaEncoderModel, encoder_config("gemma2"))
     with pytest.raises(ValueError, match="call the encoder"):
         model.model(BATCH[0][None])
+
+
+def test_sequences_of_like_lengths_are_taken_together():
+    """By hand: 100 is less than three quarters of 300, and three such save 3 x (300^2 - 100^2); a 10 saves little."""
+    assert split_by_length([300, 290, 100, 90, 10]) == [2, 3]
+    assert split_by_length([300, 240, 230]) == [3]
+    assert split_by_length([30, 1, 1]) == [3]
+    assert split_by_length([5]) == [1]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_buckets_change_nothing(family, attention):
+    """Unlike lengths in any order, one of them 0, against upstream's padded eager attention; gradients too."""
+    window = {} if family == "gemma" else {"sliding_window": 90}
+    config = encoder_config(family, {"max_position_embeddings": 512, **window}, attention=attention)
+    config.attention_dropout = config.feedforward_dropout = 0.0
+    model = build(GemmaEncoderForSequenceClassification, config)
+    batch = pad(texts((12, 300, 0, 40, 280, 100, 25)), side="left", extra=3)
+    found = []
+    for backend in (UNPADDED, "eager"):
+        model.set_attn_implementation(backend)
+        model.zero_grad()
+        outputs = model(**batch, output_hidden_states=True)
+        outputs.logits.square().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((outputs.logits, outputs.hidden_states[-1], gradients))
+    unpadding = with_buckets(unpad(batch["attention_mask"].bool(), longest_first=True), {(None, None)}, split=True)
+    assert [(bucket.batch, bucket.length) for bucket in unpadding.buckets] == [(2, 300), (4, 100)]
+    (logits, states, gradients), (expected, expected_states, expected_gradients) = found
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states, expected_states, atol=1e-4, rtol=1e-4)
+    for name, gradient in expected_gradients.items():
+        close = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, atol=close, rtol=1e-3, msg=name)
