@@ -55,6 +55,7 @@ class PublishingArguments:
     )
     datasets: list[str] = field(default_factory=list, metadata={"help": "Trained on, as the Hub calls them."})
     command: str | None = field(default=None, metadata={"help": "That trained it. Default: what the run wrote down."})
+    hardware: str | None = field(default=None, metadata={"help": "It was trained on. Default: as the run wrote."})
     language: list[str] = field(default_factory=list, metadata={"help": "Codes, as en."})
     limits: str | None = field(default=None, metadata={"help": "What it should not be used for, and its biases."})
     template: str = field(default=str(TEMPLATE), metadata={"help": "Of the card (Jinja)."})
@@ -72,6 +73,8 @@ def main():
         run.results += [table for table in found.results if f"| {Path(folder).name}, " in table]
         run.scores += [score for score in found.scores if score.dataset_name == Path(folder).name]
     run.command, run.datasets = args.command or run.command, args.datasets
+    if args.hardware:
+        run.training = [row for row in run.training if row[0] != "hardware"] + [("hardware", args.hardware)]
     base = args.base_model or read(Path(args.model) / "run.json").get("model")
     try:
         inputs = [json.loads(line) for line in Path(args.inputs).read_text().splitlines()] if args.inputs else None
