@@ -279,15 +279,15 @@ def main():
     parser.add_argument("--only", nargs="+", choices=["scoring", "training", "growth"], default=None)
     parser.add_argument("--families", nargs="+", default=["gemma2", "gemma3_text"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--layers", type=int, default=None, help="Of 18. Default: 6; 3 with --quick.")
-    parser.add_argument("--pairs", type=int, default=None, help="Default: 100; 30 with --quick.")
-    parser.add_argument("--rounds", type=int, default=None, help="Default: 5; 3 with --quick.")
+    parser.add_argument("--layers", type=int, default=None, help="Of 18. Default: 6; 2 with --quick.")
+    parser.add_argument("--pairs", type=int, default=None, help="Default: 100; 64 with --quick.")
+    parser.add_argument("--rounds", type=int, default=None, help="Default: 5; 2 with --quick.")
     parser.add_argument("--vocab_size", type=int, default=None, help="Of training. Default: 262144; 8192 with --quick.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/speed"))
     options = parser.parse_args()
-    quick = {"layers": (6, 3), "rounds": (5, 3), "pairs": (100, 30), "vocab_size": (262144, 8192)}
+    quick = {"layers": (6, 2), "rounds": (5, 2), "pairs": (100, 64), "vocab_size": (262144, 8192)}
     for name, (whole, short) in quick.items():
         setattr(options, name, getattr(options, name) or (short if options.quick else whole))
     options.output_dir.mkdir(parents=True, exist_ok=True)
