@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -62,13 +63,17 @@ def lengths(deciles: tuple[int, ...], count: int, seed: int) -> np.ndarray:
     return np.interp(shares, np.linspace(0, 1, len(deciles)), deciles).astype(int)
 
 
+@cache
+def read_text() -> str:
+    return " ".join(found.text for found in docstrings("huggingface_hub"))
+
+
 def make_pairs(tokenizer, count: int, seed: int = 0) -> list[tuple[str, str]]:
     """One query and `count` passages as long as TREC DL's, cut from documentation strings."""
     query = "how does the garbage collector find cycles"
     taken = len(tokenizer(query, "")["input_ids"])
     sizes, rng = lengths(PASSAGES, count, seed), np.random.default_rng(seed)
-    text = " ".join(found.text for found in docstrings("transformers"))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(read_text(), add_special_tokens=False, verbose=False)["input_ids"]
     starts = rng.integers(0, len(ids) - 500, size=count)
     texts = [tokenizer.decode(ids[i : i + max(1, n - taken)]) for i, n in zip(starts, sizes, strict=True)]
     return [(query, text) for text in texts]
@@ -244,7 +249,8 @@ def growth(options) -> dict:
     tokenizer = set_template(AutoTokenizer.from_pretrained(NANO, trust_remote_code=False), pair=RANKING_TEMPLATE)
     with tempfile.TemporaryDirectory() as folder:
         _, ours = make_models("gemma3_text", options.layers, torch.float32, len(tokenizer), Path(folder))
-    counts = [25, 50, 100] if options.quick else [25, 50, 100, 200, 400]
+    counts = [options.pairs // 4, options.pairs // 2, options.pairs]
+    counts += [] if options.quick else [2 * options.pairs, 4 * options.pairs]
     pairs = make_pairs(tokenizer, counts[-1])
     tokens = [sum(map(len, tokenizer(*zip(*pairs[:count], strict=True))["input_ids"])) for count in counts]
     ways = {str(count): (lambda count=count: score_pairs(ours, tokenizer, pairs[:count])) for count in counts}

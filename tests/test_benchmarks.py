@@ -8,6 +8,7 @@ import pretraining
 import pretraining_speed
 import pytest
 import ranking_losses
+import speed
 from conftest import NANO, decoder_config
 
 
@@ -88,3 +89,20 @@ def test_losses_are_gathered_over_seeds(tmp_path):
 def test_memory_and_time_of_a_list_are_measured(decoder):
     found = [list_memory.cell(str(decoder), size, None, tokens=100) for size in (4, 64)]
     assert found[1]["megabytes"] > found[0]["megabytes"] + 10 and found[1]["seconds"] > found[0]["seconds"] > 0
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, capsys):
+    shape = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48, "query_pre_attn_scalar": 16}
+    monkeypatch.setattr(speed, "SHAPE", {**speed.SHAPE, **shape})
+    command = ["speed.py", "--layers", "2", "--rounds", "1", "--pairs", "8", "--vocab_size", "8192", "--quick"]
+    monkeypatch.setattr(sys, "argv", [*command, "--families", family, "--output_dir", str(tmp_path)])
+    speed.main()
+    found = json.loads((tmp_path / "results.json").read_text())
+    for row in found["scoring"]:
+        close = {"float32": 1e-5, "bfloat16": 3e-2}[row["dtype"]] * max(1.0, row["largest score"])
+        assert row["largest difference of scores"] < close
+        assert row["x stock sorted"] > 0 and row["x stock unsorted"] > 0
+    assert {row["dtype"] for row in found["training"]} == {"float32", "bfloat16"}
+    assert found["growth"]["tokens"] == sorted(found["growth"]["tokens"])
+    assert (tmp_path / "growth.png").exists() and "| x stock sorted |" in capsys.readouterr().out
