@@ -9,6 +9,7 @@ otherwise; nothing is sent elsewhere.
 
 import argparse
 import os
+import threading
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
@@ -18,7 +19,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gemma_encoder import (
@@ -29,7 +30,7 @@ from modeling_gemma_encoder import (
 )
 from modeling_gemma_encoder.ranking import score_pairs
 
-MOST_TOKENS = 80  # of a picture
+MOST_TOKENS = 80  # of a text that is looked into: all layers' attention is held
 EXAMPLES = {
     "text": "A gripping, funny and humane film, and the best of its year.",
     "query": "how do cats purr",
@@ -55,12 +56,15 @@ class Page:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
+        self.lock = threading.Lock()
         self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
-    def encode(self, first: str, second: str):
+    def encode(self, first: str, second: str, longest: int | None = None):
         texts = [first, second] if second.strip() else [first]
-        batch = self.tokenizer(*texts, truncation=True, max_length=self.longest, return_tensors="pt")
-        self.tokenizer.backend_tokenizer.no_truncation()
+        longest = min(self.longest, longest or self.longest)
+        with self.lock:  # a tokenizer's truncation is a state of it
+            batch = self.tokenizer(*texts, truncation=True, max_length=longest, return_tensors="pt")
+            self.tokenizer.backend_tokenizer.no_truncation()
         return batch.to(self.model.device)
 
     @torch.no_grad()
@@ -82,7 +86,8 @@ class Page:
         if not query.strip() or not documents:
             raise gradio.Error("It takes a query and at least one document, each on a line of its own.")
         try:
-            scores = score_pairs(self.model, self.tokenizer, [(query, text) for text in documents], self.longest)
+            with self.lock:
+                scores = score_pairs(self.model, self.tokenizer, [(query, text) for text in documents], self.longest)
         except ValueError as error:
             raise gradio.Error(str(error)) from error
         order = np.argsort(-scores, kind="stable")
@@ -94,7 +99,7 @@ class Page:
         """A picture of what tokens attend to in a layer, and of their shares in the pooled vector."""
         if not first.strip():
             raise gradio.Error("There is no text.")
-        batch = self.encode(first, second)
+        batch = self.encode(first, second, MOST_TOKENS)
         encoded = self.model.encode(**batch, output_attentions=True)
         shares = self.model.pooler.weights(encoded.token_states, encoded.offsets).float().cpu().numpy()
         attention = encoded.attentions[int(layer) - 1][0].float().mean(0).cpu().numpy()  # (seq_len, seq_len)
@@ -104,11 +109,10 @@ class Page:
 
 def draw(tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: int, config: GemmaEncoderConfig):
     shown = min(len(tokens), MOST_TOKENS)
-    names = [token.replace("▁", "·") for token in tokens[:shown]]
+    names = [token.replace("▁", "·").replace("$", r"\$") for token in tokens[:shown]]
     side = max(5.0, 0.22 * shown)
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(side + 1, side + 2), height_ratios=[1, 4], sharex=True, layout="constrained"
-    )
+    figure = Figure(figsize=(side + 1, side + 2), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[1, 4], sharex=True)
     above.bar(range(shown), shares[:shown], color="C0")
     above.set(ylabel="share", title=f"Pooling: {config.pooling}")
     below.imshow(attention[:shown, :shown] ** 0.5, cmap="Blues", vmin=0, aspect="auto")

@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from modeling_gemma_encoder.cards import read_run
+from modeling_gemma_encoder.cards import masked, read_run
 from modeling_gemma_encoder.files import read
-from modeling_gemma_encoder.hub import NotVerified, publish, stage
+from modeling_gemma_encoder.hub import publish, stage
 from modeling_gemma_encoder.verification import verify
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
@@ -39,10 +41,11 @@ class PublishingArguments:
     )
     base_revision: str | None = field(default=None, metadata={"help": "Commit of an adapter's base to load it over."})
     license: str | None = field(default=None, metadata={"help": "Of the weights. Default: the base model's."})
-    private: bool = field(default=False, metadata={"help": "Of a new repository. Default: the account's."})
+    private: bool = field(default=False, metadata={"help": "A new repository is; one that exists must be."})
     revision: str | None = field(default=None, metadata={"help": "A branch, made if it is not there."})
     tag: str | None = field(default=None, metadata={"help": "For what is published now."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
+    replace: bool = field(default=False, metadata={"help": "Remove whatever else the repository holds."})
     message: str = field(default="Publish a Gemma Encoder", metadata={"help": "Of the commit."})
     dtype: Literal["float32", "bfloat16"] | None = field(default=None, metadata={"help": "Default: as saved."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Of a file of weights."})
@@ -67,12 +70,20 @@ class PublishingArguments:
 def main():
     parser = HfArgumentParser(PublishingArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()
+    for folder in (args.model, *args.results, *([args.inputs] if args.inputs else [])):
+        if not Path(folder).exists() and (folder != args.model or folder.startswith((".", "/", "~"))):
+            parser.exit(2, f"{parser.prog}: error: there is no {folder}\n")
+    if not args.dry_run:
+        try:
+            HfApi().whoami()
+        except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+            parser.exit(2, f"{parser.prog}: error: log in first, `hf auth login`: {error}\n")
     run = read_run(Path(args.model))
     for folder in args.results:
         found = read_run(Path(folder).parent)
         run.results += [table for table in found.results if f"| {Path(folder).name}, " in table]
         run.scores += [score for score in found.scores if score.dataset_name == Path(folder).name]
-    run.command, run.datasets = args.command or run.command, args.datasets
+    run.command, run.datasets = masked(args.command) if args.command else run.command, args.datasets
     if args.hardware:
         run.training = [row for row in run.training if row[0] != "hardware"] + [("hardware", args.hardware)]
     base = args.base_model or read(Path(args.model) / "run.json").get("model")
@@ -104,10 +115,11 @@ def main():
                 revision=args.revision,
                 tag=args.tag,
                 create_pr=args.create_pr,
+                replace=args.replace,
                 message=args.message,
                 device=args.device,
             )
-    except (ValueError, OSError, HfHubHTTPError, NotVerified) as error:
+    except (ValueError, OSError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"\n{commit.pr_url or commit.commit_url}\n\nCheck it from anywhere:")
     where = commit.pr_revision or commit.oid

@@ -95,12 +95,13 @@ class Bucket(NamedTuple):
         """Attention within each sequence, by upstream's own functions on a batch made for this call only.
 
         Soft-capping and returned weights need upstream's eager function; everything else runs in torch's fused one,
-        but for bf16 on a CPU, where two matrix products take half its time (torch 2.13), up to a length that holds
-        the weights in memory.
+        but for bf16 on a CPU, where two matrix products take half its time (torch 2.13), as long as their weights are
+        a few hundred megabytes at most.
         """
         query, key, value = self.pad(query), self.pad(key), self.pad(value)
         mask = self.masks[module.reach]
-        slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and self.length <= 1024
+        weights = self.batch * query.shape[1] * self.length**2
+        slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and weights <= 2**27
         if kwargs.get("softcap") is None and not kwargs.get("output_attentions") and not slow:
             output, weights = sdpa_attention_forward(module, query, key, value, mask, **{**kwargs, "is_causal": False})
         else:

@@ -1,6 +1,7 @@
 """Model cards: what a run left in its folder, as tables a reader can check, and the Hub's metadata."""
 
 import importlib.metadata
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,18 +48,25 @@ class Run:
     of_pairs: bool = False  # whether it was trained on pairs of texts
 
 
+def masked(command: str) -> str:
+    """A command line without the values of flags that hold secrets, and without tokens of the Hub."""
+    command = re.sub(r"(--\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+", r"\1...", command, flags=re.IGNORECASE)
+    return re.sub(r"hf_[A-Za-z0-9]+", "hf_...", command)
+
+
 def read_run(folder: Path) -> Run:
     """From what `glue.py`, `superglue.py`, `classify.py` and `msmarco.py` leave in a run's folder."""
     began, found = read(folder / "run.json"), read(folder / "results.json")
     trained = {**read(folder / "training.json"), **found}
-    run = Run(command=trained.get("command"), of_pairs=len(began.get("texts", [])) > 1)
+    command = trained.get("command")
+    run = Run(command=command and masked(command), of_pairs=len(began.get("texts", [])) > 1)
     recipe = {
         "data": began.get("task") or ", ".join(Path(name).name for name in began.get("train_data", [])),
         "learning rate": began.get("learning_rate"),
         "schedule": began.get("lr_scheduler_type"),
         "batch": began.get("batch_size"),
         "steps": trained.get("steps") or max((entry["step"] for entry in trained.get("history", [])), default=None),
-        "longest text": began.get("max_length") and f"{began['max_length']} tokens",
+        "trained on texts of up to": began.get("max_length") and f"{began['max_length']} tokens",
         "ranking loss": began.get("train_data") and began.get("ranking_loss"),
         "list size": began.get("list_size"),
         "precision": ("bf16 autocast" if began.get("bf16") else "fp32") if began else None,
@@ -70,7 +78,7 @@ def read_run(folder: Path) -> Run:
     run.training = [(name, str(value)) for name, value in recipe.items() if value not in (None, "")]
     _add_classification(run, found, read(folder.parent.parent / "results.json").get("summary", []))
     for path in sorted(folder.glob("*/results.json")):
-        _add_ranking(run, path.parent.name, read(path))
+        _add_ranking(run, Path(path.parent.name).stem, read(path))
     return run
 
 
@@ -225,8 +233,9 @@ def how_it_reads(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase,
         "a text": f"`{tokenizer.decode(tokenizer('{first}')['input_ids'])}`",
         "a pair": f"`{tokenizer.decode(tokenizer('{first}', '{second}')['input_ids'])}`".replace("\n", "\\n"),
         "longest text": f"{min(tokenizer.model_max_length, config.max_position_embeddings):,} tokens",
-        "labels": ", ".join(str(name) for name in config.id2label.values()),
     }
+    if config.architectures and "Classification" in config.architectures[0]:
+        rows["labels"] = ", ".join(str(name) for name in config.id2label.values())
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
@@ -255,6 +264,7 @@ def make_card(
     """
     architecture = (config.architectures or ["GemmaEncoderModel"])[0]
     local = Path(base).exists()
+    of_base = f"The local checkpoint `{Path(base).name}`" if local else base
     data = ModelCardData(
         language=language,
         license=licence,
@@ -276,7 +286,7 @@ def make_card(
         data,
         template_path=str(template),
         name=repo_id.rpartition("/")[2],
-        what=f"{base} as a bidirectional encoder ([Gemma Encoder](https://arxiv.org/abs/2503.02656)), trained as "
+        what=f"{of_base} as a bidirectional encoder ([Gemma Encoder](https://arxiv.org/abs/2503.02656)), trained as "
         f"{KINDS[architecture]}.",
         results="\n\n".join(run.results),
         usage=usage(repo_id, revision, architecture, adapter, pair=run.of_pairs),

@@ -91,7 +91,8 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
 def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     """Every layer sees (1, total_tokens, hidden)."""
     implementation = encoder.model.config._attn_implementation
-    split = implementation == UNPADDED and not kwargs["output_attentions"]  # weights are of one batch
+    # Returned weights are of one batch, and each number of buckets would be compiled anew.
+    split = implementation == UNPADDED and not kwargs["output_attentions"] and not torch.compiler.is_compiling()
     unpadding = unpad(mask, longest_first=split)
     if max(unpadding.lengths) == 0:
         # Nothing but padding: run one token of no sequence, so that hooks, gradients and collectives happen as ever.

@@ -26,10 +26,11 @@ from .checkpoint_gemma_encoder import WEIGHTS
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import write
 from .pretrained_gemma_encoder import find_adapter
-from .verification import CODE, FILE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
+from .verification import CODE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
 
-# Files of a repository that are another model's when a new one does not have them.
-OURS = ("adapter_config.json", "config.json", "NOTICE", FILE, "tokenizer.model", "special_tokens_map.json")
+# Files of ours that another model may lack, and the one that is the Hub's.
+OURS = ("adapter_config.json", "NOTICE")
+KEPT = ".gitattributes"
 
 
 class NotVerified(RuntimeError):
@@ -82,10 +83,11 @@ def stage(
         ValueError: `source` has no trained head or no tokenizer, an adapter's base is a local folder, `folder` is not
             empty.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty. What is published is put together in a folder of its own.")
-    folder.mkdir(parents=True, exist_ok=True)
+    target, folder = Path(folder), Path(folder).with_name(f"{Path(folder).name}.part")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty. What is published is put together in a folder of its own.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     adapter = find_adapter(source, {})
     config = GemmaEncoderConfig.from_pretrained(source)
     if not config.architectures:
@@ -125,6 +127,9 @@ def stage(
     staged.card["config"].architectures = config.architectures
     staged.write_card(None)
     write_golden(folder, model, tokenizer, inputs)
+    if target.exists():
+        target.rmdir()
+    staged.folder = folder.rename(target)
     return staged
 
 
@@ -140,7 +145,8 @@ def _stage_adapter(source: str, folder: Path, adapter: dict, base: str, revision
         from .adapters import refuse_stock_head
 
         refuse_stock_head(folder / "adapter_model.safetensors")
-    named = {**adapter, "base_model_name_or_path": base, "revision": revision or adapter.get("revision")}
+    revision = revision or adapter.get("revision") or HfApi().model_info(base).sha  # a branch could be moved
+    named = {**adapter, "base_model_name_or_path": base, "revision": revision}
     named.pop("auto_mapping", None)
     write(folder / "adapter_config.json", json.dumps(named, indent=2))
     config.save_pretrained(folder)
@@ -154,61 +160,81 @@ def publish(
     revision: str | None = None,
     tag: str | None = None,
     create_pr: bool = False,
+    replace: bool = False,
     message: str = "Publish a Gemma Encoder",
     token: str | None = None,
     device: str = "cpu",
 ) -> CommitInfo:
     """
-    Verifies what was staged, uploads it in one commit, compares what arrived, and adds the card, which names that
-    commit, in a second one. Weights and code that the repository had before and this model does not have go.
+    Verifies what was staged, uploads it in one commit and compares what arrived; a second commit has the card name the
+    first. Weights and code of ours that the repository had before, and this model does not have, go; so do pickles.
 
     Args:
-        private: Of a new repository; one that exists stays as it is.
+        private: Of a new repository, or what one that exists must be.
         revision: A branch, made if it is not there.
         tag: For the last commit.
         create_pr: Opens a pull request instead of committing.
+        replace: Whatever else the repository holds goes too.
 
     Returns:
-        The last commit.
+        The last commit; of a pull request the first.
 
     Raises:
-        NotVerified: a check failed, before or after the upload.
-        ValueError: `tag` is there already; `tag` and `create_pr` together.
+        NotVerified: a check failed, before or after the upload; after it, the branch holds the broken commit.
+        ValueError: `tag` is there already; `tag` and `create_pr` together; the repository holds other files, or is not
+            as `private` says.
     """
     api, repo_id = HfApi(token=token), staged.card["repo_id"]
+    if "/" not in repo_id:
+        repo_id = staged.card["repo_id"] = f"{api.whoami()['name']}/{repo_id}"
     exists = api.repo_exists(repo_id)
+    names = sorted(path.name for path in staged.folder.iterdir() if path.is_file())
     if tag and create_pr:
         raise ValueError("`tag` and `create_pr` do not go together: tag the commit that is merged.")
-    if tag and exists and tag in (ref.name for ref in api.list_repo_refs(repo_id).tags):
-        raise ValueError(f"`tag` {tag} is there already, and stays what it is. Choose another.")
+    if exists:
+        refuse_conflicts(api, repo_id, names, private, tag, replace)
     checks = verify(staged.folder, device=device)
     if not all(check.passed for check in checks):
         raise NotVerified(checks)
     if not (create_pr and exists):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    names = sorted(path.name for path in staged.folder.iterdir() if path.is_file() and path.name != "README.md")
-    old = [name for name in api.list_repo_files(repo_id, revision=revision) if _of_another_model(name, names)]
+    info = api.model_info(repo_id, revision=revision)
     operations = [CommitOperationAdd(name, str(staged.folder / name)) for name in names]
-    operations += [CommitOperationDelete(name) for name in old]
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+    operations += [
+        CommitOperationDelete(file.rfilename) for file in info.siblings if file.rfilename not in (*names, KEPT)
+    ]
+    commit = api.create_commit(
+        repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=info.sha
+    )
     checks = list(arrived(api, repo_id, commit.oid, staged.folder, names))
     if not all(check.passed for check in checks):
         raise NotVerified(checks)
     staged.write_card(commit.oid)
     card = CommitOperationAdd("README.md", str(staged.folder / "README.md"))
     where = commit.pr_revision if create_pr else revision
-    commit_of_card = api.create_commit(repo_id, [card], commit_message="Describe it", revision=where)
+    of_card = api.create_commit(repo_id, [card], commit_message="Pin the commit in the card", revision=where)
     if tag:
-        api.create_tag(repo_id, tag=tag, revision=commit_of_card.oid)
-    return commit if create_pr else commit_of_card
+        api.create_tag(repo_id, tag=tag, revision=of_card.oid)
+    return commit if create_pr else of_card
 
 
-def _of_another_model(name: str, names: list[str]) -> bool:
-    if name in names or "/" in name:
-        return False
-    return bool(WEIGHTS.fullmatch(name)) or name.endswith((".py", *PICKLED)) or name in OURS
+def refuse_conflicts(
+    api: HfApi, repo_id: str, names: list[str], private: bool | None, tag: str | None, replace: bool
+) -> None:
+    """Raises ValueError where the repository is not what is asked for, before anything is done to it."""
+    info = api.model_info(repo_id)
+    if private is not None and info.private != private:
+        is_now = "private" if info.private else "public"
+        raise ValueError(f"{repo_id} exists and is {is_now}: change it in its settings, or publish without `private`.")
+    if tag and tag in (ref.name for ref in api.list_repo_refs(repo_id).tags):
+        raise ValueError(f"`tag` {tag} is there already, and stays what it is. Choose another.")
+    others = [file.rfilename for file in info.siblings if file.rfilename not in (*names, KEPT)]
+    others = [name for name in others if not (WEIGHTS.fullmatch(name) or name in CODE or name in OURS)]
+    others = [name for name in others if "/" in name or not name.endswith(PICKLED)]
+    if others and not replace:
+        raise ValueError(f"{repo_id} holds other files: {', '.join(others)}. Pass `replace` to have them removed.")
 
 
 def arrived(api: HfApi, repo_id: str, revision: str, folder: Path, names: list[str]) -> list[Check]:

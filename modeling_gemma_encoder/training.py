@@ -13,6 +13,8 @@ import matplotlib
 import torch
 from transformers import TrainerCallback
 
+from .cards import masked
+
 # Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
 READING = {
     "max_steps": 1000,
@@ -61,7 +63,7 @@ class StepTimer(TrainerCallback):
 
 
 def provenance() -> dict[str, str]:
-    """The command line of this process, and what it runs on: for a card to tell."""
+    """The command line of this process without secrets, and what it runs on: for a card to tell."""
     command = ["python", *sys.argv]
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         command[0] = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', processes)}"
@@ -69,7 +71,7 @@ def provenance() -> dict[str, str]:
         hardware = f"{processes} x {torch.cuda.get_device_name()}"
     else:
         hardware = f"{processes * torch.get_num_threads()} CPU threads ({platform.machine()})"
-    return {"command": " ".join([command[0], *map(shlex.quote, command[1:])]), "hardware": hardware}
+    return {"command": masked(" ".join([command[0], *map(shlex.quote, command[1:])])), "hardware": hardware}
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -30,6 +30,11 @@ FILE = "verification.json"
 PACKAGE = Path(__file__).parent
 CODE = sorted(path.name for path in PACKAGE.glob("*_gemma_encoder.py"))
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
+# What a published folder may hold.
+KINDS = (".py", ".json", ".jsonl", ".safetensors", ".md", ".txt", ".model", ".jinja", ".png", ".gitattributes")
+KINDS += ("LICENSE", "NOTICE", ".gitignore")
+# Keys of a JSON file that have transformers load code, from here or elsewhere.
+OF_CODE = ("auto_map", "auto_mapping", "custom_pipelines", "configuration_files", "custom_generate")
 UNHASHED = (FILE, "README.md", ".gitattributes")  # the first says the hashes, people edit the second
 TOLERANCE = 2e-4  # of outputs, times the largest of them; other machines add up in another order
 
@@ -97,7 +102,7 @@ def write_golden(
         inputs: Texts and pairs of texts, besides our own.
     """
     inputs = [*INPUTS, *(inputs or [])]
-    found = observe(model, tokenizer, inputs)
+    found = observe(model, tokenizer, GemmaEncoderConfig.from_pretrained(folder), inputs)
     golden = {"version": __version__, "inputs": inputs, **found, "dtypes": dtypes(folder)}
     golden["files"] = {name: hash_of(folder / name) for name in files_of(folder) if name not in UNHASHED}
     write(folder / FILE, json.dumps(golden, indent=1))
@@ -118,35 +123,50 @@ def verify(
         ValueError: there is no config of a Gemma Encoder.
         huggingface_hub.errors.HfHubHTTPError: the repository or revision cannot be read.
     """
-    folder, names = fetch(source, revision, token)
+    folder, names, commit = fetch(source, revision, token)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} has no config.json: it is no Gemma Encoder.")
     config = read(folder / "config.json")
     if config.get("model_type") != GemmaEncoderConfig.model_type:
         raise ValueError(f"{source} is of model_type={config.get('model_type')!r}, no Gemma Encoder.")
-    golden = read(folder / FILE)
-    checks = [*check_files(folder, names, golden), *check_code(folder, config, golden, trust_remote_code)]
+    golden, checks = read_golden(folder), []
+    if commit:
+        checks.append(Check("commit", True, commit))
+    checks += check_files(folder, names, golden)
+    checks += check_code(folder, config, golden, trust_remote_code)
     safe = all(check.passed for check in checks if check.name in ("code", "names in configs"))
     if not safe:
         why = "not run: `trust_remote_code` runs code that is not this package's own"
         return [*checks, Check("loads as a stranger", False, why)]
-    found = run_stranger(folder, golden.get("inputs", INPUTS), device)
+    found = run_stranger(folder, golden.get("inputs", INPUTS), device, token)
     if error := found.get("error"):
         return [*checks, Check("loads as a stranger", False, error)]
     return [*checks, Check("loads as a stranger", not found["new"], said(found)), *compare(found, golden, folder)]
 
 
-def fetch(source: str | Path, revision: str | None, token: str | None) -> tuple[Path, list[str]]:
-    """The folder, and the names of all its files; pickles of a repository are not downloaded."""
+def fetch(source: str | Path, revision: str | None, token: str | None) -> tuple[Path, list[str], str | None]:
+    """The folder, the names of all its files, and the commit; pickles of a repository are not downloaded."""
     if Path(source).is_dir():
-        return Path(source).resolve(), files_of(Path(source))
-    folder = Path(
-        snapshot_download(str(source), revision=revision, token=token, ignore_patterns=[f"*{end}" for end in PICKLED])
-    )
+        return Path(source).resolve(), files_of(Path(source)), None
+    pickled = [f"*{end}" for end in PICKLED]
     try:
-        return folder, HfApi().list_repo_files(str(source), revision=revision, token=token)
+        info = HfApi().model_info(str(source), revision=revision, token=token)
+        folder = snapshot_download(str(source), revision=info.sha, token=token, ignore_patterns=pickled)
+        return Path(folder), [file.rfilename for file in info.siblings], info.sha
     except OfflineModeIsEnabled:
-        return folder, files_of(folder)
+        folder = Path(snapshot_download(str(source), revision=revision, token=token))
+        return folder, files_of(folder), folder.name
+
+
+def read_golden(folder: Path) -> dict:
+    """What `write_golden` wrote, or {} where that is missing or something else."""
+    try:
+        golden = read(folder / FILE)
+    except ValueError:
+        return {}
+    kinds = {"inputs": list, "settings": dict, "reach": list, "tokens": list, "outputs": list, "dtypes": dict}
+    kinds |= {"files": dict, "class": str, "decoder": str}
+    return golden if isinstance(golden, dict) and all(isinstance(golden.get(n), k) for n, k in kinds.items()) else {}
 
 
 def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]:
@@ -155,11 +175,11 @@ def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]
     whole = weights in names or (not adapter and f"{weights}.index.json" in names)
     needed = [*CODE, "README.md", "LICENSE", "tokenizer.json", "tokenizer_config.json"]
     lost = [name for name in needed if name not in names] + ([] if whole else [weights])
-    pickled = [name for name in names if name.endswith(PICKLED)]
-    found = ", ".join([*(f"no {name}" for name in lost), *(f"pickled: {name}" for name in pickled)])
+    pickled = [name for name in names if not name.endswith(KINDS)]
+    found = ", ".join([*(f"no {name}" for name in lost), *(f"of no kind known here: {name}" for name in pickled)])
     yield Check("files", not (lost or pickled), found or f"{len(names)} files, weights in safetensors only")
     if not golden:
-        yield Check("golden outputs", False, f"no {FILE}: nothing to compare with")
+        yield Check("golden outputs", False, f"no sound {FILE}: nothing to compare with")
         return
     hashes = golden["files"]
     wrong = [f"{name} is missing" for name in hashes if not (folder / name).is_file()]
@@ -167,8 +187,11 @@ def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]
     wrong += [f"{n} is new" for n in names if n not in hashes and n not in UNHASHED]
     yield Check("hashes", not wrong, ", ".join(wrong) or f"{len(hashes)} as published")
     card = folder / "README.md"
-    licence = ModelCard.load(card).data.license if card.is_file() else None
-    yield Check("card", licence is not None, f"licence: {licence}")
+    try:
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+        yield Check("card", licence is not None, f"licence: {licence}")
+    except Exception as error:  # whatever the YAML library raises
+        yield Check("card", False, f"cannot be read: {type(error).__name__}")
 
 
 def check_code(folder: Path, config: dict, golden: dict, trusted: bool) -> Iterator[Check]:
@@ -184,26 +207,49 @@ def check_code(folder: Path, config: dict, golden: dict, trusted: bool) -> Itera
         found = f"{len(CODE)} files, the same as in version {__version__}"
     yield Check("code", not lost and (trusted or not other), found)
     expected = GemmaEncoderConfig(architectures=config.get("architectures")).to_dict()["auto_map"]
-    named = {"auto_map of config.json": (config.get("auto_map"), expected)}
-    for name in ("tokenizer_config.json", "processor_config.json", "adapter_config.json"):
-        elsewhere = read(folder / name)
-        named[f"auto_map of {name}"] = (elsewhere.get("auto_map"), None)
-        named[f"auto_mapping of {name}"] = (elsewhere.get("auto_mapping"), None)
-    named["auto_map of text_config"] = (config.get("text_config", {}).get("auto_map"), None)
-    wrong = [f"{name}: {value}" for name, (value, right) in named.items() if value != right]
+    wrong = [] if config.get("auto_map") == expected else [f"auto_map of config.json: {config.get('auto_map')}"]
+    for path in sorted(folder.rglob("*.json")):
+        if path.name != FILE:
+            wrong += code_named(path, allowed="auto_map" if path == folder / "config.json" else None)
     yield Check("names in configs", not wrong, "; ".join(wrong) or "only this folder's own code")
 
 
-def run_stranger(folder: Path, inputs: list, device: str) -> dict:
-    """What `stranger.py` prints in a process without this package, or {"error": its last line}."""
-    source = (PACKAGE / "stranger.py").read_text()
+def code_named(path: Path, allowed: str | None) -> list[str]:
+    """Where a JSON file, at any depth, has a key by which transformers would load code; `allowed` is one at its top."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return [f"{path.name} is no JSON"]
+    found, open_ends = [], [(content, True)]
+    while open_ends:
+        value, top = open_ends.pop()
+        if isinstance(value, dict):
+            found += [
+                f"{key} of {path.name}: {value[key]}"
+                for key in value
+                if key in OF_CODE and not (top and key == allowed)
+            ]
+            open_ends += [(inner, False) for inner in value.values()]
+        elif isinstance(value, list):
+            open_ends += [(inner, False) for inner in value]
+    return found if path.name != "tokenizer.json" else []
+
+
+def run_stranger(folder: Path, inputs: list, device: str, token: str | None = None) -> dict:
+    """What `stranger.py` prints in a process without this package, the network and the user's token, or {"error": ...}.
+    The base of an adapter is fetched before."""
+    source, adapter = (PACKAGE / "stranger.py").read_text(), read(folder / "adapter_config.json")
+    if (base := adapter.get("base_model_name_or_path")) and not Path(base).is_dir():
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        snapshot_download(base, revision=adapter.get("revision"), token=token, allow_patterns=patterns)
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(empty) / "modules"), "PYTHONWARNINGS": "ignore"}
-        environment.pop("PYTHONPATH", None)
-        if not (folder / "adapter_config.json").exists():
-            environment["HF_HUB_OFFLINE"] = "1"  # a folder is all it takes
+        for name in ("PYTHONPATH", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            environment.pop(name, None)
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+        (Path(empty) / "inputs.json").write_text(json.dumps(inputs))
         result = subprocess.run(
-            [sys.executable, "-c", source, str(folder), json.dumps(inputs), device],
+            [sys.executable, "-c", source, str(folder), "inputs.json", device],
             env=environment,
             cwd=empty,
             stdin=subprocess.DEVNULL,
@@ -225,24 +271,25 @@ def said(found: dict) -> str:
 def compare(found: dict, golden: dict, folder: Path) -> Iterator[Check]:
     attention = found["attention"]
     yield Check("attention as configured", attention is None, attention or "in every layer, by its behaviour")
-    scale = max(1.0, *(abs(value) for row in found["outputs"] for value in row))
+    published = golden.get("outputs", found["outputs"])
+    scale = max(1.0, *(abs(value) for row in published for value in row))
     changed = found["padding_changes"]
     yield Check("padding, batches", changed <= TOLERANCE * scale, f"change outputs by {changed:.1e} at most")
     if not golden:
         return
-    right = {**golden["settings"], "class": golden["class"], "decoder": golden["decoder"], "reach": golden["reach"]}
     now = {**found["settings"], "class": found["class"], "decoder": found["decoder"], "reach": found["reach"]}
-    wrong = [f"{name}={now[name]!r}, published {right[name]!r}" for name in right if now[name] != right[name]]
-    settings = f"{now['attention']}, pooling {now['pooling']}, {len(now['reach'])} layers"
-    yield Check("settings", not wrong, "; ".join(wrong) or settings)
-    same = [ids == published for ids, published in zip(found["tokens"], golden["tokens"], strict=True)]
-    count = f"{sum(same)} of {len(same)} inputs read as published"
-    yield Check("tokens and template", all(same), count)
-    ours, theirs = torch.tensor(found["outputs"]), torch.tensor(golden["outputs"])
-    if ours.shape != theirs.shape:
-        yield Check("outputs", False, f"of shape {tuple(ours.shape)}, published {tuple(theirs.shape)}")
-    else:
-        difference = (ours - theirs).abs().max().item()
+    right = {**golden["settings"], "class": golden["class"], "decoder": golden["decoder"], "reach": golden["reach"]}
+    wrong = [f"{n}={now[n]!r}, published {right[n]!r}" for n in right if n in now and now[n] != right[n]]
+    yield Check(
+        "settings", not wrong, "; ".join(wrong) or f"{now['attention']}, pooling {now['pooling']}, and all others"
+    )
+    same = [ids == published for ids, published in zip(found["tokens"], golden["tokens"], strict=False)]
+    count = f"{sum(same)} of {len(golden['tokens'])} inputs read as published"
+    yield Check("tokens and template", sum(same) == len(golden["tokens"]), count)
+    try:
+        difference = (torch.tensor(found["outputs"]) - torch.tensor(golden["outputs"])).abs().max().item()
         yield Check("outputs", difference <= TOLERANCE * scale, f"differ by {difference:.1e} at most")
+    except (ValueError, RuntimeError, TypeError):
+        yield Check("outputs", False, "of another shape than published")
     now = dtypes(folder)
     yield Check("dtype", now == golden["dtypes"], ", ".join(f"{count} {name}" for name, count in now.items()))

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, TrainingArguments
 from yaml import safe_load
 
-from modeling_gemma_encoder.cards import GEMMA_NOTICE, Run, licence_of, make_card, notice, read_run
+from modeling_gemma_encoder.cards import GEMMA_NOTICE, Run, licence_of, make_card, masked, notice, read_run
 from modeling_gemma_encoder.finetuning import FineTuningArguments
+from modeling_gemma_encoder.training import provenance
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "model_cards" / "template.md"
@@ -79,7 +81,19 @@ def test_a_card_without_results_says_so():
     text = str(card_of(Run()))
     assert "None were measured" in text and "Nothing was left beside the model" in text
     assert str(card_of(Run(), adapter=True)).count("base_model_relation: adapter") == 1
+    assert "The local checkpoint `nano`" in str(card_of(Run(), base=str(NANO)))
     assert "base_model" not in str(card_of(Run(), base=str(NANO)))  # a folder is no name on the Hub
+
+
+def test_secrets_stay_out_of_cards(classified, monkeypatch):
+    secret = "hf_abcdEFGH"
+    for given in (f"--hub_token {secret} --seed 1", f"--hub_token={secret} --seed 1", f"--api-key x{secret} --seed 1"):
+        assert secret not in masked(f"python glue.py {given}") and masked(given).endswith("--seed 1")
+    monkeypatch.setattr(sys, "argv", ["glue.py", "--hub_token", "abc"])
+    assert provenance()["command"] == "python glue.py --hub_token ..."
+    found = json.loads((classified / "results.json").read_text())
+    (classified / "results.json").write_text(json.dumps({**found, "command": f"python glue.py --token {secret}"}))
+    assert secret not in str(card_of(read_run(classified)))
 
 
 def test_the_licence_is_the_bases(tmp_path):

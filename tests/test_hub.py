@@ -100,7 +100,7 @@ def test_a_published_ranker_comes_back_pinned_tagged_and_private(hub, trained): 
     result = run(hub, *command, "--private", "--language", "en")
     assert result.returncode == 0, result.stderr
     repo = hub.repos["me/ranker"]
-    assert list(repo.messages.values()) == ["initial commit", "Publish a Gemma Encoder", "Describe it"]
+    assert list(repo.messages.values()) == ["initial commit", "Publish a Gemma Encoder", "Pin the commit in the card"]
     pinned = list(repo.commits)[1]
     card = repo.commits[repo.tags["v1"]]["README.md"].decode()
     assert f'revision="{pinned}"' in card and "pipeline_tag: text-ranking" in card and "license: gemma" in card
@@ -108,13 +108,12 @@ def test_a_published_ranker_comes_back_pinned_tagged_and_private(hub, trained): 
     assert not [path for path in repo.commits[pinned] if path.endswith((".bin", ".pt"))]
     expected = score(GemmaEncoderForRanking.from_pretrained(trained), AutoTokenizer.from_pretrained(trained))
     close(strangers_scores(hub, f"me/ranker@{pinned}"), [expected])
-    check = run(hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", "--revision", "v1")
+    check = run(hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", "--revision", pinned)
     assert check.returncode == 0, check.stdout + check.stderr
-    for token in (None, "hf_other"):
-        check = run(
-            hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", token=token, home="2"
-        )
-        assert check.returncode == 2 and "Repository Not Found" in check.stderr
+    assert f"commit                 {pinned}" in check.stdout
+    assert repo.commits[pinned]["README.md"].decode().count("<commit>") == card.count(f'revision="{pinned}"') > 0
+    check = run(hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", token=None, home="2")
+    assert check.returncode == 2 and "Repository Not Found" in check.stderr
 
     again = run(hub, *command)
     assert again.returncode == 2 and "`tag` v1 is there already" in again.stderr and len(repo.commits) == 3
@@ -124,6 +123,9 @@ def test_a_pull_request_and_a_branch_leave_main_alone_and_old_files_go(hub, onli
     hub.repos["other/ranker"] = repo = Repo(private=False)
     old = {"README.md": b"theirs", "model-00001-of-00002.safetensors": b"old"}
     repo.branches["main"] = repo.add(old, "theirs")
+    for wrong, said in (({"private": True}, "is public"), ({"tag": "v1", "create_pr": True}, "do not go together")):
+        with pytest.raises(ValueError, match=said):
+            online(trained, "other/ranker", token="hf_other", **wrong)
     first = dict(repo.branches)
     commit = online(trained, "other/ranker", create_pr=True)
     assert commit.pr_url.endswith("discussions/1") and commit.pr_revision == "refs/pr/1"
@@ -134,6 +136,17 @@ def test_a_pull_request_and_a_branch_leave_main_alone_and_old_files_go(hub, onli
     online(trained, "other/ranker", token="hf_other", revision="trial")
     assert repo.branches["main"] == first["main"]
     close(*strangers_scores(hub, "other/ranker@trial", "other/ranker@refs/pr/1"))
+
+
+def test_files_of_others_stay_unless_they_are_to_be_replaced(hub, online, trained):  # noqa: F811
+    hub.repos["me/ranker"] = repo = Repo(private=False)
+    theirs = {"modules.json": b"[]", "onnx/model.onnx": b"old", "optimizer.pt": b"old", "README.md": b"old"}
+    repo.branches["main"] = repo.add(theirs, "old")
+    with pytest.raises(ValueError, match=r"holds other files: modules\.json, onnx/model\.onnx\. Pass `replace`"):
+        online(trained, "me/ranker")
+    online(trained, "ranker", replace=True)
+    assert not {"modules.json", "onnx/model.onnx", "optimizer.pt"} & set(hub.files("me/ranker"))
+    assert 'CrossEncoder("me/ranker"' in hub.files("me/ranker")["README.md"].decode()
 
 
 def test_what_fails_verification_or_arrives_broken_is_refused(hub, online, trained, monkeypatch):  # noqa: F811

@@ -16,7 +16,7 @@ from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequen
 from modeling_gemma_encoder.cards import Run
 from modeling_gemma_encoder.hub import stage
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
-from modeling_gemma_encoder.verification import FILE, hash_of, verify
+from modeling_gemma_encoder.verification import FILE, compare, hash_of, run_stranger, verify
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "model_cards" / "template.md"
@@ -138,19 +138,58 @@ def test_missing_or_other_code_is_caught_and_never_run(folder, tmp_path):
     ("file", "change"),
     [
         ("config.json", {"auto_map": {"AutoModel": "evil/repo--model.Model"}}),
+        ("config.json", {"configuration_files": ["config.4.0.0.json"], "evil/repo": ""}),
+        ("config.json", {"custom_pipelines": {"text-classification": {"impl": "evil/repo--pipe.Pipe"}}}),
+        ("config.json", {"text_config": {"auto_map": {"AutoModel": "evil/repo--model.Model"}}}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil/repo--tokenizer.Tokenizer", None]}}),
+        ("config.4.0.0.json", {"auto_map": {"AutoConfig": "evil/repo--model.Config"}}),
     ],
 )
 def test_a_config_that_names_other_code_is_caught(folder, file, change):
+    if not (folder / file).exists():
+        (folder / file).write_text("{}")
     edit(folder, file, lambda config: config.update(change))
-    assert "evil/repo" in (wrong := failed(folder))["names in configs"] and "loads as a stranger" in wrong
+    assert (wrong := failed(folder))["names in configs"] and "loads as a stranger" in wrong
+
+
+def test_settings_that_scores_in_fp32_do_not_show_are_caught(folder):
+    """What a user gets who does not load as verification does."""
+    activation = {"activation_fn": "torch.nn.modules.activation.Tanh"}
+    changes = {"dtype": "float16", "sentence_transformers": activation, "output_hidden_states": True}
+    edit(folder, "config.json", lambda config: config.update(changes))
+    edit(folder, "config.json", lambda config: config["text_config"].update(max_position_embeddings=200_000))
+    edit(folder, "tokenizer_config.json", lambda config: config.update(model_max_length=7000))
+    wrong = failed(folder)
+    for name in (*changes, "text_config.max_position_embeddings", "tokenizer.model_max_length"):
+        assert f"{name}=" in wrong["settings"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [(FILE, "[]"), (FILE, "{}"), (FILE, "no JSON"), ("README.md", "---\n- {\n---\n"), ("tokenizer_config.json", "{")],
+)
+def test_malformed_files_are_rows_of_the_table(folder, file, text):
+    (folder / file).write_text(text)
+    assert failed(folder)
+
+
+def test_outputs_that_are_no_numbers_are_caught(staged):
+    golden = json.loads((staged / FILE).read_text())
+    found = {**golden, "outputs": [[float("inf")] for _ in golden["outputs"]], "padding_changes": float("inf")}
+    wrong = {check.name for check in compare(json.loads(json.dumps(found)), golden, staged) if not check.passed}
+    assert wrong == {"padding, batches", "outputs"}
+
+
+def test_many_and_long_inputs_are_verified(staged):
+    found = run_stranger(staged, ["word " * 100] * 400, "cpu")
+    assert "error" not in found and len(found["outputs"]) == 400
 
 
 def test_pickles_and_new_files_are_caught(folder):
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     (folder / "README.md").unlink()
     wrong = failed(folder)
-    assert wrong["files"] == "no README.md, pickled: pytorch_model.bin"
+    assert wrong["files"] == "no README.md, of no kind known here: pytorch_model.bin"
     assert wrong["hashes"] == "pytorch_model.bin is new" and wrong["card"] == "licence: None"
 
 
