@@ -182,25 +182,25 @@ def code_licence() -> str:
 
 def usage(repo_id: str, revision: str | None, architecture: str, adapter: bool, pair: bool) -> str:
     """A snippet that runs as it is."""
-    revision = revision or "<commit>"
-    pinned = f'"{repo_id}", revision="{revision}", trust_remote_code=True'
+    pinned = f'pinned = {{"revision": "{revision or "<commit>"}", "trust_remote_code": True}}\n'
+    name = f'"{repo_id}", **pinned'
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
     if adapter:
-        cls = architecture
         return (
-            f"from modeling_gemma_encoder import {cls}  # pip install the package gemma-encoder\n"
-            f"from transformers import AutoTokenizer\n\n"
-            f'model = {cls}.from_pretrained("{repo_id}", revision="{revision}").eval()\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", revision="{revision}")'
+            "from transformers import AutoTokenizer\n\n"
+            f"from modeling_gemma_encoder import {architecture}  # pip install the package gemma-encoder\n\n"
+            f'pinned = {{"revision": "{revision or "<commit>"}"}}\n{tokenizer}'
+            f"model = {architecture}.from_pretrained({name}).eval()"
         )
+    classifier = f"model = AutoModelForSequenceClassification.from_pretrained({name}).eval()"
     if architecture == "GemmaEncoderForRanking":
         return (
             "from sentence_transformers import CrossEncoder  # pip install sentence-transformers\n\n"
-            f"ranker = CrossEncoder({pinned})\n"
+            f"{pinned}ranker = CrossEncoder({name})\n"
             'ranker.rank("how do cats purr", ["They vibrate their larynx.", "Dogs bark."])\n\n'
             "# or with transformers alone\n"
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({pinned})\n"
-            f"model = AutoModelForSequenceClassification.from_pretrained({pinned}).eval()\n"
+            f"{tokenizer}{classifier}\n"
             'batch = tokenizer(["how do cats purr"], ["They vibrate their larynx."], return_tensors="pt")\n'
             "scores = model(**batch).logits  # higher is more relevant"
         )
@@ -208,17 +208,13 @@ def usage(repo_id: str, revision: str | None, architecture: str, adapter: bool, 
         text = '{"text": "A first text.", "text_pair": "A second one."}' if pair else '"A text."'
         return (
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline\n\n"
-            f'classify = pipeline("text-classification", {pinned})\n'
-            f"classify({text})\n\n"
-            "# or\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({pinned})\n"
-            f"model = AutoModelForSequenceClassification.from_pretrained({pinned}).eval()"
+            f'{pinned}classify = pipeline("text-classification", {name})\n'
+            f"classify({text})\n\n# or\n{tokenizer}{classifier}"
         )
     auto = "AutoModelForMaskedLM" if architecture == "GemmaEncoderForMaskedLM" else "AutoModel"
     return (
         f"from transformers import {auto}, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({pinned})\n"
-        f"model = {auto}.from_pretrained({pinned}).eval()"
+        f"{pinned}{tokenizer}model = {auto}.from_pretrained({name}).eval()"
     )
 
 

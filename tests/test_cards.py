@@ -55,7 +55,7 @@ def test_a_classifiers_card_says_what_the_run_left(classified):
     assert "| accuracy | 71.5 | 71.0 ± 1.0, seeds 1, 2 | 52.7 |" in text
     assert "rte, validation, 277 rows" in text and "python glue.py" in text
     assert "| training rows | 2490 |" in text and "| steps | 780 |" in text and "bf16 autocast" in text
-    assert '"text_pair"' in text and f'revision="{"0" * 40}", trust_remote_code=True' in text
+    assert '"text_pair"' in text and f'"revision": "{"0" * 40}", "trust_remote_code": True' in text
     metadata = safe_load(text.split("---")[1])
     assert metadata["base_model"] == "google/gemma-2-2b" and metadata["base_model_relation"] == "finetune"
     assert metadata["pipeline_tag"] == "text-classification" and metadata["license"] == "gemma"

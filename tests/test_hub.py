@@ -103,7 +103,7 @@ def test_a_published_ranker_comes_back_pinned_tagged_and_private(hub, trained): 
     assert list(repo.messages.values()) == ["initial commit", "Publish a Gemma Encoder", "Pin the commit in the card"]
     pinned = list(repo.commits)[1]
     card = repo.commits[repo.tags["v1"]]["README.md"].decode()
-    assert f'revision="{pinned}"' in card and "pipeline_tag: text-ranking" in card and "license: gemma" in card
+    assert f'"revision": "{pinned}"' in card and "pipeline_tag: text-ranking" in card and "license: gemma" in card
     assert repo.commits[pinned]["NOTICE"].startswith(b"Gemma is provided under and subject to the Gemma Terms of Use")
     assert not [path for path in repo.commits[pinned] if path.endswith((".bin", ".pt"))]
     expected = score(GemmaEncoderForRanking.from_pretrained(trained), AutoTokenizer.from_pretrained(trained))
@@ -111,7 +111,7 @@ def test_a_published_ranker_comes_back_pinned_tagged_and_private(hub, trained): 
     check = run(hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", "--revision", pinned)
     assert check.returncode == 0, check.stdout + check.stderr
     assert f"commit                 {pinned}" in check.stdout
-    assert repo.commits[pinned]["README.md"].decode().count("<commit>") == card.count(f'revision="{pinned}"') > 0
+    assert repo.commits[pinned]["README.md"].decode().count("<commit>") == card.count(f'"{pinned}"') > 0
     check = run(hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", token=None, home="2")
     assert check.returncode == 2 and "Repository Not Found" in check.stderr
 
@@ -146,7 +146,7 @@ def test_files_of_others_stay_unless_they_are_to_be_replaced(hub, online, traine
         online(trained, "me/ranker")
     online(trained, "ranker", replace=True)
     assert not {"modules.json", "onnx/model.onnx", "optimizer.pt"} & set(hub.files("me/ranker"))
-    assert 'CrossEncoder("me/ranker"' in hub.files("me/ranker")["README.md"].decode()
+    assert 'CrossEncoder("me/ranker", **pinned)' in hub.files("me/ranker")["README.md"].decode()
 
 
 def test_what_fails_verification_or_arrives_broken_is_refused(hub, online, trained, monkeypatch):  # noqa: F811
