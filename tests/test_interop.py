@@ -19,9 +19,18 @@ PAIRS = [("rain", "It rains in Spain."), ("what is a cat", "A cat is an animal. 
 @pytest.fixture(scope="module")
 def folder(decoder, tmp_path_factory):
     """A ranker as it is published."""
-    folder = tmp_path_factory.mktemp("ranker")
+    return save_ranker(decoder, tmp_path_factory.mktemp("ranker"), "kv_probe")
+
+
+@pytest.fixture(scope="module")
+def averaging(decoder, tmp_path_factory):
+    """One that twenty steps teach whatever dropout draws: with probes, two seeds in five learned nothing by then."""
+    return save_ranker(decoder, tmp_path_factory.mktemp("averaging"), "mean")
+
+
+def save_ranker(decoder, folder, pooling: str):
     torch.manual_seed(0)
-    model = GemmaEncoderForRanking.from_pretrained(decoder, dtype=torch.float32, pooling="kv_probe")
+    model = GemmaEncoderForRanking.from_pretrained(decoder, dtype=torch.float32, pooling=pooling)
     model.save_pretrained(folder)
     set_template(AutoTokenizer.from_pretrained(decoder), pair=RANKING_TEMPLATE).save_pretrained(folder)
     return folder
@@ -73,8 +82,8 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("loss", TRAINING, ids=lambda loss: loss.__name__)
-def test_cross_encoder_trainer_trains_it(folder, tmp_path, loss):
-    model = cross_encoder(folder)
+def test_cross_encoder_trainer_trains_it(averaging, tmp_path, loss):
+    model = cross_encoder(averaging)
     right, wrong = [("rain", "Good."), ("sun", "Good.")], [("rain", "Bad."), ("sun", "Bad.")]
     args = CrossEncoderTrainingArguments(
         str(tmp_path / "run"),
