@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALLED := $(VENV)/.installed
 
-# The ends of the range that pyproject.toml gives for transformers; nothing for the newest release there is.
+# The ends of the range that pyproject.toml gives for transformers: the lowest, and the newest release there is.
 VERSIONS := 5.20.0 newest
 # What travels with a checkpoint, and how it is saved and loaded.
 TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunks losses masked_lm modeling pooling \

@@ -1,7 +1,7 @@
 """How fast an encoder scores and trains, beside stock transformers with the same weights and inputs, in one run.
 
     python benchmarks/speed.py                              # 270M-shaped layers on this machine: table, JSON, plots
-    python benchmarks/speed.py --quick                      # fewer layers and rounds, under three minutes
+    python benchmarks/speed.py --quick                      # fewer layers, pairs and rounds
     python benchmarks/speed.py --only scoring --families gemma2 --dtypes bfloat16
 
 Peers: `Gemma*ForSequenceClassification` with `is_causal=False` through sentence-transformers' `CrossEncoder.predict`,

@@ -15,7 +15,6 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 
 import gradio
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
@@ -108,14 +107,14 @@ class Page:
 
 
 def draw(tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: int, config: GemmaEncoderConfig):
-    shown = min(len(tokens), MOST_TOKENS)
-    names = [token.replace("▁", "·").replace("$", r"\$") for token in tokens[:shown]]
+    shown = len(tokens)
+    names = [token.replace("▁", "·").replace("$", r"\$") for token in tokens]
     side = max(5.0, 0.22 * shown)
     figure = Figure(figsize=(side + 1, side + 2), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[1, 4], sharex=True)
-    above.bar(range(shown), shares[:shown], color="C0")
+    above.bar(range(shown), shares, color="C0")
     above.set(ylabel="share", title=f"Pooling: {config.pooling}")
-    below.imshow(attention[:shown, :shown] ** 0.5, cmap="Blues", vmin=0, aspect="auto")
+    below.imshow(attention**0.5, cmap="Blues", vmin=0, aspect="auto")
     below.set(title=f"Layer {layer} of {config.num_hidden_layers}, mean of heads: a row attends to columns (root)")
     below.set_xticks(range(shown), names, rotation=90)
     below.set_yticks(range(shown), names)
@@ -162,7 +161,6 @@ def main():
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=None, help="Default: the first that is free from 7860 on.")
     args = parser.parse_args()
-    matplotlib.use("Agg")
     try:
         model, tokenizer = load(args.model)
     except (ValueError, OSError) as error:

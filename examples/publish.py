@@ -8,7 +8,7 @@ was made and how good it is.
 
 `hf auth login` first. The card's tables come from what the training scripts left beside the model. What is published
 is put together in a folder, loaded in a fresh process as a stranger would, and refused if a check fails; then it goes
-up in one commit, is compared with what arrived, and the card follows with that commit's id in its snippets.
+up in one commit, is compared with what arrived, and a second commit has the card's snippets pin the first.
 """
 
 import json
@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from modeling_gemma_encoder.cards import masked, read_run
+from modeling_gemma_encoder.cards import add_ranking, masked, read_run
 from modeling_gemma_encoder.files import read
 from modeling_gemma_encoder.hub import publish, stage
 from modeling_gemma_encoder.verification import verify
@@ -70,7 +70,8 @@ class PublishingArguments:
 def main():
     parser = HfArgumentParser(PublishingArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()
-    for folder in (args.model, *args.results, *([args.inputs] if args.inputs else [])):
+    results = [str(Path(folder) / "results.json") for folder in args.results]
+    for folder in (args.model, *results, *([args.inputs] if args.inputs else [])):
         if not Path(folder).exists() and (folder != args.model or folder.startswith((".", "/", "~"))):
             parser.exit(2, f"{parser.prog}: error: there is no {folder}\n")
     if not args.dry_run:
@@ -80,9 +81,7 @@ def main():
             parser.exit(2, f"{parser.prog}: error: log in first, `hf auth login`: {error}\n")
     run = read_run(Path(args.model))
     for folder in args.results:
-        found = read_run(Path(folder).parent)
-        run.results += [table for table in found.results if f"| {Path(folder).name}, " in table]
-        run.scores += [score for score in found.scores if score.dataset_name == Path(folder).name]
+        add_ranking(run, Path(folder).stem, read(Path(folder) / "results.json"))
     run.command, run.datasets = masked(args.command) if args.command else run.command, args.datasets
     if args.hardware:
         run.training = [row for row in run.training if row[0] != "hardware"] + [("hardware", args.hardware)]

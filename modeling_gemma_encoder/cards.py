@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
     run.training = [(name, str(value)) for name, value in recipe.items() if value not in (None, "")]
     _add_classification(run, found, read(folder.parent.parent / "results.json").get("summary", []))
     for path in sorted(folder.glob("*/results.json")):
-        _add_ranking(run, Path(path.parent.name).stem, read(path))
+        add_ranking(run, Path(path.parent.name).stem, read(path))
     return run
 
 
@@ -117,7 +117,8 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _add_ranking(run: Run, name: str, found: dict) -> None:
+def add_ranking(run: Run, name: str, found: dict) -> None:
+    """Adds what `msmarco.py` and `evaluate_ranking.py` leave in `results.json`, of a collection of this name."""
     if "means" not in found:
         return
     measures = list(next(iter(found["means"].values())))
@@ -297,7 +298,3 @@ def make_card(
         limits="\n\n".join(filter(None, [limits, LIMITS])),
         licence=f"{of_weights} Code (`*.py`): Apache-2.0, in `LICENSE`.",
     )
-
-
-def parameters_of(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

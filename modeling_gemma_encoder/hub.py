@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from . import modeling_gemma_encoder
-from .cards import Run, code_licence, licence_of, make_card, notice, parameters_of
+from .cards import Run, code_licence, licence_of, make_card, notice
 from .checkpoint_gemma_encoder import WEIGHTS
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import write
@@ -37,7 +37,7 @@ class NotVerified(RuntimeError):
     """What was to be published is not what was trained; `checks` say how."""
 
     def __init__(self, checks: list[Check]):
-        super().__init__("Not published:\n" + "\n".join(str(check) for check in checks if not check.passed))
+        super().__init__("Checks failed:\n" + "\n".join(str(check) for check in checks if not check.passed))
         self.checks = checks
 
 
@@ -120,7 +120,7 @@ def stage(
         folder,
         {
             **{"template": template, "repo_id": repo_id, "base": base, "config": model.config, "tokenizer": tokenizer},
-            **{"run": run, "licence": licence, "parameters": parameters_of(model), "dtypes": dtypes(folder)},
+            **{"run": run, "licence": licence, "parameters": model.num_parameters(), "dtypes": dtypes(folder)},
             **{"adapter": bool(adapter), "language": language, "limits": limits},
         },
     )

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, TrainingArguments
 from yaml import safe_load
 
-from modeling_gemma_encoder.cards import GEMMA_NOTICE, Run, licence_of, make_card, masked, notice, read_run
+from modeling_gemma_encoder.cards import GEMMA_NOTICE, Run, add_ranking, licence_of, make_card, masked, notice, read_run
 from modeling_gemma_encoder.finetuning import FineTuningArguments
 from modeling_gemma_encoder.training import provenance
 
@@ -75,6 +75,12 @@ def test_a_rerankers_card_has_its_baselines(tmp_path):
     metadata = safe_load(text.split("---")[1])
     assert metadata["pipeline_tag"] == "text-ranking" and "reranker" in metadata["tags"]
     assert metadata["metrics"] == ["mrr_at_10", "ndcg_at_10"]
+
+
+def test_results_from_elsewhere_are_added(tmp_path):
+    run = Run()
+    add_ranking(run, "dl2023", {"means": {"Gemma Encoder": {"AP": 0.125}}, "queries": 25})
+    assert "| dl2023, 25 queries, x 100 | AP |" in run.results[0] and run.scores[0].metric_value == 0.125
 
 
 def test_a_card_without_results_says_so():
