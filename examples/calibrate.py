@@ -32,7 +32,9 @@ class CalibrationArguments:
         default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of a file of pairs."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a pair. Default: as in training."})
-    tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
+    tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
+    )
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
     seed: int = field(default=0, metadata={"help": "Of the halves."})
 

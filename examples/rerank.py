@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.ranking import load_ranker, score_pairs
+from modeling_gemma_encoder.ranking import choose, load_ranker, score_pairs
 from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
 from modeling_gemma_encoder.suites import Help, fail
 from modeling_gemma_encoder.templates import encode_pairs
@@ -47,9 +47,14 @@ class RerankArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
     )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
+    tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
+    )
     rows_at_once: int = field(default=1000, metadata={"help": "Rows scored together and then written."})
-    dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "float32, bfloat16, or what is fast here of the two; the head computes in float32."},
+    )
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
 
     def problem(self) -> str | None:
@@ -144,6 +149,7 @@ def rerank(args: RerankArguments) -> int:
         queries.update(query for query, _ in pairs)
     if not sizes:
         raise ValueError(f"{args.input or args.run} has no rows.")
+    args.dtype, args.device = choose(args.dtype, args.device)
     began = {key: value for key, value in asdict(args).items() if key not in ("tokens_per_batch", "device")}
     for place in (args.model, args.data, args.input or args.run):  # what the scores depend on
         began[f"files of {place}"] = stamp(Path(place)) if place else None

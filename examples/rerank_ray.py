@@ -43,7 +43,9 @@ class RayArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
     )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
+    tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
 
     def problem(self) -> str | None:

@@ -27,7 +27,6 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 UNPADDED = "gemma_encoder_unpadded"
 Reach = tuple[int | None, int | None]
@@ -76,15 +75,15 @@ class Bucket(NamedTuple):
     batch: int
     length: int  # of the longest
     padded: torch.Tensor | None  # (tokens,) of the tokens in (batch * length); None: no padding at all
-    masks: dict[Reach, torch.Tensor | None]  # (batch or 1, 1, length, length); None: all see all
+    masks: dict[Reach, torch.Tensor | None]  # (batch or 1, length or 1, length) of who is seen; None: all see all
 
     def pad(self, states: torch.Tensor) -> torch.Tensor:
-        """(1, heads, tokens, head_dim) -> (batch, heads, length, head_dim)."""
+        """(1, heads, tokens, head_dim) -> (batch, length, heads, head_dim)."""
         states = states[0].transpose(0, 1)  # (tokens, heads, head_dim)
         if self.padded is not None:
             zeros = states.new_zeros(self.batch * self.length, *states.shape[1:])
             states = zeros.index_copy(0, self.padded, states)
-        return states.unflatten(0, (self.batch, self.length)).transpose(1, 2)
+        return states.unflatten(0, (self.batch, self.length))
 
     def unpad(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, length, heads, head_dim) -> (1, tokens, heads, head_dim)."""
@@ -92,24 +91,54 @@ class Bucket(NamedTuple):
         return (states if self.padded is None else states[self.padded])[None]
 
     def attend(self, module, query, key, value, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention within each sequence, by upstream's own functions on a batch made for this call only.
+        """Attention within each sequence, on a batch made for this call only: (1, tokens, heads, head_dim).
 
-        Soft-capping and returned weights need upstream's eager function; everything else runs in torch's fused one,
-        but for bf16 on a CPU, where two matrix products take half its time (torch 2.13), as long as their weights are
-        a few hundred megabytes at most.
+        Soft-capping and returned weights need `dense_attention`; everything else runs in torch's fused function, but
+        for a CPU's short sequences and bf16, where it takes up to twice as long (torch 2.13; `benchmarks/speed.py`).
         """
         query, key, value = self.pad(query), self.pad(key), self.pad(value)
-        mask = self.masks[module.reach]
-        weights = self.batch * query.shape[1] * self.length**2
-        slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and weights <= 2**27
-        if kwargs.get("softcap") is None and not kwargs.get("output_attentions") and not slow:
-            output, weights = sdpa_attention_forward(module, query, key, value, mask, **{**kwargs, "is_causal": False})
-        else:
-            if mask is not None:
-                lowest = torch.finfo(query.dtype).min
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
-            output, weights = eager_attention_forward(module, query, key, value, mask, **kwargs)
-        return self.unpad(output), weights
+        mask, softcap = self.masks[module.reach], kwargs.get("softcap")
+        scaling, dropout = kwargs["scaling"], kwargs.get("dropout", 0.0)
+        few = self.batch * query.shape[2] * self.length**2 <= 2**27  # the weights it holds: a few hundred megabytes
+        short = query.dtype == torch.bfloat16 or self.length <= 256 or dropout > 0
+        dense = query.device.type == "cpu" and short and few
+        if softcap is not None or kwargs.get("output_attentions") or dense:
+            output, weights = dense_attention(query, key, value, mask, scaling, softcap, dropout)
+            return self.unpad(output), weights
+        states = (x.transpose(1, 2) for x in (query, key, value))
+        mask = mask if mask is None else mask[:, None].expand(-1, -1, self.length, -1)
+        output, _ = sdpa_attention_forward(module, *states, mask, scaling=scaling, dropout=dropout, is_causal=False)
+        return self.unpad(output), None
+
+
+def dense_attention(query, key, value, mask, scaling: float, softcap: float | None = None, dropout: float = 0.0):
+    """
+    softmax(cap(Q K^T * scaling) + mask) V with cap(x) = softcap * tanh(x / softcap) (Gemma 2, arXiv 2408.00118,
+    section 2), by two matrix products in which the query heads of a key head are rows of one matrix.
+
+    Args:
+        query: (batch, length, heads, head_dim); key and value have as many heads or fewer, each for several of query's.
+        mask: (batch or 1, length or 1, length), True where a key is seen; None: everywhere.
+        dropout: The share of weights that is dropped; 0 unless training.
+
+    Returns:
+        (batch, length, heads, head_dim), and the weights (batch, heads, length, length).
+    """
+    batch, length, groups, _ = key.shape
+    by_group = (x.transpose(1, 2).unflatten(1, (groups, -1)).flatten(0, 1).flatten(1, 2) for x in (query, key, value))
+    query, key, value = by_group  # (batch * groups, heads / groups * length, head_dim)
+    nothing, scale = query.new_zeros(()), scaling if softcap is None else scaling / softcap
+    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).view(batch, -1, length, length)
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, lowest)[:, None]
+    if softcap is not None:
+        scores = scores.tanh_().mul(softcap) if mask is None else torch.add(mask, scores.tanh_(), alpha=softcap)
+    elif mask is not None:
+        scores = scores.add_(mask)
+    weights = nn.functional.dropout(scores.softmax(-1), p=dropout)
+    output = weights.view(batch * groups, -1, length).bmm(value)
+    return output.view(batch, -1, length, value.shape[-1]).transpose(1, 2), weights
 
 
 class Unpadding(NamedTuple):
@@ -190,12 +219,13 @@ def _bucket(lengths: list[int], reaches: set[Reach], device: torch.device) -> Bu
     real = steps < torch.tensor(lengths, device=device)[:, None]  # (batch, length)
     masks = {}
     for reach in reaches:
-        mask = None
-        if tokens < batch * length or reach != (None, None):
-            mask = within_reach(steps[:, None], steps[None, :], reach)[None, None]
-        if tokens < batch * length:
-            # Rows of padding see everything: what they see is never read, but a row that sees nothing is NaN.
-            mask = mask & real[:, None, None, :] | ~real[:, None, :, None]
+        if all(limit is None or limit >= length - 1 for limit in reach):
+            # Only padding is hidden. A sequence of none but padding sees it all: a row that sees nothing is NaN.
+            mask = None if tokens == batch * length else (real | ~real[:, :1])[:, None]
+        else:
+            mask = within_reach(steps[:, None], steps[None, :], reach)[None]
+            if tokens < batch * length:  # what rows of padding see is never read
+                mask = mask & real[:, None, :] | ~real[:, :, None]
         masks[reach] = mask
     padded = real.flatten().nonzero()[:, 0] if tokens < batch * length else None
     return Bucket(tokens, batch, length, padded, masks)

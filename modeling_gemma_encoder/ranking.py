@@ -24,19 +24,39 @@ AT_ONCE = 10_000  # pairs that are tokenized together
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")  # what `ir_measures` calls them
 
 
+def fast_dtype(device: str | torch.device) -> str:
+    """bfloat16 where `device` computes in it, float32 where it would be converted back and forth."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        can = torch.cpu.get_capabilities()
+        return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+    return "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
+def choose(dtype: str, device: str | None) -> tuple[str, str]:
+    """What "auto" and None stand for here: what is fast on the device, and the accelerator where there is one."""
+    if device is None:
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    return fast_dtype(device) if dtype == "auto" else dtype, device
+
+
 def load_ranker(
     checkpoint: str, dtype: str = "float32", device: str | None = None
 ) -> tuple[GemmaEncoderForRanking, PreTrainedTokenizerBase]:
     """
     A trained ranker, verified, on `device` or where there is one the accelerator, and its tokenizer.
 
+    Args:
+        dtype: float32, bfloat16, or auto: what is fast there (`choose`). The head computes in float32.
+
     Raises:
-        ValueError: `dtype` is not float32 or bfloat16, or the checkpoint has no trained head.
+        ValueError: `dtype` is none of these, or the checkpoint has no trained head.
     """
+    dtype, device = choose(dtype, device)
     if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).exists():
         raise ValueError(f"There is no folder {checkpoint}.")
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
+        raise ValueError(f"`dtype` must be auto, float32 or bfloat16, got {dtype}")
     config = GemmaEncoderConfig.from_pretrained(checkpoint)
     if config.architectures and config.architectures[0] != GemmaEncoderForRanking.__name__:
         raise ValueError(f"{checkpoint} is no ranker, but a {config.architectures[0]}.")
@@ -45,9 +65,7 @@ def load_ranker(
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{checkpoint} is no trained ranker: {', '.join(missing)} would be random.")
-    if device is None and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    model = model.to(device or "cpu").eval()
+    model = model.to(device).eval()
     verify_attention(model)
     return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
 
@@ -58,7 +76,7 @@ def score_pairs(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     max_length: int | None = None,
-    tokens_per_batch: int = 16384,
+    tokens_per_batch: int | None = None,
     progress: tqdm | None = None,
 ) -> np.ndarray:
     """
@@ -70,6 +88,8 @@ def score_pairs(
     Args:
         max_length: Tokens of a pair, documents are cut to fit. None: as the tokenizer says (`model_max_length`), which
             a training of ours sets, and never more than the decoder's positions.
+        tokens_per_batch: None: 16,384 on an accelerator; 2,048 on a CPU, where what a layer makes of more no longer
+            fits the caches.
         progress: A bar that is moved on.
 
     Raises:
@@ -81,6 +101,8 @@ def score_pairs(
     scores, training = np.empty(len(ids), dtype=np.float32), model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
+    if tokens_per_batch is None:
+        tokens_per_batch = 2048 if device.type == "cpu" else 16384
     while start < len(order):
         batch = order[start : start + max(1, tokens_per_batch // max(1, len(ids[order[start]])))]
         start += len(batch)
@@ -104,7 +126,7 @@ def rerank(
     collection: Collection,
     depth: int | None = None,
     max_length: int | None = None,
-    tokens_per_batch: int = 16384,
+    tokens_per_batch: int | None = None,
 ) -> Run:
     """The collection's candidates with the model's scores; a judged query without candidates has none."""
     candidates = collection.candidates(depth)

@@ -16,7 +16,7 @@ from test_retrieval import jsonl
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.ranking import load_ranker, score_pairs
+from modeling_gemma_encoder.ranking import choose, load_ranker, score_pairs
 from modeling_gemma_encoder.retrieval import ranked, read_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
@@ -37,7 +37,7 @@ def expected(folder, pairs) -> np.ndarray:
 
 
 def command(monkeypatch, folder, *flags):
-    words = ["rerank", "--model", folder, "--device", "cpu", "--max_length", 64, *flags]
+    words = ["rerank", "--model", folder, "--device", "cpu", "--dtype", "float32", "--max_length", 64, *flags]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     rerank.main()
 
@@ -76,6 +76,28 @@ def test_tsv_keeps_its_columns(folder, tmp_path, monkeypatch):
         np.testing.assert_allclose([float(row[-1]) for row in found], expected(folder, pairs), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("can", "dtype"), [({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")]
+)
+def test_bf16_is_chosen_where_the_processor_computes_in_it(folder, tmp_path, monkeypatch, can, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    assert choose("auto", "cpu") == (dtype, "cpu")
+    assert choose("float32", "cpu") == ("float32", "cpu")
+    model, _ = load_ranker(str(folder), "auto", "cpu")
+    assert (model.dtype, model.classifier.out_proj.weight.dtype) == (getattr(torch, dtype), torch.float32)
+    # What was begun in one dtype does not go on in another.
+    jsonl(tmp_path / "in.jsonl", ROWS)
+    part = tmp_path / "out.jsonl.rows"
+    part.write_text("")
+    (tmp_path / "out.jsonl.rows.json").write_text(json.dumps({"dtype": "float16"}))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, folder, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl.rows.json").unlink()
+    flags = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--dtype", "auto"]
+    command(monkeypatch, folder, *flags)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(ROWS)
+
+
 def test_a_run_is_reranked(folder, tmp_path, monkeypatch):
     queries, passages = {"1": "rain", "2": "sun"}, {"a": "It rains.", "b": "A star.", "c": ""}
     jsonl(tmp_path / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in queries.items()])
@@ -106,7 +128,7 @@ def test_one_query_is_answered_on_the_command_line(folder, monkeypatch, capsys):
 def test_killed_anywhere_it_goes_on_and_nothing_is_lost_or_doubled(folder, tmp_path, monkeypatch):
     jsonl(tmp_path / "in.jsonl", ROWS * 20)
     flags = ["--input", tmp_path / "in.jsonl", "--rows_at_once", "10", "--tokens_per_batch", "100"]
-    flags += ["--device", "cpu", "--max_length", "64", "--model", folder]
+    flags += ["--device", "cpu", "--dtype", "float32", "--max_length", "64", "--model", folder]
     part, output = tmp_path / "out.jsonl.rows", tmp_path / "out.jsonl"
     words = [sys.executable, rerank.__file__, *map(str, flags), "--output", str(output)]
     kills = 0
