@@ -5,15 +5,18 @@
     python benchmarks/speed.py --only scoring --families gemma2 --dtypes bfloat16
 
 Peers: `Gemma*ForSequenceClassification` with `is_causal=False` through sentence-transformers' `CrossEncoder.predict`,
-which sorts by length, in batches of 32, and in batches as they come; its training step as the Trainer makes it. The
-limit is the time of the layers' matrix products over the real tokens, nothing else. Scores are compared before anything
-is timed. All take turns, round after round; ratios are medians over the rounds. Run it alone.
+which sorts by length, in batches of 32, and in batches as they come; its training step as the Trainer makes it. Others,
+in bf16 on a quarter of the pairs: the same model under `torch.compile`, and a causal decoder that is asked for its
+logit of a word, over the whole vocabulary, as FlagEmbedding's LLM rerankers do. The limit is the time of the layers'
+matrix products over the real tokens, nothing else. Scores are compared before anything is timed. All take turns, round
+after round; ratios are medians over the rounds. Run it alone.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -29,7 +32,7 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.files import write
@@ -79,17 +82,19 @@ def make_pairs(tokenizer, count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(query, text) for text in texts]
 
 
+def make_config(family: str, layers: int, vocab_size: int, dropout: float = 0.0):
+    local, full = "sliding_attention", "full_attention"
+    kinds = [local, full] if family == "gemma2" else [local] * 5 + [full]
+    shape = {**SHAPE, "num_hidden_layers": layers, "vocab_size": vocab_size, "attention_dropout": dropout}
+    return AutoConfig.for_model(
+        family, **shape, layer_types=(kinds * layers)[:layers], num_labels=1, pad_token_id=0, tie_word_embeddings=True
+    )
+
+
 def make_models(family: str, layers: int, dtype: torch.dtype, vocab_size: int, folder: Path, dropout: float = 0.0):
     """The stock classifier, saved in `folder`, and ours with its weights, its pooling and its head."""
     torch.manual_seed(0)
-    kinds = (
-        ["sliding_attention", "full_attention"]
-        if family == "gemma2"
-        else ["sliding_attention"] * 5 + ["full_attention"]
-    )
-    shape = {**SHAPE, "num_hidden_layers": layers, "vocab_size": vocab_size, "attention_dropout": dropout}
-    shape["layer_types"] = (kinds * layers)[:layers]
-    config = AutoConfig.for_model(family, **shape, num_labels=1, pad_token_id=0)
+    config = make_config(family, layers, vocab_size, dropout)
     config.is_causal = False
     stock = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     stock.to(dtype).eval().save_pretrained(folder)
@@ -154,10 +159,15 @@ def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
 # 3. The tables
 
 
-def scoring(family: str, dtype: torch.dtype, options) -> dict:
+def make_tokenizer():
     tokenizer = set_template(AutoTokenizer.from_pretrained(NANO, trust_remote_code=False), pair=RANKING_TEMPLATE)
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = 512
+    return tokenizer
+
+
+def scoring(family: str, dtype: torch.dtype, options) -> dict:
+    tokenizer = make_tokenizer()
     pairs = make_pairs(tokenizer, options.pairs)
     with tempfile.TemporaryDirectory() as folder:
         stock, ours = make_models(family, options.layers, dtype, len(tokenizer), Path(folder))
@@ -190,6 +200,50 @@ def scoring(family: str, dtype: torch.dtype, options) -> dict:
         "x stock sorted": ratio(seconds, "stock sorted", "ours"),
         "x stock unsorted": ratio(seconds, "stock unsorted", "ours"),
         "products / ours": ratio(seconds, "products", "ours"),
+        "seconds": seconds,
+    }
+
+
+def others(family: str, dtype: torch.dtype, options) -> dict:
+    """Stock as it is and compiled, and the language model's head; batches of 8 and 32, sorted by length."""
+    tokenizer = make_tokenizer()
+    pairs = make_pairs(tokenizer, max(8, options.pairs // 4))
+    pairs.sort(key=lambda pair: -len(tokenizer(*pair)["input_ids"]))
+    with tempfile.TemporaryDirectory() as folder:
+        stock, ours = make_models(family, options.layers, dtype, options.vocab_size, Path(folder))
+    torch.manual_seed(0)
+    config = make_config(family, options.layers, options.vocab_size)
+    decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    word = tokenizer.convert_tokens_to_ids("▁yes")
+
+    @torch.no_grad()
+    def score(model: Callable, size: int, last: bool = False) -> np.ndarray:
+        found = []
+        for start in range(0, len(pairs), size):
+            batch = tokenizer(*zip(*pairs[start : start + size], strict=True), padding=True, return_tensors="pt")
+            logits = model(**batch).logits
+            if last:
+                ends = batch["attention_mask"].sum(1) - 1
+                logits = logits[torch.arange(len(ends)), ends][:, [word]]
+            found.append(logits[:, 0].float())
+        return torch.cat(found).numpy()
+
+    ways = {
+        "ours": lambda: score_pairs(ours, tokenizer, pairs),
+        "stock": lambda: score(stock, BATCH),
+        "LM head": lambda: score(decoder, 8, last=True),
+    }
+    if shutil.which("g++") or shutil.which("clang++"):
+        compiled = torch.compile(stock, dynamic=True)
+        ways["stock compiled"] = lambda: score(compiled, BATCH)
+    scores = {name: run() for name, run in ways.items() if name != "LM head"}
+    seconds = take_turns(ways, options.rounds)
+    return {
+        **{"family": family, "dtype": str(dtype).removeprefix("torch."), "pairs": len(pairs)},
+        "largest difference of scores": max(float(np.abs(scores["ours"] - other).max()) for other in scores.values()),
+        "x stock": ratio(seconds, "stock", "ours"),
+        "x stock compiled": ratio(seconds, "stock compiled", "ours") if "stock compiled" in ways else None,
+        "x LM head": ratio(seconds, "LM head", "ours"),
         "seconds": seconds,
     }
 
@@ -246,7 +300,7 @@ class Weight(nn.Linear):
 
 def growth(options) -> dict:
     """Seconds of scoring more and more passages; linear is as it should be."""
-    tokenizer = set_template(AutoTokenizer.from_pretrained(NANO, trust_remote_code=False), pair=RANKING_TEMPLATE)
+    tokenizer = make_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         _, ours = make_models("gemma3_text", options.layers, torch.float32, len(tokenizer), Path(folder))
     counts = [options.pairs // 4, options.pairs // 2, options.pairs]
@@ -282,7 +336,8 @@ def plot(found: dict, path: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["scoring", "training", "growth"], default=None)
+    parts = ["scoring", "others", "training", "growth"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--families", nargs="+", default=["gemma2", "gemma3_text"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--layers", type=int, default=None, help="Of 18. Default: 6; 2 with --quick.")
@@ -309,32 +364,31 @@ def main():
         "layers": options.layers,
         "rounds": options.rounds,
     }
-    wanted = options.only or ["scoring", "training", "growth"]
-    parts = [f"{options.layers} layers of Gemma 3 270M's shape, {machine}, medians of {options.rounds} rounds"]
-    dtypes = [getattr(torch, name) for name in options.dtypes]
+    report = [f"{options.layers} layers of Gemma 3 270M's shape, {machine}, medians of {options.rounds} rounds"]
     for name, measure, columns in (
         ("scoring", scoring, ["family", "dtype", "pairs/s", "x stock sorted", "x stock unsorted", "products / ours"]),
+        ("others", others, ["family", "dtype", "x stock", "x stock compiled", "x LM head"]),
         ("training", training, ["family", "dtype", "steps/s", "x stock", "products / ours"]),
     ):
-        if name in wanted:
+        if name in options.only:
             found[name] = []
             for family in options.families:
-                for dtype in dtypes:
+                for dtype in [torch.bfloat16] if name == "others" else [getattr(torch, one) for one in options.dtypes]:
                     found[name].append(measure(family, dtype, options))
                     print(
                         json.dumps({key: value for key, value in found[name][-1].items() if key != "seconds"}),
                         flush=True,
                     )
-            parts.append(f"{name}\n\n{table(found[name], columns)}")
-    if "growth" in wanted:
+            report.append(f"{name}\n\n{table(found[name], columns)}")
+    if "growth" in options.only:
         found["growth"] = growth(options)
         plot(found["growth"], options.output_dir / "growth.png")
-        parts.append(
+        report.append(
             "\n".join(f"{p} pairs, {t:,} tokens: {s:.2f} s" for p, t, s in zip(*found["growth"].values(), strict=True))
         )
     write(options.output_dir / "results.json", json.dumps(found, indent=2))
-    write(options.output_dir / "results.md", "\n\n".join(parts))
-    print("\n" + "\n\n".join(parts))
+    write(options.output_dir / "results.md", "\n\n".join(report))
+    print("\n" + "\n\n".join(report))
 
 
 if __name__ == "__main__":

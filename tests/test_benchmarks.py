@@ -103,6 +103,8 @@ def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, caps
         close = {"float32": 1e-5, "bfloat16": 3e-2}[row["dtype"]] * max(1.0, row["largest score"])
         assert row["largest difference of scores"] < close
         assert row["x stock sorted"] > 0 and row["x stock unsorted"] > 0
+    (row,) = found["others"]
+    assert row["largest difference of scores"] < 0.1 and row["x stock"] > 0 and row["x LM head"] > 0
     assert {row["dtype"] for row in found["training"]} == {"float32", "bfloat16"}
     assert found["growth"]["tokens"] == sorted(found["growth"]["tokens"])
     assert (tmp_path / "growth.png").exists() and "| x stock sorted |" in capsys.readouterr().out
