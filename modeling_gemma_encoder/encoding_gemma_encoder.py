@@ -21,6 +21,7 @@ from .attention_gemma_encoder import (
     unpad,
     with_buckets,
 )
+from .fused_gemma_encoder import FUSED, find_sequences
 
 
 class Encoded(NamedTuple):
@@ -102,8 +103,11 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         input_ids = input_ids.flatten()[unpadding.indices][None]
     else:
         inputs_embeds = inputs_embeds.flatten(0, 1)[unpadding.indices][None]
+    reaches = {layer.self_attn.reach for layer in encoder.model.layers}
     if implementation == UNPADDED:
-        kwargs["unpadding"] = with_buckets(unpadding, {layer.self_attn.reach for layer in encoder.model.layers}, split)
+        kwargs["unpadding"] = with_buckets(unpadding, reaches, split)
+    elif implementation == FUSED:
+        kwargs["sequences"] = find_sequences(unpadding, reaches)
     else:  # flash attention keeps sequences apart by their lengths
         softcap = getattr(encoder.config.text_config, "attn_logit_softcapping", None)
         dropout = encoder.training and encoder.model.layers[0].self_attn.attention_dropout

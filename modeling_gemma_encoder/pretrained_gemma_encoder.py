@@ -19,6 +19,7 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 from .attention_gemma_encoder import UNPADDED
 from .checkpoint_gemma_encoder import all_or_nothing, refuse_incomplete, refuse_paths
 from .configuration_gemma_encoder import GemmaEncoderConfig
+from .fused_gemma_encoder import FUSED
 from .pooling_gemma_encoder import ProbePooler
 
 # Multimodal Gemma checkpoints keep the decoder in a text tower, under one of these names.
@@ -55,7 +56,7 @@ def refuse_unknown_attention(requested: str) -> None:
     if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
         raise ValueError(
             f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
-            "'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
+            f"{FUSED!r}, 'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
         )
 
 

@@ -14,7 +14,7 @@ from modeling_gemma_encoder import GemmaEncoderConfig
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
 ATTENTIONS = ("bidirectional", "causal")
-UNPADDED = "gemma_encoder_unpadded"
+UNPADDED, FUSED = "gemma_encoder_unpadded", "gemma_encoder_fused"
 WINDOW = 3
 NANO = Path(__file__).parent.parent / "examples" / "nano"  # a small Gemma 2 that has read English
 
@@ -81,7 +81,9 @@ def pad(sequences: list[torch.Tensor], side: str = "right", extra: int = 0, pad_
 def backends(family: str) -> tuple[str, ...]:
     """What runs on a CPU. Upstream's sdpa refuses Gemma 2's soft-capping."""
     return (
-        (UNPADDED, "eager", "flex_attention") if family == "gemma2" else (UNPADDED, "eager", "sdpa", "flex_attention")
+        (UNPADDED, FUSED, "eager", "flex_attention")
+        if family == "gemma2"
+        else (UNPADDED, FUSED, "eager", "sdpa", "flex_attention")
     )
 
 
