@@ -6,6 +6,7 @@ splits and plots.
 
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -111,6 +112,7 @@ def fine_tune(
     options: FineTuningArguments,
     args: TrainingArguments,
     trained: Path | None = None,
+    make: Callable[[Task, FineTuningArguments], PreTrainedModel] = build,
 ) -> dict:
     """
     One run in `args.output_dir`: trains, evaluates, predicts, and leaves the model and `results.json` there.
@@ -120,6 +122,7 @@ def fine_tune(
 
     Args:
         trained: Folder of a finished run, whose model is evaluated here without further training.
+        make: Makes the model; another one than ours to compare with.
 
     Raises:
         ValueError: the folder holds another run, or the Trainer cannot do what `args` say with this task.
@@ -138,7 +141,7 @@ def fine_tune(
             "run this command again in one process."
         )
     try:
-        return _run(name, task, data, options, args, trained, checkpoint, report, wanted)
+        return _run(name, task, data, options, args, trained, make, checkpoint, report, wanted)
     finally:  # the Trainer and its model hold each other: the next run needs the memory
         gc.collect()
         if torch.accelerator.is_available():
@@ -178,11 +181,11 @@ def digest(rows: Dataset) -> str:
     return found.hexdigest()[:16]
 
 
-def _run(name, task, data, options, args, trained, checkpoint, report, wanted) -> dict:
+def _run(name, task, data, options, args, trained, make, checkpoint, report, wanted) -> dict:
     set_seed(args.seed)
     folder = Path(args.output_dir)
     train = trained is None and args.do_train
-    model = task.head.from_pretrained(trained) if trained else build(task, options)
+    model = task.head.from_pretrained(trained) if trained else make(task, options)
     tokenizer, first = data.tokenizer, next(iter(data.validation), None)
     pad, timer = DataCollatorWithPadding(tokenizer), StepTimer()
 
@@ -208,7 +211,7 @@ def _run(name, task, data, options, args, trained, checkpoint, report, wanted) -
     if train:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-    if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
+    if make is build and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         verify_attention(trainer.model)
 
     trainer.compute_metrics, scores, majority, predicted, logits = None, {}, {}, {}, {}

@@ -1,0 +1,308 @@
+"""What the paper claims matters, on your decoder and your tasks: attention, pooling, dropout, one choice at a time.
+
+    python examples/ablations.py --study attention pooling --tasks cola mrpc stsb --model google/gemma-3-270m --bf16
+    python examples/ablations.py --study dropout dropout_place --tasks cola wic --model examples/nano --data_dir data
+    python examples/ablations.py --study start --starts examples/nano runs/nano-mlm runs/nano-mntp --tasks sst2
+    python examples/ablations.py --study attention --tasks cola --model google/gemma-2-2b --bf16 --workers 8
+
+Studies are in `STUDIES`. Tasks are GLUE's and SuperGLUE's, from the Hub or from `--data_dir`: <task>/, glue/<task>/ or
+superglue/<task>/ in it, and a reranker's with `--ranking`. For every variant and task the learning rate is the one of
+`--learning_rates` that does best on a tenth of the training rows (a thousand at most), which are set aside; then
+`--seeds` are trained and scored on the official validation rows, with several metrics averaged as GLUE does. Everything
+else is what `glue.py` takes, every flag of `TrainingArguments` included.
+
+A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
+`--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` a table and a
+plot of each study, `results.json`, and `cells/`, each with its own `results.json`.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import glue
+import superglue
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers.utils import logging
+
+from modeling_gemma_encoder.ablations import Bench, Cell, Study, markdown, plot, run_studies
+from modeling_gemma_encoder.files import write
+from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
+from modeling_gemma_encoder.suites import Help, cannot_run, fail
+from modeling_gemma_encoder.tasks import Source
+from modeling_gemma_encoder.training import provenance
+
+SUITES = {"glue": ("nyu-mll/glue", glue.TASKS), "superglue": ("aps/super_glue", superglue.TASKS)}
+
+
+def dropout(attention: float, feedforward: float) -> dict:
+    return {"attention_dropout": attention, "feedforward_dropout": feedforward}
+
+
+def pooling(name: str, **options) -> dict:
+    return {"pooling": name, **options}
+
+
+# The paper's numbers: GLUE averages of Gemma 2 2B, arXiv 2503.02656. Radii, K, probes and rows are our choice.
+STUDIES = {
+    "attention": Study(
+        {
+            "causal": {"attention": "causal"},
+            "bidirectional": {"attention": "bidirectional"},
+            **{f"radius {n}": {"attention": "bidirectional", "attention_window": n} for n in (1, 4, 16)},
+        },
+        paper={"causal": 84.5, "bidirectional": 89.4},
+    ),
+    "pooling": Study(
+        {
+            "mean": pooling("mean"),
+            "first token": pooling("first_k", pooling_k=1),
+            "last token": pooling("last_k", pooling_k=1),
+            "last 4": pooling("last_k", pooling_k=4),
+            "query probe": pooling("query_probe", pooling_num_probes=1),
+            "4 query probes": pooling("query_probe", pooling_num_probes=4),
+            "4 key-value probes": pooling("kv_probe", pooling_num_probes=4),
+        },
+        paper={"mean": 89.4, "last token": 89.1, "query probe": 89.0},
+    ),
+    "dropout": Study(
+        {str(rate): dropout(rate, rate) for rate in (0.0, 0.05, 0.1, 0.15)}, paper={"0.0": 87.2, "0.1": 89.4}
+    ),
+    "dropout_place": Study(
+        {
+            "none": dropout(0.0, 0.0),
+            "attention": dropout(0.1, 0.0),
+            "feed-forward": dropout(0.0, 0.1),
+            "both": dropout(0.1, 0.1),
+        },
+        paper={"none": 87.2, "both": 89.4},
+    ),
+    "baselines": Study(
+        {
+            "TF-IDF, logistic regression": {"kind": "words"},
+            "BERT's shape, random weights": {"kind": "bert"},
+            "Gemma Encoder, random weights": {"kind": "scratch"},
+            "Gemma*ForSequenceClassification": {"kind": "stock"},
+            "Gemma Encoder": {},
+        }
+    ),
+    "rows": Study(
+        {
+            f"{name}, {rows or 'all'}": {**changed, "max_train_samples": rows}
+            for name, changed in (("mean", pooling("mean")), ("query probe", pooling("query_probe")))
+            for rows in (250, 1000, 4000, None)
+        }
+    ),
+}
+# Made of the command line: `start` has a variant for each of --starts, `padding` one for each side.
+MADE = ("start", "padding")
+# What every variant has unless it says otherwise: the config's defaults, spelled out.
+PLAIN = {"attention": "bidirectional", "pooling": "mean", "pooling_k": 1, "pooling_num_probes": 1, **dropout(0.1, 0.1)}
+
+
+@dataclass
+class AblationArguments:
+    study: list[str] = field(metadata={"help": "Of " + ", ".join([*STUDIES, *MADE]) + ", or `all` but start."})
+    tasks: list[str] = field(metadata={"help": "Of GLUE and SuperGLUE."})
+    data_dir: str | None = field(default=None, metadata={"help": "Default: the Hub."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "Default: a half, once and twice glue.py's for this size of decoder."}
+    )
+    starts: list[str] = field(default_factory=list, metadata={"help": "Checkpoints that the study `start` compares."})
+    ranking: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Judged data, for msmarco.py, to train on and to evaluate: a further task, scored by nDCG@10."
+        },
+    )
+    ranking_flags: str = field(
+        default="", metadata={"help": "In one string, what msmarco.py is to be told besides, such as --list_size 16."}
+    )
+    workers: int = field(default=1, metadata={"help": "Cells at a time; more than one needs Ray."})
+    keep_models: bool = field(default=False, metadata={"help": "Keep the weights of every cell."})
+
+
+def missing(places: list[str]) -> list[str]:
+    return [place for place in places if not Path(place).exists()]
+
+
+def source_of(name: str, data_dir: str | None) -> Source:
+    suite = next(suite for suite, (_, tasks) in SUITES.items() if name in tasks)
+    dataset, tasks = SUITES[suite]
+    folder = None
+    if data_dir:
+        places = [Path(data_dir) / name, Path(data_dir) / suite / name]
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise ValueError(f"--data_dir: there is neither {places[0]} nor {places[1]}")
+    return Source(dataset, tasks[name].config or name, folder)
+
+
+def padded_on(side: str, model: str, root: Path) -> str:
+    """The same checkpoint with a tokenizer that pads on this side."""
+    folder = root / "padding" / side
+    if not (folder / "tokenizer.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in Path(model).iterdir():
+            if path.is_file() and not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path.resolve())
+        for path in folder.glob("token*"):
+            path.unlink()
+        AutoTokenizer.from_pretrained(model, padding_side=side, trust_remote_code=False).save_pretrained(folder)
+    return str(folder)
+
+
+def chosen_studies(own: AblationArguments, model: str, root: Path) -> dict[str, Study]:
+    """Raises ValueError for a study that there is not, or cannot be."""
+    names = [*STUDIES, "padding"] if "all" in own.study else own.study
+    if unknown := [name for name in names if name not in (*STUDIES, *MADE)]:
+        raise ValueError(f"--study: {', '.join(unknown)} is none of {', '.join([*STUDIES, *MADE])}, all")
+    studies = {}
+    for name in names:
+        if name == "start":
+            if len(own.starts) < 2 or len({Path(start).name for start in own.starts}) < len(own.starts):
+                raise ValueError("--study start compares two --starts or more, of different names")
+            studies[name] = Study({Path(start).name: {"model": start} for start in own.starts})
+        elif name == "padding":
+            if not Path(model).is_dir():
+                raise ValueError(f"--study padding needs a local folder as --model, not {model}")
+            studies[name] = Study({side: {"model": padded_on(side, model, root)} for side in ("right", "left")})
+        else:
+            studies[name] = STUDIES[name]
+    return studies
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Cells of a reranker, by `msmarco.py`, learning rates chosen on a fifth of the queries."""
+
+    model: str
+    plain: dict
+    data: tuple[str, str]
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        place = Path(self.data[1])
+        return place.parent.name if place.is_file() else place.name
+
+    def __call__(self, cell: Cell, folder: Path) -> dict:
+        train, judged = self.data
+        options = {"model": self.model, **self.plain, **dict(cell.options)}
+        options |= {"learning_rate": cell.learning_rate, "seed": cell.seed, "train_data": train, "held_out": 0.2}
+        options |= {} if cell.choosing else {"eval_data": judged}
+        words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+        words += self.flags
+        finished = folder / "results.json"
+        if finished.exists():
+            report = json.loads(finished.read_text())
+            if report["flags"] != words:
+                raise ValueError(f"{folder} holds another run. Choose another --output_dir, or delete it.")
+            return report
+        script = Path(__file__).parent / "msmarco.py"
+        with (folder / "log.txt").open("a") as log:
+            words_with_place = [sys.executable, str(script), *words, "--output_dir", str(folder)]
+            if subprocess.run(words_with_place, stdout=log, stderr=subprocess.STDOUT).returncode:
+                raise ValueError(f"msmarco.py failed, see {folder / 'log.txt'}")
+        places = [path for path in folder.glob("*/results.json") if (path.parent.name == "held-out") == cell.choosing]
+        means = json.loads(places[0].read_text())["means"]
+        first = next(iter(means["Gemma Encoder"]))
+        names = {"scores": "Gemma Encoder", "majority": "random order", "BM25": "BM25"}
+        report = {key: {"judged": {first: means[name][first]}} for key, name in names.items()}
+        write(finished, json.dumps({**report, "flags": words}, indent=2))
+        return {**report, "flags": words}
+
+
+class Workers:
+    """Cells, one after the other here or side by side on Ray, with a bar."""
+
+    def __init__(self, own: AblationArguments, *bench):
+        self.count, self.bench, self.pool = own.workers, (*bench, own.keep_models, os.getcwd()), None
+
+    def __call__(self, cells: list[Cell]) -> Iterable[dict]:
+        if self.count == 1:
+            bench = Bench(*self.bench)
+            run_each = map(bench.run, cells)
+        else:
+            run_each = self.on_ray().map(lambda actor, cell: actor.run.remote(cell), cells)
+        yield from tqdm(run_each, total=len(cells), desc="Cells", unit=" cells")
+
+    def on_ray(self):
+        import ray
+        from ray.util import ActorPool
+
+        if self.pool is None:
+            folders = [str(Path(__file__).parent.resolve()), str(Path(__file__).parent.parent.resolve())]
+            places = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+            quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": places, **quiet}}, log_to_driver=False)
+            gpus, cores = ray.cluster_resources().get("GPU", 0), ray.cluster_resources()["CPU"]
+            actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=0 if gpus else cores / self.count)(Bench)
+            self.pool = ActorPool([actor.remote(*self.bench) for _ in range(self.count)])
+        return self.pool
+
+
+def main():
+    parser = HfArgumentParser(
+        (AblationArguments, FineTuningArguments, TrainingArguments),
+        usage="%(prog)s [flags, which --help lists]",
+        description=__doc__,
+        formatter_class=Help,
+    )
+    parser.set_defaults(output_dir="runs/ablations", **COMMON)
+    parser.set_defaults(eval_strategy="no", save_strategy="no", disable_tqdm=True, num_train_epochs=None, **PLAIN)
+    known = {name: task for _, tasks in SUITES.values() for name, task in tasks.items()}
+    given = parser.parse_args()
+    if unknown := [name for name in given.tasks if name not in known or known[name].train_on]:
+        fail(parser, f"--tasks: {', '.join(unknown)} is none that GLUE or SuperGLUE trains")
+    try:
+        defaults = training_defaults(given.model, given.lora_r is not None, known[given.tasks[0]])
+        parser.set_defaults(**defaults)
+        own, options, args = parser.parse_args_into_dataclasses()
+        root = Path(args.output_dir)
+        studies = chosen_studies(own, options.model, root)
+        tasks = {name: (known[name], source_of(name, own.data_dir)) for name in own.tasks}
+        problem = options.problem(args) or cannot_run(args, [task for task, _ in tasks.values()], own.seeds)
+        if problem or own.workers < 1:
+            fail(parser, problem or f"--workers must be at least 1, got {own.workers}")
+        flags = tuple(shlex.split(own.ranking_flags))
+        if own.ranking and (len(own.ranking) != 2 or missing(own.ranking) or {"baselines", "rows"} & set(studies)):
+            fail(parser, "--ranking names data to train on and to evaluate, and has no studies `baselines` and `rows`")
+        for task, source in tasks.values():
+            check_model(task, options)
+            for split in ("train", *task.validation):
+                task.load(source, split)
+    except (ValueError, OSError) as error:
+        fail(parser, str(error))
+    others = {}
+    if own.ranking:
+        ranking = Ranking(options.model, {k: getattr(options, k) for k in PLAIN}, tuple(own.ranking), flags)
+        others = {ranking.name: ranking}
+    rates = own.learning_rates or [factor * defaults["learning_rate"] for factor in (0.5, 1, 2)]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    workers = Workers(own, tasks, options, args, root, others, given.num_train_epochs is None)
+    found = run_studies(studies, [*tasks, *others], options, rates, own.seeds, workers)
+    tables = []
+    for name, study in studies.items():
+        seeds = f"seeds {', '.join(map(str, own.seeds))}"
+        title = f"{name.replace('_', ' ')} (x 100, mean ± standard error of {seeds})"
+        tables.append(markdown(title, study, found[name]))
+        plot(f"{name.replace('_', ' ')}, {Path(options.model).name}, {seeds}", study, found[name], root / f"{name}.png")
+    report = {"studies": found, "seeds": own.seeds, "learning_rates": rates, "torch": torch.__version__, **provenance()}
+    write(root / "results.json", json.dumps(report, indent=2))
+    write(root / "results.md", "\n\n".join(tables))
+    print("\n" + "\n\n".join(tables) + f"\n\nTables, plots and cells are in {root}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()

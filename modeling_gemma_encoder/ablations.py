@@ -1,0 +1,282 @@
+"""Ablations: the same fine-tuning with one choice changed, on several tasks and seeds, and whether it matters.
+
+A cell is a task, the options that differ, a learning rate and a seed; it is a run like any other (`runs.fine_tune`),
+with a folder and a `results.json` of its own, which is read and not run again when it is there. Every variant has the
+learning rate that does best for it and the task on rows set aside from the training set, so that none is handicapped.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from transformers import TrainingArguments
+
+from .baselines import MAKERS, bag_of_words
+from .finetuning import FineTuningArguments, build
+from .runs import Data, digest, fine_tune
+from .tasks import Source, Task
+
+Options = dict[str, object]  # fields of FineTuningArguments, and `kind`: "words" or one of `baselines.MAKERS`
+
+
+@dataclass
+class Study:
+    """
+    Args:
+        variants: Name -> the options that it changes.
+        paper: Name -> GLUE average of Gemma 2 2B in the paper (arXiv 2503.02656), where it is known.
+    """
+
+    variants: dict[str, Options]
+    paper: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning; `choosing` is on rows set aside, for a learning rate."""
+
+    task: str
+    options: tuple[tuple[str, object], ...]  # what differs from the command line's, sorted
+    learning_rate: float
+    seed: int
+    choosing: bool
+
+    @property
+    def name(self) -> str:
+        options = [f"{key}={Path(value).name if key == 'model' else value}" for key, value in self.options]
+        return ",".join([*options, f"lr={self.learning_rate:g}", f"seed={self.seed}"])
+
+    def folder(self, root: Path) -> Path:
+        return root / "cells" / ("choosing" if self.choosing else "final") / self.task / self.name
+
+
+def as_options(changed: Options, given: FineTuningArguments) -> tuple[tuple[str, object], ...]:
+    """What a variant changes of the options given, so that studies share the cells that are the same."""
+    return tuple(sorted((key, value) for key, value in changed.items() if getattr(given, key, None) != value))
+
+
+def hold_out(data: Data, rows: int | None, seed: int) -> tuple[Data, Data]:
+    """The data to choose on, validated on a tenth of the training rows, a thousand at most, and the data to report.
+
+    Args:
+        rows: How many of the others are trained on, chosen by `seed`; None: all.
+    """
+    order = np.random.default_rng(0).permutation(len(data.train))
+    aside, left = np.split(order, [max(1, min(len(order) // 10, 1000))])
+    if rows is not None and rows < len(left):
+        left = np.random.default_rng(seed).permutation(left)[:rows]
+    split = next(iter(data.validation))
+    chosen, encoded = data.train.select(left), data.encoded["train"].select(left)
+    held = data.train.select(aside)
+    digests = {**data.digests, "train": digest(chosen)}
+    report = replace(data, train=chosen, encoded={**data.encoded, "train": encoded}, digests=digests)
+    choose = replace(
+        report,
+        validation={split: held},
+        encoded={"train": encoded, split: data.encoded["train"].select(aside)},
+        digests={**digests, split: digest(held)},
+    )
+    return choose, report
+
+
+class Bench:
+    """Runs cells in this process. Data is loaded once for each task and tokenizer.
+
+    Args:
+        root: Where the cells' folders are.
+        others: Tasks that are no rows of a table: name -> what makes a cell's report in a folder.
+        own_epochs: Every task has its own number of epochs, and not that of `args`.
+        keep_models: Keep the weights of every cell.
+        working_directory: Of a process that was started elsewhere.
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, tuple[Task, Source]],
+        options: FineTuningArguments,
+        args: TrainingArguments,
+        root: Path,
+        others: dict[str, Callable[[Cell, Path], dict]],
+        own_epochs: bool = False,
+        keep_models: bool = False,
+        working_directory: str | None = None,
+    ):
+        if working_directory:
+            os.chdir(working_directory)
+        self.tasks, self.options, self.args, self.root = tasks, options, args, root
+        self.others, self.own_epochs, self.keep_models = others, own_epochs, keep_models
+        self.loaded: dict[tuple, Data] = {}
+
+    def run(self, cell: Cell) -> dict:
+        """The cell's report, `results.json`; what else is said goes into `log.txt`."""
+        folder = cell.folder(self.root)
+        folder.mkdir(parents=True, exist_ok=True)
+        if cell.task in self.others:
+            report = self.others[cell.task](cell, folder)
+            self.tidy(folder)
+            return report
+        task, source = self.tasks[cell.task]
+        options, args = copy.copy(self.options), copy.copy(self.args)
+        changed = dict(cell.options)
+        kind = changed.pop("kind", None)
+        for key, value in changed.items():
+            setattr(options, key, value)
+        if self.own_epochs:
+            args.num_train_epochs = task.epochs
+        args.learning_rate, args.seed, args.output_dir = cell.learning_rate, cell.seed, str(folder)
+        rows, options.max_train_samples = options.max_train_samples, None
+        key = (cell.task, options.model, options.max_length)
+        if key not in self.loaded:
+            self.loaded[key] = Data.load(cell.task, task, source, options, args)
+        choose, final = hold_out(self.loaded[key], rows, cell.seed)
+        data = choose if cell.choosing else final
+        if kind == "words":
+            return bag_of_words(task, data, folder, cell.task, cell.seed)
+        with (folder / "log.txt").open("a") as log, redirect_stdout(log):
+            report = fine_tune(cell.task, task, data, options, args, make=MAKERS.get(kind, build))
+        self.tidy(folder)
+        return report
+
+    def tidy(self, folder: Path) -> None:
+        """Leaves of a finished cell what it found out, and its model only if that is to be kept."""
+        if self.keep_models:
+            return
+        for path in [*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "tokenizer.json"]:
+            path.unlink(missing_ok=True)
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+
+
+def score(report: dict) -> float:
+    """A run's score as GLUE counts it: its metrics, averaged, of its splits, averaged."""
+    return float(np.mean([np.mean([*scores.values()]) for scores in report["scores"].values()]))
+
+
+def run_studies(
+    studies: dict[str, Study],
+    tasks: Iterable[str],
+    given: FineTuningArguments,
+    learning_rates: list[float],
+    seeds: list[int],
+    run_all: Callable[[list[Cell]], Iterable[dict]],
+) -> dict:
+    """
+    Study -> task -> variant -> `learning_rate`, `chosen_on` (rate -> score), `scores` of the seeds, and `simple`, what
+    is reached without reading: the majority, or random order, and BM25.
+
+    Args:
+        run_all: Cells -> their reports, in order; where they run is its matter.
+    """
+    tasks = list(tasks)
+    places = [
+        (study, task, name, as_options(options, given))
+        for study, of_study in studies.items()
+        for task in tasks
+        for name, options in of_study.variants.items()
+    ]
+    wanted = dict.fromkeys((task, options) for _, task, _, options in places)
+    best = {place: dict.fromkeys(learning_rates) for place in wanted}
+    if len(learning_rates) > 1:
+        cells = [Cell(task, options, rate, 0, True) for task, options in wanted for rate in learning_rates]
+        for cell, report in zip(cells, run_all(cells), strict=True):
+            best[cell.task, cell.options][cell.learning_rate] = score(report)
+    rates = {
+        place: max(found, key=lambda rate: np.nan_to_num(-np.inf if found[rate] is None else found[rate], nan=-np.inf))
+        for place, found in best.items()
+    }
+    cells = [Cell(*place, rates[place], seed, False) for place in wanted for seed in seeds]
+    reports = {}
+    for cell, report in zip(cells, run_all(cells), strict=True):
+        reports.setdefault((cell.task, cell.options), []).append(report)
+    found = {}
+    for study, task, name, options in places:
+        runs = reports[task, options]
+        simple = {name: runs[0][name] for name in ("majority", "BM25") if runs[0].get(name)}
+        found.setdefault(study, {}).setdefault(task, {})[name] = {
+            "learning_rate": rates[task, options],
+            "chosen_on": best[task, options],
+            "scores": [score(report) for report in runs],
+            "simple": {name: score({"scores": scores}) for name, scores in simple.items()},
+        }
+    return found
+
+
+def mean_and_error(scores: list[float]) -> tuple[float, float]:
+    """Mean and standard error; the latter is NaN for a single score."""
+    error = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
+    return float(np.mean(scores)), float(error)
+
+
+def averages(of_study: dict, name: str) -> tuple[float, float]:
+    """A variant's mean over tasks, and the standard error that the tasks' own make."""
+    pairs = [mean_and_error(variants[name]["scores"]) for variants in of_study.values()]
+    return float(np.mean([mean for mean, _ in pairs])), float(np.sqrt(sum(e**2 for _, e in pairs)) / len(pairs))
+
+
+def markdown(title: str, study: Study, of_study: dict) -> str:
+    """A study as a table: a row a variant, scores x 100 with standard errors, the paper's average beside ours."""
+
+    def shown(pair: tuple[float, float]) -> str:
+        mean, error = (100 * value for value in pair)
+        return f"{mean:.1f}" + ("" if np.isnan(error) else f" ± {error:.1f}")
+
+    columns = [title, *of_study, "average", *(["the paper's GLUE average, Gemma 2 2B"] if study.paper else [])]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    simple = [next(iter(variants.values()))["simple"] for variants in of_study.values()]
+    for key, name in (("majority", "majority, or random order"), ("BM25", "BM25")):
+        values = [of_task.get(key) for of_task in simple]
+        if any(value is not None for value in values):
+            values.append(None if None in values else float(np.mean(values)))
+            cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
+            lines.append(f"| {name} | {' | '.join([*cells, *([''] if study.paper else [])])} |")
+    for name in study.variants:
+        cells = [shown(mean_and_error(variants[name]["scores"])) for variants in of_study.values()]
+        cells.append(shown(averages(of_study, name)))
+        cells += [f"{study.paper[name]:.1f}" if name in study.paper else ""] if study.paper else []
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
+    """A panel a task, and one of the averages: every seed a dot, means with standard errors, the majority a line."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names, panels = list(study.variants), [*of_study, *(["average"] if len(of_study) > 1 else [])]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (1 + columns * (1.2 + 0.42 * len(names)), 0.8 + 3.2 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    places = np.arange(len(names))
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        if panel == "average":
+            pairs = [averages(of_study, name) for name in names]
+        else:
+            variants = of_study[panel]
+            pairs = [mean_and_error(variants[name]["scores"]) for name in names]
+            for place, name in zip(places, names, strict=True):
+                seeds = 100 * np.array(variants[name]["scores"])
+                label = "a seed" if not place else None
+                axes.plot(np.full(len(seeds), place + 0.2), seeds, ".", color="gray", markersize=4, label=label)
+            for (key, value), line in zip(variants[names[0]]["simple"].items(), (":", "--"), strict=False):
+                label = {"majority": "majority, or random order"}.get(key, key)
+                axes.axhline(100 * value, color="gray", linestyle=line, label=label)
+        means, errors = (100 * np.array(values) for values in zip(*pairs, strict=True))
+        errors = np.nan_to_num(errors)
+        axes.errorbar(places, means, errors, fmt="o", color="C0", capsize=3, label="mean, standard error")
+        axes.set_xticks(places, names, rotation=35, ha="right")
+        axes.set(title=panel, ylabel="score x 100", xlim=(-0.6, len(names) - 0.4))
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    found = [axes.get_legend_handles_labels() for axes in grid.flat]
+    legend = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 if columns == 1 else len(legend))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,90 @@
+"""What an encoder is measured against on the same rows: bags of words, the stock causal classifier, random weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+from datasets import Dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
+
+from .configuration_gemma_encoder import GemmaEncoderConfig
+from .files import write
+from .finetuning import FineTuningArguments, decoder_of, encoder_options
+from .runs import Data
+from .tasks import Task, most_frequent
+
+
+def head_of(task: Task) -> dict:
+    """What upstream's configs say of a task."""
+    if task.problem == "choice":
+        raise ValueError("A choice among candidates has no stock classifier.")
+    return {"num_labels": len(task.labels) or 1, "problem_type": task.problem}
+
+
+def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:
+    """`Gemma*ForSequenceClassification`: causal attention, last token, no dropout, as it comes."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        options.model, trust_remote_code=False, dtype="float32", **head_of(task)
+    )
+    model.config.pad_token_id = model.config.pad_token_id or 0
+    return model
+
+
+def scratch(task: Task, options: FineTuningArguments) -> PreTrainedModel:
+    """The encoder with random weights instead of the decoder's."""
+    return task.head(GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options), **head_of(task)))
+
+
+def bert(task: Task, options: FineTuningArguments) -> PreTrainedModel:
+    """BERT (arXiv 1810.04805) with random weights, the decoder's width and depth, and about as many parameters.
+
+    A feed-forward block has two matrices in BERT and three in Gemma, and BERT's attention is as wide as its states.
+    """
+    decoder = AutoConfig.from_pretrained(options.model, trust_remote_code=False).get_text_config()
+    width, layers = decoder.hidden_size, decoder.num_hidden_layers
+    wanted = decoder_of(options.model).num_parameters() - decoder.vocab_size * width
+    inner = (wanted // layers - 4 * width**2) // (2 * width)
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": max(inner, width)}
+    shape |= {"num_attention_heads": decoder.num_attention_heads, "vocab_size": decoder.vocab_size}
+    positions = min(decoder.max_position_embeddings, 512)
+    shape |= {"max_position_embeddings": positions, "pad_token_id": decoder.pad_token_id or 0}
+    return BertForSequenceClassification(BertConfig(**shape, **head_of(task)))
+
+
+MAKERS = {"stock": stock, "scratch": scratch, "bert": bert}
+
+
+def bag_of_words(task: Task, data: Data, folder: Path, name: str, seed: int) -> dict:
+    """
+    TF-IDF of words and pairs of words, then logistic or ridge regression with scikit-learn's defaults: a run's report,
+    also `results.json`. Of two texts both bags are read, what they share, and where they differ.
+    """
+
+    def texts(rows: Dataset) -> list[tuple[str, str]]:
+        read = [task.read(row) for row in rows]
+        return [(row["first"], row.get("second") or "") for row in read]
+
+    train = texts(data.train)
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit([text for pair in train for text in pair])
+
+    def bags(pairs: list[tuple[str, str]]):
+        first, second = (words.transform(side) for side in zip(*pairs, strict=True))
+        return scipy.sparse.hstack([first, second, first.multiply(second), abs(first - second)]).tocsr()
+
+    model = Ridge() if task.problem == "regression" else LogisticRegression(max_iter=1000)
+    model.fit(bags(train), data.train["label"])
+    report = {"task": name, "seed": seed, "model": "TF-IDF", "scores": {}, "majority": {}}
+    for split, rows in data.validation.items():
+        report["scores"][split] = task.metric(np.asarray(model.predict(bags(texts(rows)))), rows)
+        report["majority"][split] = task.metric(most_frequent(task, data.train, rows), rows)
+    write(folder / "results.json", json.dumps(report, indent=2))
+    return report

@@ -1,0 +1,222 @@
+"""Laws of ablations: one choice differs, rates are chosen on rows nobody is scored on, and nothing runs twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ablations as script
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertForSequenceClassification, Gemma2ForSequenceClassification
+
+from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder.ablations import Cell, Study, as_options, averages, hold_out, markdown, run_studies
+from modeling_gemma_encoder.baselines import MAKERS, bag_of_words
+from modeling_gemma_encoder.finetuning import FineTuningArguments, decoder_of
+from modeling_gemma_encoder.metrics import accuracy
+from modeling_gemma_encoder.runs import Data, digest
+from modeling_gemma_encoder.tasks import Task, by_label
+
+PAIR = Task(("first", "second"), by_label(accuracy), ("no", "yes"))
+FEW = ["--max_steps", 2, "--per_device_train_batch_size", 4, "--max_length", 32, "--use_cpu", "True", "--seeds", 1, 2]
+
+
+def make_data(size: int) -> Data:
+    rows = Dataset.from_list([{"first": f"a {n}", "second": "b", "label": n % 2, "n": n} for n in range(size)])
+    official = Dataset.from_list([{"first": "x", "second": "y", "label": 1, "n": -1}])
+    encoded = {"train": rows.select_columns("n"), "validation": official.select_columns("n")}
+    return Data(rows, {"validation": official}, {}, encoded, {"train": digest(rows)}, None, 32)
+
+
+def test_rows_set_aside_are_not_trained_on():
+    data = make_data(200)
+    choose, report = hold_out(data, None, seed=1)
+    aside, trained = choose.validation["validation"]["n"], report.train["n"]
+    assert len(aside) == 20 and not set(aside) & set(trained) and sorted([*aside, *trained]) == list(range(200))
+    assert choose.train["n"] == trained and report.validation["validation"]["n"] == [-1]
+    for one in (choose, report):  # what is encoded are the same rows
+        assert one.encoded["train"]["n"] == trained
+        assert one.encoded["validation"]["n"] == one.validation["validation"]["n"]
+    assert choose.digests["validation"] != report.digests.get("validation")
+    few = [hold_out(data, 30, seed)[1].train["n"] for seed in (1, 2, 1)]
+    assert few[0] == few[2] != few[1] and len(few[0]) == 30 and not set(few[0]) & set(aside)
+    assert len(hold_out(make_data(20_000), None, 0)[0].validation["validation"]) == 1000
+
+
+def test_studies_share_the_cells_that_are_the_same():
+    given = FineTuningArguments(model="m", pooling="mean", attention="bidirectional")
+    assert as_options({"pooling": "mean", "attention": "bidirectional"}, given) == ()
+    assert as_options({"pooling": "mean", "attention": "causal"}, given) == (("attention", "causal"),)
+    studies = {
+        "attention": Study({"causal": {"attention": "causal"}, "bidirectional": {"attention": "bidirectional"}}),
+        "pooling": Study({"mean": {"pooling": "mean"}, "last": {"pooling": "last_k"}}),
+    }
+    asked = []
+
+    def run_all(cells: list[Cell]):
+        asked.append(cells)
+        for cell in cells:  # while choosing, the smaller rate is better for `last`, the larger for all else
+            last = ("pooling", "last_k") in cell.options
+            value = -cell.learning_rate if last else cell.learning_rate
+            value = value if cell.choosing else 0.5 + cell.seed / 100
+            yield {"scores": {"v": {"a": value, "b": value}}, "majority": {"v": {"a": 0.2, "b": 0.4}}}
+
+    found = run_studies(studies, ["t"], given, [0.1, 0.2], [1, 2], run_all)
+    choosing, final = asked
+    assert len(choosing) == 3 * 2 and all(cell.choosing and cell.seed == 0 for cell in choosing)
+    assert len(final) == 3 * 2 and not any(cell.choosing for cell in final)
+    assert len({cell.folder(Path("x")) for cell in [*choosing, *final]}) == 12
+    assert found["pooling"]["t"]["mean"] == found["attention"]["t"]["bidirectional"]
+    assert found["pooling"]["t"]["last"]["learning_rate"] == 0.1
+    assert found["pooling"]["t"]["mean"]["learning_rate"] == 0.2
+    assert found["pooling"]["t"]["mean"]["scores"] == pytest.approx([0.51, 0.52])
+    assert found["pooling"]["t"]["mean"]["simple"] == {"majority": pytest.approx(0.3)}
+
+
+def test_means_and_errors_are_those_of_a_calculator():
+    """0.2, 0.4, 0.6: mean 0.4, sample deviation 0.2, error 0.2 / sqrt(3) = 0.11547. 0.5, 0.7, 0.6: 0.6, error 0.057735.
+    Over both tasks 0.5, error sqrt(0.11547^2 + 0.057735^2) / 2 = 0.0645497."""
+    of_study = {
+        "one": {"a": {"scores": [0.2, 0.4, 0.6], "simple": {"majority": 0.3}}},
+        "two": {"a": {"scores": [0.5, 0.7, 0.6], "simple": {"majority": 0.1, "BM25": 0.4}}},
+    }
+    assert averages(of_study, "a") == pytest.approx((0.5, 0.0645497), abs=1e-6)
+    lines = markdown("title", Study({"a": {}}, paper={"a": 89.4}), of_study).splitlines()
+    assert lines[2] == "| majority, or random order | 30.0 | 10.0 | 20.0 |  |"
+    assert lines[3] == "| BM25 |  | 40.0 |  |  |"
+    assert lines[4] == "| a | 40.0 ± 11.5 | 60.0 ± 5.8 | 50.0 ± 6.5 | 89.4 |"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for place, texts in (("glue/cola", ["sentence"]), ("superglue/cb", ["premise", "hypothesis"])):
+        (folder / place).mkdir(parents=True)
+        for split, size in (("train", 30), ("validation", 9)):
+            rows = [{**{text: f"some {text} {n}" for text in texts}, "label": n % 2, "idx": n} for n in range(size)]
+            (folder / place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, decoder, folder, tmp_path):
+    def command(*flags) -> dict:
+        words = ["ablations.py", "--model", decoder, "--data_dir", folder, "--output_dir", tmp_path / "out", *FEW]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (*words, *flags)])
+        script.main()
+        return json.loads((tmp_path / "out" / "results.json").read_text())["studies"]
+
+    return command
+
+
+def test_a_study_runs_once_and_padding_is_equal(command, tmp_path, capsys, monkeypatch):
+    flags = ["--tasks", "cola", "cb", "--learning_rates", 1e-3, 1e-2]
+    found = command("--study", "padding", *flags)
+    for task in ("cola", "cb"):
+        padding = found["padding"][task]
+        assert padding["left"]["scores"] == padding["right"]["scores"]
+        assert padding["left"]["chosen_on"] == padding["right"]["chosen_on"]
+    assert "| majority, or random order |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "padding.png").exists()
+    assert not list((tmp_path / "out" / "cells").rglob("*.safetensors"))
+    cells = sorted((tmp_path / "out" / "cells").rglob("results.json"))
+    assert len(cells) == 2 * 2 * (2 + 2)  # tasks x variants x (rates + seeds)
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("modeling_gemma_encoder.runs.TrainerInOrder.train", never)
+    assert command("--study", "padding", *flags) == found
+    with pytest.raises(ValueError, match="holds another run"):
+        command("--study", "padding", *flags, "--weight_decay", 0.5)
+
+
+def test_side_by_side_is_the_same(command, decoder, folder, tmp_path):
+    """On Ray in processes of their own, from another folder's command line."""
+    pytest.importorskip("ray")
+    flags = ["--study", "attention", "--tasks", "cola", "--learning_rates", "1e-3", "--seeds", "1"]
+    expected = command(*flags)
+    words = [sys.executable, script.__file__, "--model", decoder, "--data_dir", folder, *FEW, *flags, "--workers", 2]
+    words += ["--output_dir", "beside"]
+    found = subprocess.run([str(word) for word in words], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    report = json.loads((tmp_path / "beside" / "results.json").read_text())["studies"]
+    for name, of_variant in expected["attention"]["cola"].items():
+        assert report["attention"]["cola"][name]["scores"] == pytest.approx(of_variant["scores"]), name
+
+
+def test_baselines_are_what_they_are_called(command, decoder):
+    options = FineTuningArguments(model=str(decoder), pooling="mean")
+    made = {name: make(PAIR, options) for name, make in MAKERS.items()}
+    assert type(made["stock"]) is Gemma2ForSequenceClassification
+    assert getattr(made["stock"].config, "is_causal", True)
+    assert type(made["bert"]) is BertForSequenceClassification
+    assert type(made["scratch"]) is GemmaEncoderForSequenceClassification
+    given = GemmaEncoderForSequenceClassification.from_pretrained(decoder, dtype=torch.float32)
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(made["scratch"].get_parameter(weight), given.get_parameter(weight))
+    torch.testing.assert_close(made["stock"].get_parameter(weight), given.get_parameter(weight))
+    found = command("--study", "baselines", "--tasks", "cb", "--learning_rates", 1e-3)
+    assert all(len(row["scores"]) == 2 for row in found["baselines"]["cb"].values())
+
+
+def test_a_bert_has_about_the_decoders_parameters():
+    options = FineTuningArguments(model="examples/nano")
+    ours, theirs = decoder_of(options.model).num_parameters(), MAKERS["bert"](PAIR, options).num_parameters()
+    assert theirs == pytest.approx(ours, rel=0.05)
+
+
+def test_bags_of_words_see_what_two_texts_share(tmp_path):
+    """Whether two texts are the same word can only be told from what they share or where they differ."""
+    rng = np.random.default_rng(0)
+    words = ["rain", "sun", "snow", "wind", "fog", "hail"]
+    rows = [{"first": words[a], "second": words[b]} for a, b in rng.integers(0, 6, size=(600, 2))]
+    rows = Dataset.from_list([{**row, "label": int(row["first"] == row["second"])} for row in rows])
+    data = Data(rows.select(range(400)), {"validation": rows.select(range(400, 600))}, {}, {}, {}, None, 32)
+    report = bag_of_words(PAIR, data, tmp_path, "same", 1)
+    assert report["scores"]["validation"]["accuracy"] > 0.95 > report["majority"]["validation"]["accuracy"]
+    assert json.loads((tmp_path / "results.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--study", "colour", "--tasks", "cola"], "colour is none of attention"),
+        (["--study", "attention", "--tasks", "ax"], "ax is none that GLUE or SuperGLUE trains"),
+        (["--study", "start", "--tasks", "cola"], "compares two --starts or more"),
+        (["--study", "attention", "--tasks", "mrpc"], "there is neither"),
+        (["--study", "attention", "--tasks", "cola", "--workers", "0"], "at least 1, got 0"),
+    ],
+)
+def test_bad_command_lines_end_before_any_training(command, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        command(*flags)
+    assert message in capsys.readouterr().err
+
+
+def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder):
+    """It is trained by `msmarco.py`; rates are chosen on queries set aside, and BM25 stands beside it."""
+    for name, size in (("train", 10), ("judged", 4)):
+        (tmp_path / name).mkdir()
+        rows = [(f"{name}-{n}", f"{word} {n}") for n in range(size) for word in ("rain", "sun")]
+        queries = [{"qid": f"q-{name}-{n}", "text": f"rain {n}"} for n in range(size)]
+        passages = [{"pid": f"{pid}-{text.split()[0]}", "text": text} for pid, text in rows]
+        for file, lines in (("queries", queries), ("passages", passages)):
+            (tmp_path / name / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        qrels = [
+            f"q-{name}-{n} 0 {name}-{n}-{word} {grade}"
+            for n in range(size)
+            for word, grade in (("rain", 1), ("sun", 0))
+        ]
+        (tmp_path / name / "qrels.txt").write_text("\n".join(qrels) + "\n")
+    flags = ["--study", "dropout", "--tasks", "cola", "--learning_rates", 1e-3, "--seeds", 1]
+    flags += ["--ranking", tmp_path / "train", tmp_path / "judged"]
+    flags += ["--ranking_flags", "--max_steps 1 --list_size 2 --use_cpu True --save_strategy no"]
+    found = command(*flags)
+    assert set(found["dropout"]) == {"cola", "judged"}
+    row = found["dropout"]["judged"]["0.1"]
+    assert len(row["scores"]) == 1 and row["simple"]["BM25"] == 1.0 and 0 < row["simple"]["majority"] <= 1
+    assert command(*flags) == found
