@@ -212,11 +212,12 @@ def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder):
             for word, grade in (("rain", 1), ("sun", 0))
         ]
         (tmp_path / name / "qrels.txt").write_text("\n".join(qrels) + "\n")
-    flags = ["--study", "dropout", "--tasks", "cola", "--learning_rates", 1e-3, "--seeds", 1]
+    flags = ["--study", "padding", "--tasks", "cola", "--learning_rates", 1e-3, "--seeds", 1]
     flags += ["--ranking", tmp_path / "train", tmp_path / "judged"]
     flags += ["--ranking_flags", "--max_steps 1 --list_size 2 --use_cpu True --save_strategy no"]
     found = command(*flags)
-    assert set(found["dropout"]) == {"cola", "judged"}
-    row = found["dropout"]["judged"]["0.1"]
-    assert len(row["scores"]) == 1 and row["simple"]["BM25"] == 1.0 and 0 < row["simple"]["majority"] <= 1
+    assert set(found["padding"]) == {"cola", "judged"}
+    row = found["padding"]["judged"]["left"]
+    assert row["scores"] == found["padding"]["judged"]["right"]["scores"] and len(row["scores"]) == 1
+    assert row["simple"]["BM25"] == 1.0 and 0 < row["simple"]["majority"] <= 1
     assert command(*flags) == found

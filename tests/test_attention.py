@@ -43,8 +43,9 @@ def upstream(family: str, attention: str, encoder) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize(("family", "backend"), FAMILY_BACKENDS)
+@pytest.mark.parametrize(("family", "backend"), [case for case in FAMILY_BACKENDS if case[1] != "flex_attention"])
 def test_states_equal_upstream(family, backend, attention):
+    """Flex attention, which compiles, is held to the scores of the others below."""
     encoder = build(GemmaEncoderModel, encoder_config(family, attention=attention))
     reference = upstream(family, attention, encoder)
     batch = pad(BATCH)
