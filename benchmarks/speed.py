@@ -13,6 +13,7 @@ after round; ratios are medians over the rounds. Run it alone.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -34,7 +35,7 @@ from sentence_transformers import CrossEncoder
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quantize_int8
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.ranking import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
@@ -56,6 +57,7 @@ SHAPE = {
 PASSAGES = (26, 77, 87, 95, 102, 109, 117, 132, 156, 184, 393)
 SENTENCES = (23, 48, 56, 61, 67, 72, 78, 86, 96, 113, 461)
 BATCH = 32
+SCORING = ["family", "dtype", "pairs/s", "x stock sorted", "x stock unsorted"]
 
 
 # 1. What is measured
@@ -183,12 +185,14 @@ def scoring(family: str, dtype: torch.dtype, options) -> dict:
             found.append(stock(**batch).logits[:, 0].float())
         return torch.cat(found).numpy()
 
+    rounded = quantize_int8(copy.deepcopy(ours))
     ways = {
         "ours": lambda: score_pairs(ours, tokenizer, pairs),
         "stock sorted": lambda: peer.predict(pairs, batch_size=size, show_progress_bar=False),
         "stock unsorted": unsorted,
     }
     scores = {name: np.asarray(run(), dtype=np.float32) for name, run in ways.items()}
+    ways["ours, int8"] = lambda: score_pairs(rounded, tokenizer, pairs)
     tokens = sum(len(ids) for ids in tokenizer(*zip(*pairs, strict=True))["input_ids"])
     ways["products"] = products(ours, tokens, min(tokens, 4096))
     seconds = take_turns(ways, options.rounds)
@@ -200,6 +204,8 @@ def scoring(family: str, dtype: torch.dtype, options) -> dict:
         "x stock sorted": ratio(seconds, "stock sorted", "ours"),
         "x stock unsorted": ratio(seconds, "stock unsorted", "ours"),
         "products / ours": ratio(seconds, "products", "ours"),
+        "int8 x ours": ratio(seconds, "ours", "ours, int8"),
+        "correlation of int8": float(np.corrcoef(scores["ours"], ways["ours, int8"]())[0, 1]),
         "seconds": seconds,
     }
 
@@ -366,7 +372,7 @@ def main():
     }
     report = [f"{options.layers} layers of Gemma 3 270M's shape, {machine}, medians of {options.rounds} rounds"]
     for name, measure, columns in (
-        ("scoring", scoring, ["family", "dtype", "pairs/s", "x stock sorted", "x stock unsorted", "products / ours"]),
+        ("scoring", scoring, [*SCORING, "products / ours", "int8 x ours"]),
         ("others", others, ["family", "dtype", "x stock", "x stock compiled", "x LM head"]),
         ("training", training, ["family", "dtype", "steps/s", "x stock", "products / ours"]),
     ):

@@ -41,7 +41,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
     )
     tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
-    dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
+    dtype: str = field(default="float32", metadata={"help": "Or bfloat16, int8; the head computes in float32."})
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
     seed: int = field(default=0, metadata={"help": "Of the random order."})
     output_dir: str | None = field(default=None, metadata={"help": "Default: runs/evaluation/<model>-<data>."})

@@ -53,7 +53,7 @@ class RerankArguments:
     rows_at_once: int = field(default=1000, metadata={"help": "Rows scored together and then written."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "float32, bfloat16, or what is fast here of the two; the head computes in float32."},
+        metadata={"help": "float32, bfloat16, int8, or what is fast here of the first two; the head is in float32."},
     )
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
 

@@ -46,7 +46,7 @@ class RayArguments:
     tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
     )
-    dtype: str = field(default="float32", metadata={"help": "Or bfloat16; the head computes in float32."})
+    dtype: str = field(default="float32", metadata={"help": "Or bfloat16, int8; the head computes in float32."})
 
     def problem(self) -> str | None:
         if Path(self.output).exists():

@@ -15,6 +15,7 @@ from .modeling_gemma_encoder import (
 )
 from .pooling_gemma_encoder import POOLERS
 from .pretrained_gemma_encoder import GemmaEncoderPreTrainedModel
+from .quantization_gemma_encoder import quantize_int8
 from .verification_gemma_encoder import verify_attention
 from .version import __version__
 
@@ -28,6 +29,7 @@ __all__ = [
     "GemmaEncoderModel",
     "GemmaEncoderPreTrainedModel",
     "__version__",
+    "quantize_int8",
     "verify_attention",
 ]
 

@@ -100,6 +100,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
             takes from them before that. `None` until they were fitted.
         masked_lm_objective: Which state predicts a token in `GemmaEncoderForMaskedLM`: its own ("mlm"), or the one
             before it ("mntp", masked next-token prediction).
+        int8_weights: Whether the decoder's linear layers hold int8 weights, as `quantize_int8` made them. It describes
+            a checkpoint; it does not make one.
         problem_type: Which loss a classifier has, as in transformers; inferred from the labels when None.
 
     Raises:
@@ -128,6 +130,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     calibration_temperature: int | float | None = temperature(default=None)
     calibration_bias: int | float = 0.0
     masked_lm_objective: Literal["mlm", "mntp"] = "mlm"
+    int8_weights: bool = False
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
     head_dim = _of_decoder("head_dim")

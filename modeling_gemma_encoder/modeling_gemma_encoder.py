@@ -30,6 +30,7 @@ from .encoding_gemma_encoder import (
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, single_label_loss
 from .pooling_gemma_encoder import POOLERS
 from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
+from .quantization_gemma_encoder import hold_int8
 from .verification_gemma_encoder import verify_attention
 
 
@@ -58,6 +59,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             last = getattr(layer, "post_feedforward_layernorm", layer.mlp)
             last.output_dropout = config.feedforward_dropout
             last.register_forward_hook(drop_feedforward_output)
+        if config.int8_weights:
+            hold_int8(self)
         self.pooler = POOLERS[config.pooling](config)
         self.post_init()
 

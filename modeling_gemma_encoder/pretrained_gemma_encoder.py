@@ -81,7 +81,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     # Scores stay apart: neither bf16 rounding nor 4-bit loading may touch the head. FSDP shards it apart for its dtype.
     _no_split_modules = ["GemmaEncoderHead"]
     _keep_in_fp32_modules = ["classifier", "pooler"]
-    _keep_in_fp32_modules_strict = ["classifier"]
+    _keep_in_fp32_modules_strict = ["classifier", "weight_scale"]
     _keys_to_ignore_on_load_unexpected = NOT_OURS
     _can_record_outputs = None  # the decoder records its own
 

@@ -16,6 +16,7 @@ from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import write
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking
+from .quantization_gemma_encoder import quantize_int8
 from .retrieval import Collection, Run, bm25, ranked, write_run
 from .templates import encode_pairs
 from .verification_gemma_encoder import verify_attention
@@ -47,7 +48,8 @@ def load_ranker(
     A trained ranker, verified, on `device` or where there is one the accelerator, and its tokenizer.
 
     Args:
-        dtype: float32, bfloat16, or auto: what is fast there (`choose`). The head computes in float32.
+        dtype: float32, bfloat16, int8 (weights; see `quantize_int8`), or auto: the faster of the first two there
+            (`choose`). The head computes in float32.
 
     Raises:
         ValueError: `dtype` is none of these, or the checkpoint has no trained head.
@@ -55,16 +57,18 @@ def load_ranker(
     dtype, device = choose(dtype, device)
     if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).exists():
         raise ValueError(f"There is no folder {checkpoint}.")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"`dtype` must be auto, float32 or bfloat16, got {dtype}")
+    if dtype not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"`dtype` must be auto, float32, bfloat16 or int8, got {dtype}")
     config = GemmaEncoderConfig.from_pretrained(checkpoint)
     if config.architectures and config.architectures[0] != GemmaEncoderForRanking.__name__:
         raise ValueError(f"{checkpoint} is no ranker, but a {config.architectures[0]}.")
     model, loading = GemmaEncoderForRanking.from_pretrained(
-        checkpoint, dtype=getattr(torch, dtype), output_loading_info=True
+        checkpoint, dtype=getattr(torch, fast_dtype(device) if dtype == "int8" else dtype), output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{checkpoint} is no trained ranker: {', '.join(missing)} would be random.")
+    if dtype == "int8" and not config.int8_weights:
+        quantize_int8(model)
     model = model.to(device).eval()
     verify_attention(model)
     return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
