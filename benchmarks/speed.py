@@ -3,6 +3,8 @@
     python benchmarks/speed.py                              # 270M-shaped layers on this machine: table, JSON, plots
     python benchmarks/speed.py --quick                      # fewer layers, pairs and rounds
     python benchmarks/speed.py --only scoring --families gemma2 --dtypes bfloat16
+    python benchmarks/speed.py --device cuda --shape 2b --families gemma2 --dtypes bfloat16 --pairs 1000 \
+        --attn_implementation gemma_encoder_fused
 
 Peers: `Gemma*ForSequenceClassification` with `is_causal=False` through sentence-transformers' `CrossEncoder.predict`,
 which sorts by length, in batches of 32, and in batches as they come; its training step as the Trainer makes it. Others,
@@ -42,17 +44,14 @@ from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
 
 NANO = Path(__file__).parent.parent / "examples" / "nano"  # its tokenizer
-# Gemma 3 270M's layers, in both families.
-SHAPE = {
-    **{
-        "hidden_size": 640,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-    },
-    **{"intermediate_size": 2048, "sliding_window": 512, "max_position_embeddings": 8192, "query_pre_attn_scalar": 256},
+# The layers of Gemma 3 270M and 1B, and of Gemma 2 2B and 9B, each in both families: hidden and intermediate size,
+# layers, heads, and heads of keys.
+SHAPES = {
+    **{"270m": (640, 2048, 18, 4, 1), "1b": (1152, 6912, 26, 4, 1)},
+    **{"2b": (2304, 9216, 26, 8, 4), "9b": (3584, 14336, 42, 16, 8)},
 }
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+COMMON = {"head_dim": 256, "sliding_window": 512, "max_position_embeddings": 8192, "query_pre_attn_scalar": 256}
 # Deciles of token counts with nano's tokenizer: TREC DL 2020's judged pairs, and QNLI's.
 PASSAGES = (26, 77, 87, 95, 102, 109, 117, 132, 156, 184, 393)
 SENTENCES = (23, 48, 56, 61, 67, 72, 78, 86, 96, 113, 461)
@@ -84,27 +83,34 @@ def make_pairs(tokenizer, count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(query, text) for text in texts]
 
 
-def make_config(family: str, layers: int, vocab_size: int, dropout: float = 0.0):
+def make_config(family: str, options, vocab_size: int, dropout: float = 0.0):
+    layers, window = options.layers, 4096 if family == "gemma2" else 512
     local, full = "sliding_attention", "full_attention"
     kinds = [local, full] if family == "gemma2" else [local] * 5 + [full]
-    shape = {**SHAPE, "num_hidden_layers": layers, "vocab_size": vocab_size, "attention_dropout": dropout}
+    shape = {**COMMON, **dict(zip(NAMES, SHAPES[options.shape], strict=True)), "sliding_window": window}
+    shape |= {"num_hidden_layers": layers, "vocab_size": vocab_size, "attention_dropout": dropout}
     return AutoConfig.for_model(
         family, **shape, layer_types=(kinds * layers)[:layers], num_labels=1, pad_token_id=0, tie_word_embeddings=True
     )
 
 
-def make_models(family: str, layers: int, dtype: torch.dtype, vocab_size: int, folder: Path, dropout: float = 0.0):
+def make_models(family: str, options, dtype: torch.dtype, vocab_size: int, folder: Path, dropout: float = 0.0):
     """The stock classifier, saved in `folder`, and ours with its weights, its pooling and its head."""
     torch.manual_seed(0)
-    config = make_config(family, layers, vocab_size, dropout)
+    config = make_config(family, options, vocab_size, dropout)
     config.is_causal = False
     stock = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     stock.to(dtype).eval().save_pretrained(folder)
     ours = GemmaEncoderForSequenceClassification.from_pretrained(
-        folder, pooling="last_k", dtype=dtype, attention_dropout=dropout, feedforward_dropout=dropout
+        folder,
+        pooling="last_k",
+        dtype=dtype,
+        attention_dropout=dropout,
+        feedforward_dropout=dropout,
+        attn_implementation=options.attn_implementation,
     ).eval()
     ours.classifier = StockHead(stock.score)
-    return stock, ours
+    return stock.to(options.device), ours.to(options.device)
 
 
 class StockHead(nn.Module):
@@ -122,8 +128,8 @@ def products(model: nn.Module, tokens: int, at_once: int, backward: bool = False
     """The layers' matrix products over this many tokens, as a batch has them, and of the backward pass too."""
     linear = [module.weight.detach() for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
     sizes = [at_once] * (tokens // at_once) + [tokens % at_once] * (tokens % at_once > 0)
-    states = {w.shape[1]: torch.randn(at_once, w.shape[1], dtype=w.dtype) for w in linear}
-    gradients = {w.shape[0]: torch.randn(at_once, w.shape[0], dtype=w.dtype) for w in linear}
+    states = {w.shape[1]: torch.randn(at_once, w.shape[1]).to(w) for w in linear}
+    gradients = {w.shape[0]: torch.randn(at_once, w.shape[0]).to(w) for w in linear}
 
     @torch.no_grad()
     def run():
@@ -149,6 +155,8 @@ def take_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
         for name, run in ways.items():
             began = time.perf_counter()
             run()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             if number:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
@@ -172,9 +180,9 @@ def scoring(family: str, dtype: torch.dtype, options) -> dict:
     tokenizer = make_tokenizer()
     pairs = make_pairs(tokenizer, options.pairs)
     with tempfile.TemporaryDirectory() as folder:
-        stock, ours = make_models(family, options.layers, dtype, len(tokenizer), Path(folder))
+        stock, ours = make_models(family, options, dtype, len(tokenizer), Path(folder))
         tokenizer.save_pretrained(folder)
-        peer = CrossEncoder(folder, model_kwargs={"dtype": dtype}, activation_fn=nn.Identity(), device="cpu")
+        peer = CrossEncoder(folder, model_kwargs={"dtype": dtype}, activation_fn=nn.Identity(), device=options.device)
     size = BATCH
 
     @torch.no_grad()
@@ -182,8 +190,8 @@ def scoring(family: str, dtype: torch.dtype, options) -> dict:
         found = []
         for start in range(0, len(pairs), size):
             batch = tokenizer(*zip(*pairs[start : start + size], strict=True), padding=True, return_tensors="pt")
-            found.append(stock(**batch).logits[:, 0].float())
-        return torch.cat(found).numpy()
+            found.append(stock(**batch.to(options.device)).logits[:, 0].float())
+        return torch.cat(found).cpu().numpy()
 
     rounded = quantize_int8(copy.deepcopy(ours))
     ways = {
@@ -216,10 +224,10 @@ def others(family: str, dtype: torch.dtype, options) -> dict:
     pairs = make_pairs(tokenizer, max(8, options.pairs // 4))
     pairs.sort(key=lambda pair: -len(tokenizer(*pair)["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
-        stock, ours = make_models(family, options.layers, dtype, options.vocab_size, Path(folder))
+        stock, ours = make_models(family, options, dtype, options.vocab_size, Path(folder))
     torch.manual_seed(0)
-    config = make_config(family, options.layers, options.vocab_size)
-    decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    config = make_config(family, options, options.vocab_size)
+    decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(options.device)
     word = tokenizer.convert_tokens_to_ids("▁yes")
 
     @torch.no_grad()
@@ -227,12 +235,12 @@ def others(family: str, dtype: torch.dtype, options) -> dict:
         found = []
         for start in range(0, len(pairs), size):
             batch = tokenizer(*zip(*pairs[start : start + size], strict=True), padding=True, return_tensors="pt")
-            logits = model(**batch).logits
+            logits = model(**batch.to(options.device)).logits
             if last:
                 ends = batch["attention_mask"].sum(1) - 1
                 logits = logits[torch.arange(len(ends)), ends][:, [word]]
             found.append(logits[:, 0].float())
-        return torch.cat(found).numpy()
+        return torch.cat(found).cpu().numpy()
 
     ways = {
         "ours": lambda: score_pairs(ours, tokenizer, pairs),
@@ -261,16 +269,17 @@ def training(family: str, dtype: torch.dtype, options) -> dict:
     batch = {name: torch.zeros(BATCH, int(sizes.max()), dtype=torch.long) for name in ("input_ids", "attention_mask")}
     for row, values in enumerate(ids):
         batch["input_ids"][row, : len(values)], batch["attention_mask"][row, : len(values)] = torch.tensor(values), 1
-    labels = torch.randn(BATCH)
+    batch = {name: values.to(options.device) for name, values in batch.items()}
+    labels = torch.randn(BATCH, device=options.device)
     with tempfile.TemporaryDirectory() as folder:
-        stock, ours = make_models(family, options.layers, torch.float32, options.vocab_size, Path(folder), dropout=0.1)
+        stock, ours = make_models(family, options, torch.float32, options.vocab_size, Path(folder), dropout=0.1)
 
     def step(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         model.train()
 
         def run():
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(torch.device(options.device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model(**batch, labels=labels).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -308,7 +317,7 @@ def growth(options) -> dict:
     """Seconds of scoring more and more passages; linear is as it should be."""
     tokenizer = make_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        _, ours = make_models("gemma3_text", options.layers, torch.float32, len(tokenizer), Path(folder))
+        _, ours = make_models("gemma3_text", options, torch.float32, len(tokenizer), Path(folder))
     counts = [options.pairs // 4, options.pairs // 2, options.pairs]
     counts += [] if options.quick else [2 * options.pairs, 4 * options.pairs]
     pairs = make_pairs(tokenizer, counts[-1])
@@ -346,7 +355,10 @@ def main():
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--families", nargs="+", default=["gemma2", "gemma3_text"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--layers", type=int, default=None, help="Of 18. Default: 6; 2 with --quick.")
+    parser.add_argument("--shape", choices=SHAPES, default="270m")
+    parser.add_argument("--layers", type=int, default=None, help="Default: 6, 2 with --quick, all on an accelerator.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--attn_implementation", default=None, help="Of ours. Default: as users have it.")
     parser.add_argument("--pairs", type=int, default=None, help="Default: 100; 64 with --quick.")
     parser.add_argument("--rounds", type=int, default=None, help="Default: 5; 2 with --quick.")
     parser.add_argument("--vocab_size", type=int, default=None, help="Of training. Default: 262144; 8192 with --quick.")
@@ -354,11 +366,14 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/speed"))
     options = parser.parse_args()
+    if options.device != "cpu" and not options.quick:
+        options.layers = options.layers or SHAPES[options.shape][2]
     quick = {"layers": (6, 2), "rounds": (5, 2), "pairs": (100, 64), "vocab_size": (262144, 8192)}
     for name, (whole, short) in quick.items():
         setattr(options, name, getattr(options, name) or (short if options.quick else whole))
     options.output_dir.mkdir(parents=True, exist_ok=True)
     machine = {
+        "device": options.device,
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -370,7 +385,7 @@ def main():
         "layers": options.layers,
         "rounds": options.rounds,
     }
-    report = [f"{options.layers} layers of Gemma 3 270M's shape, {machine}, medians of {options.rounds} rounds"]
+    report = [f"{options.layers} layers of the shape of {options.shape}, {machine}, medians of {options.rounds} rounds"]
     for name, measure, columns in (
         ("scoring", scoring, [*SCORING, "products / ours", "int8 x ours"]),
         ("others", others, ["family", "dtype", "x stock", "x stock compiled", "x LM head"]),
