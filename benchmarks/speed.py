@@ -270,7 +270,7 @@ def training(family: str, dtype: torch.dtype, options) -> dict:
     for row, values in enumerate(ids):
         batch["input_ids"][row, : len(values)], batch["attention_mask"][row, : len(values)] = torch.tensor(values), 1
     batch = {name: values.to(options.device) for name, values in batch.items()}
-    labels = torch.randn(BATCH, device=options.device)
+    labels, kind = torch.randn(BATCH, device=options.device), torch.device(options.device).type
     with tempfile.TemporaryDirectory() as folder:
         stock, ours = make_models(family, options, torch.float32, options.vocab_size, Path(folder), dropout=0.1)
 
@@ -279,7 +279,7 @@ def training(family: str, dtype: torch.dtype, options) -> dict:
         model.train()
 
         def run():
-            with torch.autocast(torch.device(options.device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model(**batch, labels=labels).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
