@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 import ir_measures
 import matplotlib
@@ -199,9 +200,12 @@ def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -
 
 
 def random_order(collection: Collection, depth: int | None = None, seed: int = 0) -> Run:
-    draw = np.random.default_rng(seed)
-    candidates = collection.candidates(depth)
-    return {qid: dict(zip(pids, draw.random(len(pids)).tolist(), strict=True)) for qid, pids in candidates.items()}
+    """A draw for each query by its id, of passages in the order of theirs: the same wherever they were read."""
+    run = {}
+    for qid, pids in collection.candidates(depth).items():
+        draw = np.random.default_rng([seed, crc32(qid.encode())])
+        run[qid] = dict(zip(sorted(pids), draw.random(len(pids)).tolist(), strict=True))
+    return run
 
 
 def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> dict[str, float]:

@@ -124,6 +124,17 @@ def test_equal_scores_measure_the_same_whatever_their_order():
     assert measure(qrels, one, measures) == measure(qrels, other, measures)
 
 
+def test_random_order_is_the_same_wherever_it_is_drawn():
+    """Queries and passages that come out of sets come in another order in every process."""
+    qrels = {f"q{n}": {f"p{n}-{i}": i % 2 for i in range(5)} for n in range(4)}
+    texts = {pid: "text" for grades in qrels.values() for pid in grades}
+    turned = {qid: dict(reversed(grades.items())) for qid, grades in reversed(qrels.items())}
+    queries = dict.fromkeys(qrels, "query")
+    runs = [random_order(Collection(queries, texts, judged)) for judged in (qrels, turned)]
+    assert runs[0] == runs[1] and len({max(scores, key=scores.get)[-1] for scores in runs[0].values()}) > 1
+    assert random_order(Collection(queries, texts, qrels), seed=1) != runs[0]
+
+
 def test_random_order_is_worth_what_the_hand_says():
     qrels = {f"q{n}": {f"{n}-{i}": int(i == 0) for i in range(4)} for n in range(3000)}
     collection = Collection(dict.fromkeys(qrels, ""), {}, qrels)
