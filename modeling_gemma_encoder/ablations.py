@@ -18,7 +18,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from .baselines import MAKERS, bag_of_words
-from .finetuning import FineTuningArguments, build
+from .finetuning import FineTuningArguments
 from .runs import Data, digest, fine_tune
 from .tasks import Source, Task
 
@@ -139,7 +139,7 @@ class Bench:
         if kind == "words":
             return bag_of_words(task, data, folder, cell.task, cell.seed)
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-            report = fine_tune(cell.task, task, data, options, args, make=MAKERS.get(kind, build))
+            report = fine_tune(cell.task, task, data, options, args, make=MAKERS.get(kind))
         self.tidy(folder)
         return report
 

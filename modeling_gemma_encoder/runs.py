@@ -112,7 +112,7 @@ def fine_tune(
     options: FineTuningArguments,
     args: TrainingArguments,
     trained: Path | None = None,
-    make: Callable[[Task, FineTuningArguments], PreTrainedModel] = build,
+    make: Callable[[Task, FineTuningArguments], PreTrainedModel] | None = None,
 ) -> dict:
     """
     One run in `args.output_dir`: trains, evaluates, predicts, and leaves the model and `results.json` there.
@@ -122,7 +122,7 @@ def fine_tune(
 
     Args:
         trained: Folder of a finished run, whose model is evaluated here without further training.
-        make: Makes the model; another one than ours to compare with.
+        make: Makes another model than ours, to compare with.
 
     Raises:
         ValueError: the folder holds another run, or the Trainer cannot do what `args` say with this task.
@@ -185,7 +185,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     set_seed(args.seed)
     folder = Path(args.output_dir)
     train = trained is None and args.do_train
-    model = task.head.from_pretrained(trained) if trained else make(task, options)
+    model = task.head.from_pretrained(trained) if trained else (make or build)(task, options)
     tokenizer, first = data.tokenizer, next(iter(data.validation), None)
     pad, timer = DataCollatorWithPadding(tokenizer), StepTimer()
 
@@ -211,7 +211,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     if train:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-    if make is build and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
+    if make is None and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         verify_attention(trainer.model)
 
     trainer.compute_metrics, scores, majority, predicted, logits = None, {}, {}, {}, {}

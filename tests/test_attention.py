@@ -9,6 +9,7 @@ from conftest import (
     ATTENTIONS,
     FAMILIES,
     FAMILY_BACKENDS,
+    FUSED,
     UNPADDED,
     WINDOW,
     backends,
@@ -69,7 +70,7 @@ def test_gradients_equal_upstream(family, attention):
     direction = torch.randn(3, 10, 32) * real
     (reference(**batch, use_cache=False).last_hidden_state * direction).sum().backward()
     for backend in backends(family):
-        if backend == "flex_attention":  # no backward on CPU
+        if backend in (FUSED, "flex_attention"):  # no backward on CPU; see test_fused
             continue
         set_backend(encoder, backend)
         encoder.zero_grad()
@@ -232,8 +233,9 @@ def test_company_never_changes_the_score(family, backend, attention, pooling):
     assert (alone[0] - alone[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((family, "bidirectional") for family in FAMILIES), ("gemma2", "causal")]
+)
 def test_company_never_changes_the_score_in_flex_attention(family, attention):
     for pooling in POOLERS:
         config = encoder_config(family, attention=attention, pooling=pooling, pooling_k=2, num_labels=3)
