@@ -178,7 +178,7 @@ def make_tokenizer():
 
 def scoring(family: str, dtype: torch.dtype, options) -> dict:
     tokenizer = make_tokenizer()
-    pairs = make_pairs(tokenizer, options.pairs)
+    pairs = make_pairs(tokenizer, options.pairs, options.seed)
     with tempfile.TemporaryDirectory() as folder:
         stock, ours = make_models(family, options, dtype, len(tokenizer), Path(folder))
         tokenizer.save_pretrained(folder)
@@ -221,7 +221,7 @@ def scoring(family: str, dtype: torch.dtype, options) -> dict:
 def others(family: str, dtype: torch.dtype, options) -> dict:
     """Stock as it is and compiled, and the language model's head; batches of 8 and 32, sorted by length."""
     tokenizer = make_tokenizer()
-    pairs = make_pairs(tokenizer, max(8, options.pairs // 4))
+    pairs = make_pairs(tokenizer, max(8, options.pairs // 4), options.seed)
     pairs.sort(key=lambda pair: -len(tokenizer(*pair)["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
         stock, ours = make_models(family, options, dtype, options.vocab_size, Path(folder))
@@ -320,7 +320,7 @@ def growth(options) -> dict:
         _, ours = make_models("gemma3_text", options, torch.float32, len(tokenizer), Path(folder))
     counts = [options.pairs // 4, options.pairs // 2, options.pairs]
     counts += [] if options.quick else [2 * options.pairs, 4 * options.pairs]
-    pairs = make_pairs(tokenizer, counts[-1])
+    pairs = make_pairs(tokenizer, counts[-1], options.seed)
     tokens = [sum(map(len, tokenizer(*zip(*pairs[:count], strict=True))["input_ids"])) for count in counts]
     ways = {str(count): (lambda count=count: score_pairs(ours, tokenizer, pairs[:count])) for count in counts}
     seconds = take_turns(ways, max(2, options.rounds // 2))

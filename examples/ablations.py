@@ -6,10 +6,11 @@
     python examples/ablations.py --study attention --tasks cola --model google/gemma-2-2b --bf16 --workers 8
 
 Studies are in `STUDIES`. Tasks are GLUE's and SuperGLUE's, from the Hub or from `--data_dir`: <task>/, glue/<task>/ or
-superglue/<task>/ in it, and a reranker's with `--ranking`. For every variant and task the learning rate is the one of
+superglue/<task>/ in it. For every variant and task the learning rate is the one of
 `--learning_rates` that does best on a tenth of the training rows (a thousand at most), which are set aside; then
 `--seeds` are trained and scored on the official validation rows, with several metrics averaged as GLUE does. Everything
-else is what `glue.py` takes, every flag of `TrainingArguments` included.
+else is what `glue.py` takes, every flag of `TrainingArguments` included. A reranker is a further task by `--ranking`,
+with the variants, rates and seeds, and everything else from `--ranking_flags`.
 
 A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` a table and a
@@ -23,13 +24,15 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import glue
 import superglue
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
 from modeling_gemma_encoder.ablations import Bench, Cell, Study, markdown, plot, run_studies
@@ -103,6 +106,8 @@ STUDIES = {
 }
 # Made of the command line: `start` has a variant for each of --starts, `padding` one for each side.
 MADE = ("start", "padding")
+# What every task has for itself unless the command line says otherwise.
+OF_TASK = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size")
 # What every variant has unless it says otherwise: the config's defaults, spelled out.
 PLAIN = {"attention": "bidirectional", "pooling": "mean", "pooling_k": 1, "pooling_num_probes": 1, **dropout(0.1, 0.1)}
 
@@ -130,8 +135,34 @@ class AblationArguments:
     keep_models: bool = field(default=False, metadata={"help": "Keep the weights of every cell."})
 
 
-def missing(places: list[str]) -> list[str]:
-    return [place for place in places if not Path(place).exists()]
+def cannot_ablate(own: AblationArguments, options, args, studies: dict[str, Study], tasks: dict) -> str | None:
+    """What cannot be, in the words of the command line, before anything is trained."""
+    if own.workers < 1:
+        return f"--workers must be at least 1, got {own.workers}"
+    if own.workers > 1:
+        if find_spec("ray") is None:
+            return '--workers needs Ray: pip install ".[ray]"'
+        if 0 < (gpus := torch.cuda.device_count()) < own.workers:
+            return f"--workers {own.workers} need a GPU each; there are {gpus}"
+    if args.do_predict or not (args.do_train and args.do_eval):
+        return "--do_predict, and not to train or evaluate, are for glue.py"
+    if "baselines" in studies:
+        if chooses := [name for name, (task, _) in tasks.items() if task.problem == "choice"]:
+            return f"--study baselines: {', '.join(chooses)} choose among candidates, which stock classifiers do not"
+        if options.lora_r or options.freeze_embeddings or options.dtype != "float32":
+            return "--study baselines trains all weights: without --lora_r, --freeze_embeddings and --dtype"
+        if AutoConfig.from_pretrained(options.model, trust_remote_code=False).model_type == "gemma_encoder":
+            return f"--study baselines needs a decoder as --model: {options.model} is an encoder's checkpoint"
+    if own.ranking:
+        if len(own.ranking) != 2 or own.ranking[0] == own.ranking[1]:
+            return "--ranking names two places, data to train on and other data to evaluate"
+        if missing := [place for place in own.ranking if not Path(place).exists()]:
+            return f"--ranking: there is no {', '.join(missing)}"
+        if wrong := {"baselines", "rows"} & set(studies):
+            return f"--ranking has no study {', '.join(sorted(wrong))}"
+        if options.lora_r:
+            return "--ranking: give --lora_r in --ranking_flags, with learning rates for both"
+    return None
 
 
 def source_of(name: str, data_dir: str | None) -> Source:
@@ -147,8 +178,10 @@ def source_of(name: str, data_dir: str | None) -> Source:
 
 
 def padded_on(side: str, model: str, root: Path) -> str:
-    """The same checkpoint with a tokenizer that pads on this side."""
-    folder = root / "padding" / side
+    """The same checkpoint with a tokenizer that pads on this side, in a folder of where it is and when it changed."""
+    source = Path(model).resolve()
+    state = [str(source), *(f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(source.iterdir()))]
+    folder = root / "padding" / sha256("\n".join(state).encode()).hexdigest()[:8] / side
     if not (folder / "tokenizer.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for path in Path(model).iterdir():
@@ -213,6 +246,8 @@ class Ranking:
             if subprocess.run(words_with_place, stdout=log, stderr=subprocess.STDOUT).returncode:
                 raise ValueError(f"msmarco.py failed, see {folder / 'log.txt'}")
         places = [path for path in folder.glob("*/results.json") if (path.parent.name == "held-out") == cell.choosing]
+        if not places:
+            raise ValueError(f"msmarco.py measured nothing: {train} has too few queries to set some aside.")
         means = json.loads(places[0].read_text())["means"]
         first = next(iter(means["Gemma Encoder"]))
         names = {"scores": "Gemma Encoder", "majority": "random order", "BM25": "BM25"}
@@ -225,7 +260,7 @@ class Workers:
     """Cells, one after the other here or side by side on Ray, with a bar."""
 
     def __init__(self, own: AblationArguments, *bench):
-        self.count, self.bench, self.pool = own.workers, (*bench, own.keep_models, os.getcwd()), None
+        self.count, self.bench, self.pool = own.workers, (*bench, own.keep_models), None
 
     def __call__(self, cells: list[Cell]) -> Iterable[dict]:
         if self.count == 1:
@@ -246,7 +281,7 @@ class Workers:
             ray.init(runtime_env={"env_vars": {"PYTHONPATH": places, **quiet}}, log_to_driver=False)
             gpus, cores = ray.cluster_resources().get("GPU", 0), ray.cluster_resources()["CPU"]
             actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=0 if gpus else cores / self.count)(Bench)
-            self.pool = ActorPool([actor.remote(*self.bench) for _ in range(self.count)])
+            self.pool = ActorPool([actor.remote(*self.bench, os.getcwd()) for _ in range(self.count)])
         return self.pool
 
 
@@ -258,7 +293,8 @@ def main():
         formatter_class=Help,
     )
     parser.set_defaults(output_dir="runs/ablations", **COMMON)
-    parser.set_defaults(eval_strategy="no", save_strategy="no", disable_tqdm=True, num_train_epochs=None, **PLAIN)
+    parser.set_defaults(eval_strategy="no", save_strategy="no", disable_tqdm=True, **PLAIN)
+    parser.set_defaults(**dict.fromkeys(OF_TASK))
     known = {name: task for _, tasks in SUITES.values() for name, task in tasks.items()}
     given = parser.parse_args()
     if unknown := [name for name in given.tasks if name not in known or known[name].train_on]:
@@ -271,11 +307,9 @@ def main():
         studies = chosen_studies(own, options.model, root)
         tasks = {name: (known[name], source_of(name, own.data_dir)) for name in own.tasks}
         problem = options.problem(args) or cannot_run(args, [task for task, _ in tasks.values()], own.seeds)
-        if problem or own.workers < 1:
-            fail(parser, problem or f"--workers must be at least 1, got {own.workers}")
+        if problem := problem or cannot_ablate(own, options, args, studies, tasks):
+            fail(parser, problem)
         flags = tuple(shlex.split(own.ranking_flags))
-        if own.ranking and (len(own.ranking) != 2 or missing(own.ranking) or {"baselines", "rows"} & set(studies)):
-            fail(parser, "--ranking names data to train on and to evaluate, and has no studies `baselines` and `rows`")
         for task, source in tasks.values():
             check_model(task, options)
             for split in ("train", *task.validation):
@@ -289,7 +323,9 @@ def main():
     rates = own.learning_rates or [factor * defaults["learning_rate"] for factor in (0.5, 1, 2)]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    workers = Workers(own, tasks, options, args, root, others, given.num_train_epochs is None)
+    workers = Workers(
+        own, tasks, options, args, root, others, tuple(name for name in OF_TASK if getattr(given, name) is None)
+    )
     found = run_studies(studies, [*tasks, *others], options, rates, own.seeds, workers)
     tables = []
     for name, study in studies.items():

@@ -1,4 +1,4 @@
-"""Ablations: the same fine-tuning with one choice changed, on several tasks and seeds, and whether it matters.
+"""Ablations: the same fine-tuning with one choice changed, on several tasks and seeds, in one table.
 
 A cell is a task, the options that differ, a learning rate and a seed; it is a run like any other (`runs.fine_tune`),
 with a folder and a `results.json` of its own, which is read and not run again when it is there. Every variant has the
@@ -75,7 +75,7 @@ def hold_out(data: Data, rows: int | None, seed: int) -> tuple[Data, Data]:
     chosen, encoded = data.train.select(left), data.encoded["train"].select(left)
     held = data.train.select(aside)
     digests = {**data.digests, "train": digest(chosen)}
-    report = replace(data, train=chosen, encoded={**data.encoded, "train": encoded}, digests=digests)
+    report = replace(data, train=chosen, test={}, encoded={**data.encoded, "train": encoded}, digests=digests)
     choose = replace(
         report,
         validation={split: held},
@@ -91,9 +91,9 @@ class Bench:
     Args:
         root: Where the cells' folders are.
         others: Tasks that are no rows of a table: name -> what makes a cell's report in a folder.
-        own_epochs: Every task has its own number of epochs, and not that of `args`.
+        of_task: Of the number of epochs and the batch sizes those that every task has for itself, and not from `args`.
         keep_models: Keep the weights of every cell.
-        working_directory: Of a process that was started elsewhere.
+        working_directory: Of one process among several, which was started elsewhere.
     """
 
     def __init__(
@@ -103,14 +103,15 @@ class Bench:
         args: TrainingArguments,
         root: Path,
         others: dict[str, Callable[[Cell, Path], dict]],
-        own_epochs: bool = False,
+        of_task: tuple[str, ...] = (),
         keep_models: bool = False,
         working_directory: str | None = None,
     ):
+        self.working_directory = working_directory
         if working_directory:
             os.chdir(working_directory)
         self.tasks, self.options, self.args, self.root = tasks, options, args, root
-        self.others, self.own_epochs, self.keep_models = others, own_epochs, keep_models
+        self.others, self.of_task, self.keep_models = others, of_task, keep_models
         self.loaded: dict[tuple, Data] = {}
 
     def run(self, cell: Cell) -> dict:
@@ -127,8 +128,14 @@ class Bench:
         kind = changed.pop("kind", None)
         for key, value in changed.items():
             setattr(options, key, value)
-        if self.own_epochs:
+        if "num_train_epochs" in self.of_task:
             args.num_train_epochs = task.epochs
+        if "per_device_train_batch_size" in self.of_task:
+            args.per_device_train_batch_size = task.batch_size
+        if "per_device_eval_batch_size" in self.of_task:
+            args.per_device_eval_batch_size = 2 * task.batch_size
+        if self.working_directory:  # one process of several has one device, whatever was counted where it began
+            args._n_gpu = min(args.n_gpu, 1)
         args.learning_rate, args.seed, args.output_dir = cell.learning_rate, cell.seed, str(folder)
         rows, options.max_train_samples = options.max_train_samples, None
         key = (cell.task, options.model, options.max_length)

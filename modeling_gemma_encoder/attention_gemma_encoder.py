@@ -100,7 +100,7 @@ class Bucket(NamedTuple):
         mask, softcap = self.masks[module.reach], kwargs.get("softcap")
         scaling, dropout = kwargs["scaling"], kwargs.get("dropout", 0.0)
         few = self.batch * query.shape[2] * self.length**2 <= 2**27  # the weights it holds: a few hundred megabytes
-        short = query.dtype == torch.bfloat16 or self.length <= 256 or dropout > 0
+        short = value.dtype == torch.bfloat16 or self.length <= 256 or dropout > 0
         dense = query.device.type == "cpu" and short and few
         if softcap is not None or kwargs.get("output_attentions") or dense:
             output, weights = dense_attention(query, key, value, mask, scaling, softcap, dropout)

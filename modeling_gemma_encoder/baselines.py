@@ -25,13 +25,18 @@ from .tasks import Task, most_frequent
 
 def head_of(task: Task) -> dict:
     """What upstream's configs say of a task."""
-    if task.problem == "choice":
-        raise ValueError("A choice among candidates has no stock classifier.")
     return {"num_labels": len(task.labels) or 1, "problem_type": task.problem}
 
 
 def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:
-    """`Gemma*ForSequenceClassification`: causal attention, last token, no dropout, as it comes."""
+    """`Gemma*ForSequenceClassification`: causal attention, last token, no dropout, as it comes.
+
+    Raises:
+        ValueError: the checkpoint is an encoder's, which the stock class does not read.
+    """
+    config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
+    if config.model_type == GemmaEncoderConfig.model_type:
+        raise ValueError(f"{options.model} is an encoder's checkpoint; the stock classifier reads a decoder's.")
     model = AutoModelForSequenceClassification.from_pretrained(
         options.model, trust_remote_code=False, dtype="float32", **head_of(task)
     )
@@ -55,8 +60,7 @@ def bert(task: Task, options: FineTuningArguments) -> PreTrainedModel:
     inner = (wanted // layers - 4 * width**2) // (2 * width)
     shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": max(inner, width)}
     shape |= {"num_attention_heads": decoder.num_attention_heads, "vocab_size": decoder.vocab_size}
-    positions = min(decoder.max_position_embeddings, 512)
-    shape |= {"max_position_embeddings": positions, "pad_token_id": decoder.pad_token_id or 0}
+    shape |= {"max_position_embeddings": decoder.max_position_embeddings, "pad_token_id": decoder.pad_token_id or 0}
     return BertForSequenceClassification(BertConfig(**shape, **head_of(task)))
 
 

@@ -76,6 +76,11 @@ def refuse_incomplete(
     same = all(getattr(saved, name) == getattr(loaded, name) for name in SHAPES)
     parts = PARTS.get((saved.architectures or [""])[0], ()) if same else ()
     lost = sorted(name for name in missing if name.split(".")[0] in ("model", *parts))
+    if any(name.endswith(".weight_scale") for name in lost):
+        raise ValueError(
+            f"{source} has no int8 weights (weight_scale), as `int8_weights=True` says of a checkpoint: load it as it "
+            "is, then call `quantize_int8(model)`."
+        )
     if lost:
         raise ValueError(
             f"{source} lacks {len(lost)} weights that its config.json promises: {', '.join(lost[:3])}"

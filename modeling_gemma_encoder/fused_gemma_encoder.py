@@ -18,6 +18,8 @@ On a CPU flex attention is a plain function that holds all tokens' weights, for 
 """
 
 from collections.abc import Callable
+from functools import cache
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -48,8 +50,15 @@ class Sequences(NamedTuple):
 def runs_varlen(query: torch.Tensor, softcap: float | None, dropout: float) -> bool:
     """Whether flash attention of variable lengths computes exactly this."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    there = varlen_attn is not None and query.is_cuda
-    return there and softcap is None and not dropout and half and query.shape[-1] <= 256
+    if softcap is not None or dropout or not half or query.shape[-1] > 256 or not query.is_cuda:
+        return False
+    return can_varlen() and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+@cache
+def can_varlen() -> bool:
+    """Whether this torch's function takes windows and shared keys."""
+    return varlen_attn is not None and {"window_size", "enable_gqa"} <= set(signature(varlen_attn).parameters)
 
 
 def find_sequences(unpadding: Unpadding, reaches: set[Reach]) -> Sequences:
@@ -114,6 +123,8 @@ def fused_attention(module, query, key, value, attention_mask, sequences: Sequen
             f"attn_implementation={FUSED!r} runs inside a Gemma Encoder only: call the encoder, not its decoder, or "
             'choose an upstream backend with `set_attn_implementation("eager")`.'
         )
+    if torch.is_autocast_enabled(query.device.type):  # rotary leaves queries and keys in fp32, and values not
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     scaling, softcap, dropout = kwargs["scaling"], kwargs.get("softcap"), kwargs.get("dropout", 0.0)
     if runs_varlen(query, softcap, dropout):
         window = tuple(-1 if limit is None else limit for limit in module.reach)

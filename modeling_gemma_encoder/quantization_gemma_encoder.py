@@ -1,4 +1,4 @@
-"""int8 weights for scoring: half of bf16's memory, and faster where int8 is multiplied natively (VNNI, tensor cores).
+"""int8 weights for scoring: linear layers in half of bf16's memory, and faster where int8 is multiplied natively.
 
 Weights are rounded once, each output by the largest weight of its row; states are rounded when they arrive, each token
 by its largest value (the vector-wise scheme of LLM.int8, arXiv 2208.07339, section 2.1, without its outliers). Products
@@ -67,7 +67,7 @@ def hold_int8(model: nn.Module) -> None:
 def quantize_int8(model: nn.Module) -> nn.Module:
     """
     Rounds the linear layers of an encoder's decoder to int8, in place; `save_pretrained` and `from_pretrained` keep
-    them. Scores change by about a hundredth of their spread; measure yours.
+    them. Scores change by a few hundredths of their spread: measure yours (`benchmarks/README.md`, int8).
 
     Raises:
         ValueError: it is no Gemma Encoder, or its layers are quantised or carry adapters already.

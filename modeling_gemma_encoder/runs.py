@@ -133,7 +133,7 @@ def fine_tune(
     wanted = {split: data.digests[split] for split in (*data.validation, *data.test)}
     if report and all(report["evaluated"].get(split) == rows for split, rows in wanted.items()):
         return report
-    if report and any(folder.glob("*model*.safetensors")):
+    if report and make is None and any(folder.glob("*model*.safetensors")):
         trained = folder
     if is_fsdp_enabled() and (trained or not args.do_train):
         raise ValueError(

@@ -189,6 +189,10 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "start", "--tasks", "cola"], "compares two --starts or more"),
         (["--study", "attention", "--tasks", "mrpc"], "there is neither"),
         (["--study", "attention", "--tasks", "cola", "--workers", "0"], "at least 1, got 0"),
+        (["--study", "attention", "--tasks", "cola", "--do_predict"], "are for glue.py"),
+        (["--study", "baselines", "--tasks", "cola", "--lora_r", "4"], "trains all weights"),
+        (["--study", "rows", "--tasks", "cola", "--ranking", "a", "b"], "there is no a, b"),
+        (["--study", "attention", "--tasks", "cola", "--ranking", "a", "a"], "other data to evaluate"),
     ],
 )
 def test_bad_command_lines_end_before_any_training(command, capsys, flags, message):

@@ -114,11 +114,14 @@ def test_varlen_attention_is_told_the_same(module, monkeypatch):
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_flash_attention_runs_only_where_it_is_exact():
+def test_flash_attention_runs_only_where_it_is_exact(monkeypatch):
     class OnGpu:
-        is_cuda, dtype, shape = True, torch.bfloat16, (1, 4, 10, 256)
+        is_cuda, device, dtype, shape = True, "cuda", torch.bfloat16, (1, 4, 10, 256)
 
     query = OnGpu()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not runs_varlen(query, None, 0.0)  # a T4 has no such kernel
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert runs_varlen(query, None, 0.0)
     assert not runs_varlen(query, 50.0, 0.0) and not runs_varlen(query, None, 0.1)
     query.dtype = torch.float32
@@ -139,3 +142,14 @@ def test_a_training_step_runs_fused(monkeypatch):
     assert torch.equal(drawn[0], drawn[2]) and (drawn[0] - drawn[1]).abs().max() > 1e-2
     drawn[0].sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.parameters())
+
+
+def test_under_autocast_all_are_of_its_dtype(module, monkeypatch):
+    """Rotary embeddings leave queries and keys in fp32 there, and values in bf16."""
+    query, key, value = (x.detach() for x in make_states())
+    given = []
+    monkeypatch.setattr(fused_gemma_encoder, "flex", lambda *states: (given.append(states[:3]), (states[0], None))[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kwargs = {"scaling": 0.25, "sequences": make_sequences(module.reach)}
+        fused_attention(module, query, key, value.bfloat16(), None, **kwargs)
+    assert {x.dtype for x in given[0]} == {torch.bfloat16}
