@@ -2,15 +2,15 @@
 
     python examples/ablations.py --study attention pooling --tasks cola mrpc stsb --model google/gemma-3-270m --bf16
     python examples/ablations.py --study dropout dropout_place --tasks cola wic --model examples/nano --data_dir data
-    python examples/ablations.py --study start --starts examples/nano runs/nano-mlm runs/nano-mntp --tasks sst2
+    python examples/ablations.py --study start --starts examples/nano runs/nano-mlm --tasks sst2 --model examples/nano
     python examples/ablations.py --study attention --tasks cola --model google/gemma-2-2b --bf16 --workers 8
 
 Studies are in `STUDIES`. Tasks are GLUE's and SuperGLUE's, from the Hub or from `--data_dir`: <task>/, glue/<task>/ or
-superglue/<task>/ in it. For every variant and task the learning rate is the one of
-`--learning_rates` that does best on a tenth of the training rows (a thousand at most), which are set aside; then
-`--seeds` are trained and scored on the official validation rows, with several metrics averaged as GLUE does. Everything
-else is what `glue.py` takes, every flag of `TrainingArguments` included. A reranker is a further task by `--ranking`,
-with the variants, rates and seeds, and everything else from `--ranking_flags`.
+superglue/<task>/ in it. For every variant and task the learning rate is the one of `--learning_rates` that does best on
+a tenth of the training rows (a thousand at most), which are set aside; then `--seeds` are trained and scored on the
+official validation rows, with several metrics averaged as GLUE does. Everything else is what `glue.py` takes, every
+flag of `TrainingArguments` included. A reranker is a further task by `--ranking`, with the variants, rates and seeds,
+and everything else from `--ranking_flags`.
 
 A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` a table and a
@@ -280,7 +280,9 @@ class Workers:
             quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             ray.init(runtime_env={"env_vars": {"PYTHONPATH": places, **quiet}}, log_to_driver=False)
             gpus, cores = ray.cluster_resources().get("GPU", 0), ray.cluster_resources()["CPU"]
-            actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=0 if gpus else cores / self.count)(Bench)
+            share = cores / self.count
+            share = 0 if gpus else share if share < 1 else int(share)  # Ray takes parts of a core, or whole ones
+            actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=share)(Bench)
             self.pool = ActorPool([actor.remote(*self.bench, os.getcwd()) for _ in range(self.count)])
         return self.pool
 

@@ -94,7 +94,7 @@ class Bucket(NamedTuple):
         """Attention within each sequence, on a batch made for this call only: (1, tokens, heads, head_dim).
 
         Soft-capping and returned weights need `dense_attention`; everything else runs in torch's fused function, but
-        for a CPU's short sequences and bf16, where it takes up to twice as long (torch 2.13; `benchmarks/speed.py`).
+        for a CPU's short sequences and bf16, where it takes up to twice as long (torch 2.13).
         """
         query, key, value = self.pad(query), self.pad(key), self.pad(value)
         mask, softcap = self.masks[module.reach], kwargs.get("softcap")
