@@ -38,15 +38,20 @@ def layer_reach(config, layer_type: str) -> Reach:
     limits = [config.attention_window] if config.attention_window is not None else []
     if layer_type == "sliding_attention":
         window = config.text_config.sliding_window
-        exclusive = causal or config.text_config.use_bidirectional_attention in (True, "all")
+        exclusive = causal or getattr(config.text_config, "use_bidirectional_attention", None) in (True, "all")
         limits.append(window - 1 if exclusive else window)
     limit = min(limits, default=None)
     return (limit, 0 if causal else limit)
 
 
 def layer_type_of(attention: nn.Module) -> str:
-    """The layer type of a decoder's attention module; Gemma 1 has full attention only and does not name it."""
+    """The layer type of a decoder's attention module, full attention where it does not name one."""
     return getattr(attention, "layer_type", None) or "full_attention"
+
+
+def has_one_type(decoder: nn.Module) -> bool:
+    """Whether all layers have full attention and take one mask, not one by their type: Gemma 1, Llama."""
+    return not hasattr(decoder.layers[0].self_attn, "layer_type")
 
 
 def set_reach(attention: nn.Module, config) -> None:

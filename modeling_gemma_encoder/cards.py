@@ -14,7 +14,7 @@ from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import read
 
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
-OF_GOOGLE = ("gemma", "gemma2", "gemma3_text")  # decoders whose weights are under the Gemma Terms; Gemma 4's are not
+OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "apache-2.0"}
 PIPELINES = {
     "GemmaEncoderForRanking": "text-ranking",
     "GemmaEncoderForSequenceClassification": "text-classification",
@@ -145,7 +145,8 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
     Of the weights: what is given; or what the base model's card says; or what Google says of such decoders.
 
     Raises:
-        ValueError: the base is under the Gemma Terms, which hold for what is made of it, and `given` is not.
+        ValueError: the base is under the Gemma Terms, which hold for what is made of it, and `given` is not; or none of
+            these says anything.
     """
     try:
         card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False)
@@ -154,7 +155,9 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
     of_base = card and ModelCard.load(card, ignore_metadata_errors=True).data.license
     if of_base == "gemma" and given not in (None, "gemma"):
         raise ValueError(f"--license {given}: {base} is under the Gemma Terms of Use, and so is what is made of it.")
-    return given or of_base or ("gemma" if decoder in OF_GOOGLE else "apache-2.0")
+    if found := given or of_base or OF_GOOGLE.get(decoder):
+        return found
+    raise ValueError(f"{base} has no card that names its licence, and decoders of {decoder} have several: --license.")
 
 
 def notice(base: str, licence: str) -> str | None:

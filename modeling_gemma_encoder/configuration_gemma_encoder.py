@@ -15,8 +15,8 @@ from transformers.utils.type_validators import as_validated_field, interval
 
 from .checkpoint_gemma_encoder import only_settings
 
-# The decoders whose layers we know how to run bidirectionally, by `model_type`.
-DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
+# The decoders whose layers we know how to run bidirectionally, by `model_type`: the paper's, and two other families.
+DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "llama", "qwen2", "qwen3")
 # Multimodal configs whose text tower is one of them.
 MULTIMODAL = ("gemma3", "gemma4")
 # What `AutoModelForSequenceClassification` may build, the default first.
@@ -71,7 +71,8 @@ def _of_decoder(name: str) -> property:
 class GemmaEncoderConfig(PreTrainedConfig):
     r"""
     Configuration of a Gemma Encoder. A raw Gemma `config.json` (Gemma 1, 2, 3, 4; multimodal Gemma 3 and 4 by their
-    text tower) loads through [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`.
+    text tower) loads through [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`; so does one of
+    Llama, Qwen 2 or Qwen 3.
 
     Options count when a model is built or loaded; one assigned to `model.config` later changes nothing that runs, and
     `verify_attention` notices where attention is concerned.
@@ -107,7 +108,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at construction or assignment;
             or two of them do not go together, at construction, saving, or when the model is built.
-        ValueError: the decoder is not a Gemma, or a keyword is a misspelt field.
+        ValueError: the decoder is none of those above, or a keyword is a misspelt field.
     """
 
     model_type = "gemma_encoder"
@@ -219,13 +220,13 @@ def _to_dict(config: PreTrainedConfig | dict | None) -> dict[str, Any]:
 
 
 def _as_decoder_config(config: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:
-    """The text decoder's config object of a Gemma config, refusing other families by name."""
+    """The text decoder's config object of a decoder's config, refusing other families by name."""
     if config is None:
         return None
     model_type = config.get("model_type", DECODERS[1]) if isinstance(config, dict) else config.model_type
     if model_type not in (*DECODERS, *MULTIMODAL):
         raise ValueError(
-            f"model_type={model_type!r} is not a Gemma decoder that can run as an encoder. Supported: "
+            f"model_type={model_type!r} is not a decoder that can run as an encoder here. Supported: "
             f"{', '.join(DECODERS)}, and {' and '.join(MULTIMODAL)} by their text tower."
         )
     if isinstance(config, dict):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention_gemma_encoder import (
     UNPADDED,
+    has_one_type,
     layer_type_of,
     padded_mask,
     restore_attentions,
@@ -119,8 +120,8 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         offsets = unpadding.offsets.int()
         kwargs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
         kwargs.update(max_length_q=max(unpadding.lengths), max_length_k=max(unpadding.lengths))
-        if encoder.config.text_config.model_type == "gemma" and encoder.config.attention_window is not None:
-            kwargs["sliding_window"] = encoder.config.attention_window + 1  # Gemma 1's layers do not pass their own
+        if has_one_type(encoder.model) and encoder.config.attention_window is not None:
+            kwargs["sliding_window"] = encoder.config.attention_window + 1  # these layers do not pass their own
     outputs = encoder.model(
         input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=unpadding.positions[None], **kwargs
     )
@@ -158,8 +159,7 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     outputs = encoder.model(
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
-        # Gemma 1 takes one mask; its layers are all of one type.
-        attention_mask=masks["full_attention"] if decoder.model_type == "gemma" else masks,
+        attention_mask=masks["full_attention"] if has_one_type(encoder.model) else masks,
         position_ids=positions,
         **kwargs,
     )

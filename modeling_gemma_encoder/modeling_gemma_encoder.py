@@ -42,8 +42,8 @@ def drop_feedforward_output(module: nn.Module, args, output: torch.Tensor) -> to
 class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
     """A Gemma decoder as an encoder: token states, and one pooled vector for each sequence.
 
-    `model` is upstream's own Gemma 1, 2, 3 or 4 text model with its own parameter names, so its checkpoints load as
-    they are. Dropout follows the paper: on attention weights and on feed-forward outputs.
+    `model` is upstream's own text model, of Gemma 1, 2, 3 or 4, Llama, or Qwen 2 or 3, with its own parameter names, so
+    its checkpoints load as they are. Dropout follows the paper: on attention weights and on feed-forward outputs.
     """
 
     _keys_to_ignore_on_load_unexpected = [*NOT_OURS, r"^classifier\."]

@@ -1,4 +1,4 @@
-"""Loading and saving: any Gemma decoder checkpoint loads, and what is saved carries its own code."""
+"""Loading and saving: any checkpoint of these decoders loads, and what is saved carries its own code."""
 
 import copy
 import json
@@ -75,7 +75,7 @@ def materialize(model: nn.Module) -> None:
 
 
 class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
-    """What every class here shares: loading any Gemma decoder, backends, initialisation and saving."""
+    """What every class here shares: loading any decoder, backends, initialisation and saving."""
 
     config: GemmaEncoderConfig
     # Scores stay apart: neither bf16 rounding nor 4-bit loading may touch the head. FSDP shards it apart for its dtype.
@@ -228,7 +228,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)  # Gemma's own norms are 1 + weight and start at zero; torch's are not
+            init.ones_(module.weight)  # the decoder starts its own norms; upstream's Gemma would start ours at zero
         elif isinstance(module, ProbePooler):
             init.normal_(module.probes)
         else:

@@ -12,20 +12,24 @@ ROWS = 512  # tokens at a time, so that their int32 sums stay in a processor's c
 
 
 class Int8Linear(nn.Module):
-    """A linear layer y = x W^T with W = diag(weight_scale) weight: `weight` (out, in) int8, `weight_scale` (out,)."""
+    """A linear layer y = x W^T with W = diag(weight_scale) weight: `weight` (out, in) int8, `weight_scale` (out,). A
+    `bias` (out,) is added as it is."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         weight = torch.zeros(out_features, in_features, dtype=torch.int8)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(torch.ones(out_features, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int8Linear":
         weight, scale = quantize(linear.weight.detach().float())
-        made = cls(linear.in_features, linear.out_features)
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None)
         made.weight.data, made.weight_scale.data = weight, scale[:, 0]
+        if linear.bias is not None:
+            made.bias.data = linear.bias.detach().clone()
         return made
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -47,7 +51,8 @@ class Int8Linear(nn.Module):
         if rounded.is_cuda and count <= 16:  # fewer rows than its kernel takes
             rounded = nn.functional.pad(rounded, (0, 0, 0, 17 - count))
         sums = torch._int_mm(rounded, self.weight.t())[:count]
-        return sums.float().mul_(self.weight_scale.float()).mul_(scale).to(tokens.dtype)
+        output = sums.float().mul_(self.weight_scale.float()).mul_(scale)
+        return (output if self.bias is None else output.add_(self.bias)).to(tokens.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -61,7 +66,7 @@ def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def hold_int8(model: nn.Module) -> None:
     """Puts empty int8 layers in the place of the linear layers of an encoder's decoder, for a checkpoint to fill."""
-    _replace(model, lambda linear: Int8Linear(linear.in_features, linear.out_features))
+    _replace(model, lambda linear: Int8Linear(linear.in_features, linear.out_features, linear.bias is not None))
 
 
 def quantize_int8(model: nn.Module) -> nn.Module:
@@ -87,6 +92,4 @@ def _replace(model: nn.Module, make) -> None:
     for parent in list(model.model.layers.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Linear):
-                if module.bias is not None:
-                    raise ValueError("A decoder whose linear layers have biases cannot be held in int8.")
                 setattr(parent, name, make(module).train(module.training))

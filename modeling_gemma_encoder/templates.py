@@ -21,7 +21,8 @@ def set_template(
     """Makes `tokenizer(text)` and `tokenizer(first, second)` read these templates, after <bos> where it has one.
 
     The words of a template become tokens by themselves, without those of the texts: a space before a text is a token
-    of its own. Special tokens written in a template are those tokens.
+    of its own. Special tokens written in a template are those tokens. A tokenizer that pads with nothing, such as
+    Llama's, pads with its end of text: an encoder never sees padding, whatever it is.
 
     Raises:
         ValueError: a template lacks a field or has one twice, or the tokenizer is no fast one.
@@ -48,6 +49,8 @@ def set_template(
     if adds_bos:
         token, number = tokenizer.bos_token, tokenizer.bos_token_id
         pieces[token] = {"id": token, "ids": [number], "tokens": [token]}
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     form = {"single": compile("single", single, ["{first}"]), "pair": compile("pair", pair, list(FIELDS))}
     backend.post_processor = TemplateProcessing(**form, special_tokens=list(pieces.values()))
     # With these in its config, a tokenizer that is loaded forgets the template and only adds <bos>.

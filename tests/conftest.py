@@ -1,4 +1,4 @@
-"""Tiny Gemmas of every family: two sliding and two full layers, windows shorter than the texts."""
+"""Tiny decoders of every family: two sliding and two full layers where it has both, windows shorter than the texts."""
 
 import os
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from modeling_gemma_encoder import GemmaEncoderConfig
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
+OTHERS = ("llama", "qwen2", "qwen3")  # decoders that are no Gemmas
 ATTENTIONS = ("bidirectional", "causal")
 UNPADDED, FUSED = "gemma_encoder_unpadded", "gemma_encoder_fused"
 WINDOW = 3
@@ -41,6 +42,9 @@ _OF_FAMILY = {
         "global_head_dim": 16,
         "num_kv_shared_layers": 2,
     },
+    "llama": {},
+    "qwen2": {**_ALTERNATE, "use_sliding_window": True},
+    "qwen3": {},
 }
 
 
@@ -59,6 +63,8 @@ def build(model_class, config, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.data.normal_(0, 0.2 if name.startswith("model.") else 0.5, generator=generator)
+        if "norm" in name and config.text_config.model_type in OTHERS:
+            parameter.data += 1  # Gemma's norms add it themselves
     return model
 
 

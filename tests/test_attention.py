@@ -108,9 +108,9 @@ def reach_matrix(model, length: int, left_padding: int = 0) -> torch.Tensor:
 
 
 def one_layer(family: str, layer_type: str = "full_attention") -> dict:
-    """Fields of a decoder of one layer. Gemma 1 does not name its type; Gemma 4's last layer is always full."""
+    """Fields of a decoder of one layer. Gemma 1 and Llama do not name its type; Gemma 4's last layer is always full."""
     fields = {"num_hidden_layers": 1}
-    if family != "gemma":
+    if family not in ("gemma", "llama"):
         fields["layer_types"] = [layer_type]
     if family == "gemma4_text":
         fields["num_kv_shared_layers"] = 0

@@ -106,6 +106,9 @@ def test_the_licence_is_the_bases(tmp_path):
     assert licence_of(str(NANO), "gemma2") == "apache-2.0"  # its card says
     assert licence_of(str(tmp_path), "gemma2") == licence_of(str(tmp_path), "gemma3_text") == "gemma"
     assert licence_of(str(tmp_path), "gemma4_text") == "apache-2.0"
+    with pytest.raises(ValueError, match="decoders of llama have several: --license"):
+        licence_of(str(tmp_path), "llama")
+    assert licence_of(str(tmp_path), "llama", "llama3.2") == "llama3.2"
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
     assert licence_of(str(tmp_path), "gemma2") == "gemma"
     with pytest.raises(ValueError, match="--license mit"):

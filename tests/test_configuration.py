@@ -76,7 +76,7 @@ def test_the_labels_of_a_classifier_are_kept(tmp_path):
     assert config.num_labels == 3 and config.id2label[2] == "yes"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "bert", "gemma3n", "t5gemma"])
+@pytest.mark.parametrize("model_type", ["mistral", "bert", "gemma3n", "t5gemma"])
 def test_another_family_is_refused_by_name(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=model_type):

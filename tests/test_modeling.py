@@ -153,7 +153,7 @@ def test_feedforward_dropout_drops_what_enters_the_residual(family):
     """What a block adds to the residual stream is zero or scaled by 1 / (1 - p), in the expected share."""
     model = build(GemmaEncoderModel, encoder_config(family, attention_dropout=0, feedforward_dropout=0.25)).train()
     layer = model.model.layers[0]
-    block = layer.mlp if family == "gemma" else layer.post_feedforward_layernorm
+    block = getattr(layer, "post_feedforward_layernorm", layer.mlp)
     added = []
     block.register_forward_hook(lambda module, args, output: added.append(output))
     with torch.no_grad():

@@ -161,5 +161,5 @@ def test_flags_that_cannot_be_are_named(flags, message, run, capsys):
 
 
 def test_other_families_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="model_type 'llama' is not of gemma"):
-        run(family="llama")
+    with pytest.raises(ValueError, match="model_type 'mistral' is not of gemma"):
+        run(family="mistral")

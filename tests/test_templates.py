@@ -50,3 +50,12 @@ def test_a_saved_tokenizer_has_its_template(tokenizer, add_bos, tmp_path):
 def test_bad_templates_are_named(tokenizer, template):
     with pytest.raises(ValueError, match=r"`pair` must contain \{first\} and \{second\} once each"):
         set_template(tokenizer, pair=template)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    """As Llama's come; which token pads cannot matter to an encoder."""
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    tokenizer.pad_token = None
+    set_template(tokenizer).save_pretrained(tmp_path)
+    batch = AutoTokenizer.from_pretrained(tmp_path)(["a b c", "a"], padding=True)
+    assert (batch["input_ids"][1][0], batch["attention_mask"][1][0]) == (tokenizer.eos_token_id, 0)  # on the left
