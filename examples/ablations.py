@@ -32,12 +32,13 @@ import glue
 import superglue
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
 from modeling_gemma_encoder.ablations import Bench, Cell, Study, markdown, plot, run_studies
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
+from modeling_gemma_encoder.recipes import RecipeParser
 from modeling_gemma_encoder.suites import Help, cannot_run, fail
 from modeling_gemma_encoder.tasks import Source
 from modeling_gemma_encoder.training import provenance
@@ -144,6 +145,8 @@ def cannot_ablate(own: AblationArguments, options, args, studies: dict[str, Stud
             return '--workers needs Ray: pip install ".[ray]"'
         if 0 < (gpus := torch.cuda.device_count()) < own.workers:
             return f"--workers {own.workers} need a GPU each; there are {gpus}"
+    if options.total_batch_size is not None:
+        return "--total_batch_size is for glue.py; tasks have batches of their own, or --per_device_train_batch_size"
     if args.do_predict or not (args.do_train and args.do_eval):
         return "--do_predict, and not to train or evaluate, are for glue.py"
     if "baselines" in studies:
@@ -288,7 +291,7 @@ class Workers:
 
 
 def main():
-    parser = HfArgumentParser(
+    parser = RecipeParser(
         (AblationArguments, FineTuningArguments, TrainingArguments),
         usage="%(prog)s [flags, which --help lists]",
         description=__doc__,

@@ -59,7 +59,8 @@ DEFAULTS = {
     "save_steps": 500,
 }
 TEACHERS = ("margin_mse", "kl")
-FREE = ("measures", "relevance_level", "max_eval_samples", "preprocessing_num_workers")  # do not make another run
+# What does not make another run.
+FREE = ("total_batch_size", "measures", "relevance_level", "max_eval_samples", "preprocessing_num_workers")
 
 
 @dataclass

@@ -48,6 +48,10 @@ class FineTuningArguments:
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Of the weights; bfloat16 only where adapters are trained."}
     )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of a step on all devices; sets --gradient_accumulation_steps, however many there are."},
+    )
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Leave the embedding as it is, a quarter of Gemma 2 2B's parameters."}
     )

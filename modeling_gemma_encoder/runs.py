@@ -45,7 +45,7 @@ RECIPE = (
     *("train_sampling_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 # Options that do not.
-SAME_RUN = ("max_length", "max_eval_samples", "preprocessing_num_workers")
+SAME_RUN = ("total_batch_size", "max_length", "max_eval_samples", "preprocessing_num_workers")
 
 
 class TrainerInOrder(Trainer):

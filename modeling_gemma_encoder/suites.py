@@ -16,6 +16,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from .files import write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
+from .recipes import RecipeParser, share_batch
 from .reports import average, markdown, summarize
 from .runs import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
@@ -112,8 +113,8 @@ def run_of(results: Path) -> dict:
     return json.loads((results.parent / "run.json").read_text())
 
 
-def make_parser(own: type, output_dir: str, description: str) -> HfArgumentParser:
-    parser = HfArgumentParser(
+def make_parser(own: type, output_dir: str, description: str) -> RecipeParser:
+    parser = RecipeParser(
         (own, FineTuningArguments, TrainingArguments),
         usage="%(prog)s [flags, which --help lists]",
         description=description,
@@ -128,7 +129,7 @@ def fail(parser: HfArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: error: {message}\n")
 
 
-def parse(parser: HfArgumentParser, task: Task) -> tuple:
+def parse(parser: RecipeParser, task: Task) -> tuple:
     """The command line, with the task's defaults for this size of decoder where it says nothing; checked."""
     given = parser.parse_args()
     if not Path(given.model).exists() and given.model.startswith((".", "/", "~")):
@@ -137,9 +138,16 @@ def parse(parser: HfArgumentParser, task: Task) -> tuple:
         parser.set_defaults(**training_defaults(given.model, given.lora_r is not None, task))
     except (ValueError, OSError) as error:
         fail(parser, f"--model {given.model}: {error}")
+    try:
+        share_batch(parser)
+    except ValueError as error:
+        fail(parser, str(error))
     if not parser.parse_args().do_eval:  # the Trainer would turn it on again
         parser.set_defaults(eval_strategy="no")
     own, options, args = parser.parse_args_into_dataclasses()
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if options.total_batch_size not in (None, batch):
+        fail(parser, f"--total_batch_size {options.total_batch_size}: these devices would take {batch} a step")
     if problem := options.problem(args):
         fail(parser, problem)
     try:

@@ -120,7 +120,7 @@ def test_commands_of_our_cards_have_only_flags_that_exist():
     """Of scripts in examples/, by their dataclasses and Trainer's."""
     sources = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
     shared = {*TrainingArguments.__dataclass_fields__, *FineTuningArguments.__dataclass_fields__}
-    suite = (ROOT / "modeling_gemma_encoder" / "suites.py").read_text()
+    suite = "".join((ROOT / "modeling_gemma_encoder" / name).read_text() for name in ("suites.py", "recipes.py"))
     seen = 0
     for card in (ROOT / "model_cards").glob("*.md"):
         for block in re.findall(r"```bash\n(.*?)```", card.read_text(), re.DOTALL):
