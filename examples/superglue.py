@@ -103,7 +103,12 @@ def score_winogender(predictions: np.ndarray, rows: Dataset) -> dict[str, float]
 
 TASKS = {
     "boolq": Task(
-        ("question", "passage"), by_label(accuracy), ("false", "true"), template="{first}?\n{second}", max_length=256
+        ("question", "passage"),
+        by_label(accuracy),
+        ("false", "true"),
+        template="{first}?\n{second}",
+        group="passage",
+        max_length=256,
     ),
     "cb": Task(
         ("premise", "hypothesis"),
@@ -127,6 +132,7 @@ TASKS = {
         ("false", "true"),
         prepare=multirc,
         columns=("question", "answer", "idx"),
+        group="paragraph",
         max_length=512,
     ),
     "record": Task(
@@ -136,6 +142,7 @@ TASKS = {
         prepare=record,
         columns=("entities", "idx"),
         label=None,
+        group="passage",
         max_length=512,
         epochs=2,
         batch_size=4,  # lists

@@ -61,14 +61,25 @@ def as_options(changed: Options, given: FineTuningArguments) -> tuple[tuple[str,
     return tuple(sorted((key, value) for key, value in changed.items() if getattr(given, key, None) != value))
 
 
-def hold_out(data: Data, rows: int | None, seed: int) -> tuple[Data, Data]:
+def hold_out(data: Data, rows: int | None, seed: int, group: str | None = None) -> tuple[Data, Data]:
     """The data to choose on, validated on a tenth of the training rows, a thousand at most, and the data to report.
 
     Args:
         rows: How many of the others are trained on, chosen by `seed`; None: all.
+        group: A column; rows that have its value in common are on one side, and then a few more may be set aside.
     """
     order = np.random.default_rng(0).permutation(len(data.train))
-    aside, left = np.split(order, [max(1, min(len(order) // 10, 1000))])
+    size = max(1, min(len(order) // 10, 1000))
+    if group is not None:
+        values = list(data.train[group])
+        drawn = dict.fromkeys(values[row] for row in order)  # groups, by where their first row came
+        rank = {value: number for number, value in enumerate(drawn)}
+        order = np.array(sorted(order, key=lambda row: rank[values[row]]))
+        while size < len(order) and values[order[size - 1]] == values[order[size]]:
+            size += 1
+        if size == len(order):
+            raise ValueError(f"All training rows have the same {group!r}: none can be set aside without the others.")
+    aside, left = np.split(order, [size])
     if rows is not None and rows < len(left):
         left = np.random.default_rng(seed).permutation(left)[:rows]
     split = next(iter(data.validation))
@@ -141,7 +152,7 @@ class Bench:
         key = (cell.task, options.model, options.max_length)
         if key not in self.loaded:
             self.loaded[key] = Data.load(cell.task, task, source, options, args)
-        choose, final = hold_out(self.loaded[key], rows, cell.seed)
+        choose, final = hold_out(self.loaded[key], rows, cell.seed, task.group)
         data = choose if cell.choosing else final
         if kind == "words":
             return bag_of_words(task, data, folder, cell.task, cell.seed)

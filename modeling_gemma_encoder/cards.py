@@ -145,16 +145,18 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
     Of the weights: what is given; or what the base model's card says; or what Google says of such decoders.
 
     Raises:
-        ValueError: the base is under the Gemma Terms, which hold for what is made of it, and `given` is not; or none of
-            these says anything.
+        ValueError: the base is under the Gemma Terms or a licence of Llama's, which hold for what is made of it, and
+            `given` is another; or none of these says anything.
     """
     try:
         card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False)
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
         card = None
     of_base = card and ModelCard.load(card, ignore_metadata_errors=True).data.license
-    if of_base == "gemma" and given not in (None, "gemma"):
-        raise ValueError(f"--license {given}: {base} is under the Gemma Terms of Use, and so is what is made of it.")
+    holds = of_base and (of_base == "gemma" or of_base.startswith("llama"))
+    if holds and given not in (None, of_base):
+        name = "the Gemma Terms of Use" if of_base == "gemma" else of_base
+        raise ValueError(f"--license {given}: {base} is under {name}, and so is what is made of it.")
     if found := given or of_base or OF_GOOGLE.get(decoder):
         return found
     raise ValueError(f"{base} has no card that names its licence, and decoders of {decoder} have several: --license.")

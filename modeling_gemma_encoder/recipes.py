@@ -18,33 +18,40 @@ class RecipeParser(HfArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.last: list[str] = []  # flags that win over all that are given: `share_batch`
+        self.of_file: list[str] = []  # what the file said
         self.add_argument(
             "--config", metavar="FILE", help="Flags in YAML, as in examples/recipes; flags given beside it win."
         )
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
         found, words = config_flag.parse_known_args(sys.argv[1:] if args is None else args)
+        self.of_file = []
         if found.config is not None:
             try:
-                words = [*self._read(Path(found.config)), *words]
+                self.of_file = self._read(Path(found.config))
             except (OSError, ValueError, yaml.YAMLError) as error:
                 self.exit(2, f"{self.prog}: error: --config {found.config}: {error}\n")
-        namespace, rest = super().parse_known_args([*words, *self.last], namespace)
-        vars(namespace).pop("config", None)  # it has become the flags it holds
+        namespace, rest = super().parse_known_args([*self.of_file, *words, *self.last], namespace)
+        if vars(namespace).pop("config", None) is not None:  # otherwise it has become the flags it holds
+            self.exit(2, f"{self.prog}: error: --config cannot be abbreviated\n")
         return namespace, rest
 
     def _read(self, path: Path) -> list[str]:
         flags = yaml.safe_load(path.read_text())
         if not isinstance(flags, dict):
             raise ValueError("it must hold `flag: value` in each line.")
-        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        known = {flag[2:]: action for flag, action in self._option_string_actions.items() if flag.startswith("--")}
         words = []
         for name, value in flags.items():
-            if name not in known or name == "config":
+            if name not in known or name in ("config", "help"):
                 close = get_close_matches(str(name), known, 1)
                 raise ValueError(f"there is no flag {name!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
-            if value is not None:
-                words += [f"--{name}", *map(as_word, value if isinstance(value, list) else [value])]
+            if isinstance(value, list) and value:
+                words += [f"--{name}", *map(as_word, value)]
+            elif value is False and "no" in (known[name].choices or ()):  # YAML reads a plain `no` so
+                words.append(f"--{name}=no")
+            elif value not in (None, []):
+                words.append(f"--{name}={as_word(value)}")
         return words
 
 
@@ -63,24 +70,40 @@ def devices(use_cpu: bool) -> int:
     return processes if processes > 1 or use_cpu else max(1, torch.cuda.device_count())
 
 
-def share_batch(parser: RecipeParser) -> None:
+def says(words: list[str], flag: str) -> bool:
+    return any(word == flag or word.startswith(f"{flag}=") for word in words)
+
+
+def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int | None = None) -> None:
     """
-    Divides `--total_batch_size` of the command line among devices and accumulation steps. A device takes as much at a
-    time as `--per_device_train_batch_size` allows.
+    Divides `--total_batch_size` among devices and accumulation steps. A device takes as much at a time as
+    `--per_device_train_batch_size` allows. Accumulation steps of the command line win over a file's total.
+
+    Args:
+        args: What is parsed; None: the command line.
+        count: Of the devices; None: those that are there.
 
     Raises:
-        ValueError: it cannot be divided, or `--gradient_accumulation_steps` is given too.
+        ValueError: it cannot be divided, or `--gradient_accumulation_steps` is given beside it.
     """
     parser.last = []
-    given = parser.parse_args()
+    given = parser.parse_args(args)
     total, most = given.total_batch_size, given.per_device_train_batch_size
     if total is None:
         return
-    if given.gradient_accumulation_steps != parser.get_default("gradient_accumulation_steps"):
+    count = count or devices(given.use_cpu)
+    places = (parser.of_file, sys.argv[1:] if args is None else args)
+    totals, steps = ([says(words, f"--{flag}") for words in places] for flag in BOTH)
+    if steps[1] and not totals[1]:
+        parser.last = [f"--total_batch_size={count * most * given.gradient_accumulation_steps}"]
+        return
+    if (totals[0] and steps[0] and not totals[1]) or (totals[1] and steps[1]):
         raise ValueError("--total_batch_size sets --gradient_accumulation_steps: give one of the two")
-    count = devices(given.use_cpu)
-    if total < 1 or total % count:
-        raise ValueError(f"--total_batch_size {total} cannot be divided among {count} devices")
+    if total < 1 or most < 1 or total % count:
+        raise ValueError(f"--total_batch_size {total} cannot be divided among {count} devices, {most} rows at a time")
     share = total // count
-    size = max(size for size in range(1, max(1, min(most, share)) + 1) if share % size == 0)
+    size = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
     parser.last = [f"--gradient_accumulation_steps={share // size}", f"--per_device_train_batch_size={size}"]
+
+
+BOTH = ("total_batch_size", "gradient_accumulation_steps")

@@ -148,6 +148,10 @@ def parse(parser: RecipeParser, task: Task) -> tuple:
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if options.total_batch_size not in (None, batch):
         fail(parser, f"--total_batch_size {options.total_batch_size}: these devices would take {batch} a step")
+    if is_fsdp_enabled() and args.gradient_accumulation_steps > 1:
+        # Or every device holds all gradients between the steps, in half precision.
+        kept = args.accelerator_config.gradient_accumulation_kwargs or {}
+        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **kept}
     if problem := options.problem(args):
         fail(parser, problem)
     try:

@@ -41,6 +41,8 @@ class Task:
         label: Name of the column with the label; none where `prepare` finds it.
         max_length: Tokens that are read, unless the user says otherwise.
         validation, test: Names of the splits.
+        group: Name of the column whose value rows have in common that belong together: when some rows are set aside,
+            a group is as a whole.
         train_on: Name of the task that is trained instead, for a task without training rows.
         config: Name of the Hub's config, when it is not the task's.
         epochs, batch_size: Of training, unless the user says otherwise. Our choice.
@@ -56,6 +58,7 @@ class Task:
     columns: tuple[str, ...] = ()
     template: str = "{first}\n{second}"
     label: str | None = "label"
+    group: str | None = None
     max_length: int = 128
     validation: tuple[str, ...] = ("validation",)
     test: tuple[str, ...] = ("test",)
@@ -150,7 +153,8 @@ class Task:
         seconds = read["second"] if chooses else [read.get("second")]
         kept = read.get("keep") if chooses else [read.get("keep")]
         pairs = ([read["first"]] * len(seconds), *([seconds] if seconds[0] is not None else []))
-        whole = tokenizer(*pairs)["input_ids"]
+        # An empty text has no token where the tokenizer begins with none, as Qwen's: it gets one.
+        whole = [ids or [tokenizer.pad_token_id] for ids in tokenizer(*pairs)["input_ids"]]
         ids = [
             ids if len(ids) <= max_length else truncate(tokenizer, read["first"], second, max_length, keep or {})
             for ids, second, keep in zip(whole, seconds, kept or [{}] * len(seconds), strict=True)

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ablations as script
 import numpy as np
 import pytest
+import superglue
 import torch
 from datasets import Dataset
 from transformers import BertForSequenceClassification, Gemma2ForSequenceClassification
@@ -44,6 +46,19 @@ def test_rows_set_aside_are_not_trained_on():
     few = [hold_out(data, 30, seed)[1].train["n"] for seed in (1, 2, 1)]
     assert few[0] == few[2] != few[1] and len(few[0]) == 30 and not set(few[0]) & set(aside)
     assert len(hold_out(make_data(20_000), None, 0)[0].validation["validation"]) == 1000
+
+
+def test_rows_of_a_group_are_set_aside_together():
+    """MultiRC's answers about a paragraph: what is chosen on has paragraphs of its own."""
+    data = make_data(200)
+    train = data.train.add_column("paragraph", [f"p {n * n % 37 % 30}" for n in range(200)])
+    choose, _ = hold_out(replace(data, train=train), None, 1, "paragraph")
+    aside, trained = choose.validation["validation"]["paragraph"], choose.train["paragraph"]
+    assert 20 <= len(aside) < 60 and len(aside) + len(trained) == 200 and not set(aside) & set(trained)
+    with pytest.raises(ValueError, match="the same 'paragraph'"):
+        hold_out(replace(data, train=data.train.add_column("paragraph", ["p"] * 200)), None, 1, "paragraph")
+    for name in ("multirc", "record"):
+        assert superglue.TASKS[name].group in superglue.TASKS[name].texts
 
 
 def test_studies_share_the_cells_that_are_the_same():

@@ -35,7 +35,7 @@ def train(launch: list, decoder: Path, data: Path, output: Path, batch_size: int
     flags += " --eval_strategy no --save_strategy no"
     command = [*launch, "examples/glue.py", *flags.split(), "--use_cpu", "True", "--disable_tqdm", "True"]
     command += ["--model", decoder, "--data_dir", data, "--output_dir", output]
-    command += ["--per_device_train_batch_size", batch_size]
+    command += ["--per_device_train_batch_size", batch_size, "--total_batch_size", 8]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,7 +62,8 @@ DDP = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 @pytest.mark.parametrize("launch", [FSDP2, DDP], ids=["fsdp2", "ddp"])
 def test_two_processes_train_and_predict_what_one_does(launch, alone, decoder, data, tmp_path):
-    losses, weights, predictions = train(launch, decoder, data, tmp_path, batch_size=4)
+    """In two accumulation steps each, as `--total_batch_size` divides it."""
+    losses, weights, predictions = train(launch, decoder, data, tmp_path, batch_size=2)
     assert len(losses) == 3
     assert losses == pytest.approx(alone[0], abs=1e-4)
     assert weights.keys() == alone[1].keys()

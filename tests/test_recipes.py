@@ -46,11 +46,26 @@ def test_a_file_is_its_flags_and_the_command_line_wins(recipe, monkeypatch):
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+def test_values_mean_what_they_say(recipe, monkeypatch):
+    """YAML reads a plain `no` as false; values may begin with a dash, and lists may be empty."""
+    path = recipe(save_strategy=False, eval_strategy=False, bf16=False, learning_rate=-1e-5, seeds=[], data_dir="-data")
+    own, _, args = parsed(monkeypatch, f"--config={path}")
+    assert args.save_strategy == args.eval_strategy == "no" and args.bf16 is False
+    assert (args.learning_rate, own.seeds, own.data_dir) == (-1e-5, None, "-data")
+
+
+def test_an_abbreviated_config_is_not_silently_nothing(recipe, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--task", "cola", "--model", NANO, "--conf", recipe(learning_rate=0.1))
+    assert "--config cannot be abbreviated" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("learning_rat: 1", "there is no flag 'learning_rat'. Did you mean 'learning_rate'?"),
         ("config: other.yaml", "there is no flag 'config'"),
+        ("help: true", "there is no flag 'help'"),
         ("- task", "`flag: value`"),
         ("task: [", "expected the node content"),
         (None, "No such file"),
@@ -83,9 +98,19 @@ def test_the_batch_is_the_same_on_any_number_of_devices(processes, most, size, s
         assert size * steps * processes == 32
 
 
+def test_the_command_line_wins_over_a_files_batch(recipe, monkeypatch):
+    path = recipe(total_batch_size=32, per_device_train_batch_size=4)
+    _, _, args = parsed(monkeypatch, "--config", path, "--gradient_accumulation_steps", "1")
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 1)
+    path = recipe(gradient_accumulation_steps=3, per_device_train_batch_size=4)
+    _, _, args = parsed(monkeypatch, "--config", path, "--total_batch_size", "16")
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 4)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"per_device_train_batch_size": 0}, "0 rows at a time"),
         ({"gradient_accumulation_steps": 2}, "--total_batch_size sets --gradient_accumulation_steps"),
         ({"total_batch_size": 31}, "31 cannot be divided among 2 devices"),
     ],
@@ -114,17 +139,20 @@ def test_a_recipe_trains(decoder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_what_their_scripts_take(path):
-    recipe = estimate.Recipe.read(path)
+    recipe = estimate.Recipe.read(path, 1)
     assert recipe.options.total_batch_size == 32 and recipe.args.gradient_checkpointing and recipe.args.bf16
     assert f"--config examples/recipes/{path.name}" in path.read_text()
     assert recipe.tasks.keys() <= estimate.ROWS.keys()
+    for gpus in (1, 2, 4, 8):
+        for _, args in estimate.Recipe.read(path, gpus).tasks.values():
+            assert args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus == 32
     config = estimate.decoder_config(recipe.options.model)
     assert (config.model_type, config.vocab_size) == ("gemma2", 256000)
 
 
 def test_a_step_of_gemma_2_2b_counted_by_hand():
     """2.61 billion parameters: 26 layers of 77.9 million, the norm, the embedding of 589.8 million, and the head."""
-    recipe = estimate.Recipe.read(next(path for path in RECIPES if path.stem == "gemma-2-2b-glue"))
+    recipe = estimate.Recipe.read(next(path for path in RECIPES if path.stem == "gemma-2-2b-glue"), 1)
     step = estimate.take_step(recipe.options, recipe.args, texts=2, length=64)
     width, inner, layers, heads, head = 2304, 9216, 26, 8 + 2 * 4, 256
     linear = layers * (width * heads * head + 8 * head * width + 3 * width * inner)
@@ -138,10 +166,11 @@ def test_a_step_of_gemma_2_2b_counted_by_hand():
 
 
 CHECK = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 import estimate
-held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+held = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 torch.randn(64, 64) @ torch.randn(64, 64)
 before = held()
 model = GemmaEncoderForSequenceClassification(GemmaEncoderConfig(text_config=estimate.decoder_config(sys.argv[1])))
@@ -154,6 +183,7 @@ print(held() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process, as Linux tells it")
 def test_an_estimate_is_what_a_step_takes(tmp_path):
     """On a CPU, where the memory of a process is measured by the system: at most the estimate, and not much less."""
     shape = {**estimate.GEMMA_2, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4}

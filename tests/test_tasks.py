@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import superglue
 import torch
+from conftest import NANO
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from modeling_gemma_encoder.data import collate_lists
 from modeling_gemma_encoder.metrics import accuracy
@@ -256,3 +258,13 @@ def test_winogender_pairs_differ_in_a_pronoun_alone():
     )
     scores = superglue.score_winogender(np.array([0, 0, 1, 0]), rows)
     assert scores == {"accuracy": 0.75, "gender_parity": 0.5}
+
+
+def test_an_empty_text_has_a_token_even_without_a_beginning():
+    """Qwen's tokenizers begin with nothing; a text of no tokens could not be alone in a batch."""
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    tokenizer.bos_token = None
+    tokenizer.backend_tokenizer.post_processor = None
+    task = Task(("text",), by_label(accuracy), ("no", "yes"))
+    task.set_template(tokenizer)
+    assert task.encode({"text": "", "label": 1}, tokenizer, 8)["input_ids"] == [tokenizer.pad_token_id]

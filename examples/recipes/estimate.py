@@ -5,10 +5,12 @@
 The model is built of tensors that have a shape and no content, and takes a training step on the longest batch that the
 recipe allows: counted are what it keeps for the backward pass, the optimizer's state and the operations. Not counted
 are the workspaces of kernels and what an allocator loses between blocks: leave a tenth free. Hours are operations over
---tflops, what a GPU achieves and not what it is sold for: `benchmarks/speed.py --device cuda --shape 2b` measures it.
+--tflops, what a GPU achieves and not what it is sold for: the tokens a second of a short run (`real_tokens_per_second`
+in its `results.json`) times the operations a token.
 
 Rows are those of the data sets' cards. Tokens a text are means of the nano decoder's tokenizer, whose vocabulary of
-8,192 makes more of them than Gemma's; of MNLI, QQP and RTE they are assumed.
+8,192 makes more of them than Gemma's; of MNLI, QQP and RTE they are assumed. ReCoRD's rows count with 12.4 candidates,
+the mean of a few: batches of longer lists take more.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import superglue
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.attention_gemma_encoder import layer_reach, unpad, with_buckets
 from modeling_gemma_encoder.finetuning import FineTuningArguments, encoder_options
+from modeling_gemma_encoder.recipes import share_batch
 from modeling_gemma_encoder.suites import SuiteArguments, make_parser
 from modeling_gemma_encoder.tasks import Task
 
@@ -60,53 +63,73 @@ GIB = 2**30
 
 @dataclass
 class Recipe:
-    """A recipe's flags, as its script reads them, and the tasks it trains."""
+    """A recipe's flags, as its script reads them on some number of GPUs."""
 
     name: str
     options: FineTuningArguments
-    args: TrainingArguments
-    tasks: dict[str, Task]
+    tasks: dict[str, tuple[Task, TrainingArguments]]  # that are trained
     list_size: int | None
 
     @classmethod
-    def read(cls, path: Path) -> "Recipe":
+    def read(cls, path: Path, gpus: int) -> "Recipe":
         """
         Raises:
-            ValueError: it trains adapters, or its name does not end with one of the scripts'.
+            ValueError: it trains what is not counted here, or its name does not end with one of the scripts'.
         """
-        script = path.stem.rpartition("-")[2]
+        script, words = path.stem.rpartition("-")[2], ["--config", str(path), "--use_cpu", "true"]
         if script not in (*SUITES, "msmarco"):
             raise ValueError(f"{path}: a recipe's name ends with -glue, -superglue or -msmarco.")
-        own = SuiteArguments if script in SUITES else msmarco.RankingArguments
-        parser = make_parser(own, "", "")
-        own, options, args = parser.parse_args_into_dataclasses(["--config", str(path), "--use_cpu", "true"])
-        if options.lora_r is not None:
-            raise ValueError(f"{path}: adapters are not estimated.")
-        if script == "msmarco":
-            return cls(path.stem, options, args, {"msmarco": msmarco.TASK}, own.list_size)
-        tasks = SUITES[script]
-        names = tasks if "all" in own.task else own.task
-        return cls(path.stem, options, args, {name: tasks[name] for name in names if not tasks[name].train_on}, None)
+        ranks = script == "msmarco"
+        parser = make_parser(msmarco.RankingArguments if ranks else SuiteArguments, "", "")
+        parser.set_defaults(**(msmarco.DEFAULTS if ranks else {}))
+        known = {"msmarco": msmarco.TASK} if ranks else SUITES[script]
+        given = parser.parse_args(words)
+        names = known if ranks or "all" in given.task else given.task
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{path}: there is no task {', '.join(unknown)}.")
+        tasks = {}
+        for name in names:
+            task = known[name]
+            parser.set_defaults(num_train_epochs=task.epochs, per_device_train_batch_size=task.batch_size)
+            share_batch(parser, words, gpus)
+            own, options, args = parser.parse_args_into_dataclasses(words)
+            if not task.train_on:
+                tasks[name] = (task, args)
+        if not tasks:
+            raise ValueError(f"{path} trains nothing.")
+        if options.lora_r is not None or options.list_chunk_size is not None or options.dtype != "float32":
+            raise ValueError(f"{path}: adapters, chunks of lists and weights in half precision are not estimated.")
+        if ranks and own.train_data != ["sentence-transformers/msmarco-bm25"]:
+            raise ValueError(f"{path}: how many rows {', '.join(own.train_data)} has is not known here.")
+        return cls(path.stem, options, tasks, own.list_size if ranks else None)
+
+    @property
+    def args(self) -> TrainingArguments:
+        return next(iter(self.tasks.values()))[1]
 
     def texts(self, name: str) -> float:
         return self.list_size or TEXTS.get(name, 1)
 
     def length(self, name: str) -> int:
-        return self.options.max_length or self.tasks[name].max_length
+        return self.options.max_length or self.tasks[name][0].max_length
 
     def longest_batch(self) -> tuple[int, int]:
         """Texts that a device takes at a time, and their tokens, where these are most."""
-        sizes = {name: int(self.args.per_device_train_batch_size * self.texts(name)) for name in self.tasks}
+        sizes = {
+            name: int(args.per_device_train_batch_size * self.texts(name)) for name, (_, args) in self.tasks.items()
+        }
         name = max(sizes, key=lambda name: sizes[name] * self.length(name))
         return sizes[name], self.length(name)
 
     def tokens(self) -> float:
         """That are trained on by one seed."""
         total = 0
-        for name, task in self.tasks.items():
+        for name, (_, args) in self.tasks.items():
             rows, tokens = ROWS[name]
-            epochs = self.args.num_train_epochs if self.list_size else task.epochs
-            total += epochs * rows * self.texts(name) * min(tokens, self.length(name))
+            rows = args.num_train_epochs * min(rows, self.options.max_train_samples or rows)
+            if args.max_steps > 0:
+                rows = args.max_steps * (self.options.total_batch_size or args.train_batch_size)
+            total += rows * self.texts(name) * min(tokens, self.length(name))
         return total
 
 
@@ -196,20 +219,22 @@ def take_step(options: FineTuningArguments, args: TrainingArguments, texts: int,
     )
 
 
-def row(recipe: Recipe, gpus: int, tflops: float) -> list[str]:
-    texts, length = recipe.longest_batch()
-    step = take_step(recipe.options, recipe.args, texts, length)
-    total = recipe.tokens() * step.operations / (texts * length)
-    alone, share = step.memory() / GIB, step.memory(gpus) / GIB
+def row(path: Path, gpus: int, tflops: float) -> list[str]:
+    alone, shared = Recipe.read(path, 1), Recipe.read(path, gpus)
+    texts, length = alone.longest_batch()
+    step = take_step(alone.options, alone.args, texts, length)
+    of_many = take_step(shared.options, shared.args, *shared.longest_batch())
+    a_token = step.operations / (texts * length)
+    total = alone.tokens() * a_token
+    parts = (step.weights + step.gradients, step.optimizer, step.halves, step.activations)
     return [
-        recipe.name,
+        alone.name,
         f"{step.parameters / 1e9:.2f}",
         f"{texts} x {length}",
-        f"{(step.weights + step.gradients) / GIB:.0f} + {step.optimizer / GIB:.0f} + {step.activations / GIB:.0f}",
-        f"{alone:.0f}",
-        f"{share:.0f}",
-        f"{recipe.tokens() / 1e6:,.0f}",
-        f"{total / 1e18:.1f}",
+        " + ".join(f"{part / GIB:.0f}" for part in parts) + f" = {step.memory() / GIB:.0f}",
+        f"{of_many.memory(gpus) / GIB:.0f}",
+        f"{a_token / 1e9:.1f}",
+        f"{alone.tokens() / 1e6:,.0f}",
         f"{total / tflops / 1e12 / 3600:.1f}",
     ]
 
@@ -222,17 +247,14 @@ def main():
     options = parser.parse_args()
     if options.tflops <= 0 or options.gpus < 2:
         parser.exit(2, f"{parser.prog}: error: --tflops must be above 0 and --gpus at least 2\n")
-    columns = ["recipe", "billion parameters", "longest batch of a GPU (texts x tokens)"]
-    columns += [
-        "weights and gradients + optimizer + activations, GiB",
-        "one GPU, GiB",
-        f"each of {options.gpus}, FSDP2 and AdamW, GiB",
-    ]
-    columns += ["million tokens a seed", "10^18 operations", f"GPU-hours a seed at {options.tflops:g} TFLOP/s"]
+    columns = ["recipe", "billion parameters", "longest batch, texts x tokens"]
+    columns += ["one GPU, GiB: weights and gradients + optimizer + autocast's copies + activations"]
+    columns += [f"each of {options.gpus} by FSDP2 with AdamW, GiB", "10^9 operations a token", "million tokens a seed"]
+    columns += [f"GPU-hours a seed at {options.tflops:g} TFLOP/s"]
     print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     for path in options.recipes:
         try:
-            print(f"| {' | '.join(row(Recipe.read(path), options.gpus, options.tflops))} |", flush=True)
+            print(f"| {' | '.join(row(path, options.gpus, options.tflops))} |", flush=True)
         except (OSError, ValueError) as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
 
