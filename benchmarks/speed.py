@@ -1,7 +1,7 @@
 """How fast an encoder scores and trains, beside stock transformers with the same weights and inputs, in one run.
 
     python benchmarks/speed.py                              # 270M-shaped layers on this machine: table, JSON, plots
-    python benchmarks/speed.py --quick                      # fewer layers, pairs and rounds
+    python benchmarks/speed.py --quick                      # Gemma 2 alone, fewer layers, pairs and rounds
     python benchmarks/speed.py --only scoring --families gemma2 --dtypes bfloat16
     python benchmarks/speed.py --device cuda --shape 2b --families gemma2 --dtypes bfloat16 --pairs 1000 \
         --attn_implementation gemma_encoder_fused
@@ -353,13 +353,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["scoring", "others", "training", "growth"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--families", nargs="+", default=["gemma2", "gemma3_text"])
+    parser.add_argument("--families", nargs="+", help="Default: gemma2 and gemma3_text; gemma2 with --quick.")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--shape", choices=SHAPES, default="270m")
     parser.add_argument("--layers", type=int, default=None, help="Default: 6, 2 with --quick, all on an accelerator.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--attn_implementation", default=None, help="Of ours. Default: as users have it.")
-    parser.add_argument("--pairs", type=int, default=None, help="Default: 100; 64 with --quick.")
+    parser.add_argument("--pairs", type=int, default=None, help="Default: 100; 48 with --quick.")
     parser.add_argument("--rounds", type=int, default=None, help="Default: 5; 2 with --quick.")
     parser.add_argument("--vocab_size", type=int, default=None, help="Of training. Default: 262144; 8192 with --quick.")
     parser.add_argument("--seed", type=int, default=0)
@@ -368,7 +368,8 @@ def main():
     options = parser.parse_args()
     if options.device != "cpu" and not options.quick:
         options.layers = options.layers or SHAPES[options.shape][2]
-    quick = {"layers": (6, 2), "rounds": (5, 2), "pairs": (100, 64), "vocab_size": (262144, 8192)}
+    quick = {"layers": (6, 2), "rounds": (5, 2), "pairs": (100, 48), "vocab_size": (262144, 8192)}
+    quick["families"] = (["gemma2", "gemma3_text"], ["gemma2"])
     for name, (whole, short) in quick.items():
         setattr(options, name, getattr(options, name) or (short if options.quick else whole))
     options.output_dir.mkdir(parents=True, exist_ok=True)
