@@ -8,8 +8,8 @@ INSTALLED := $(VENV)/.installed
 # The ends of the range that pyproject.toml gives for transformers: the lowest, and the newest release there is.
 VERSIONS := 5.20.0 newest
 # What travels with a checkpoint, and how it is saved and loaded.
-TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunks losses masked_lm modeling other_decoders pooling \
-	ranking_losses saving,tests/test_$(name).py)
+TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunks losses masked_lm modeling \
+	other_decoders pooling ranking_losses saving,tests/test_$(name).py)
 
 .PHONY: demo test lint format audit compat clean
 

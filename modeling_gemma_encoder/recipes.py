@@ -71,7 +71,8 @@ def devices(use_cpu: bool) -> int:
 
 
 def says(words: list[str], flag: str) -> bool:
-    return any(word == flag or word.startswith(f"{flag}=") for word in words)
+    """Whether a command line has the flag, perhaps abbreviated; argparse has refused what is ambiguous."""
+    return any(len(word) > 2 and word.startswith("--") and flag.startswith(word.partition("=")[0]) for word in words)
 
 
 def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int | None = None) -> None:
@@ -93,7 +94,8 @@ def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int 
         return
     count = count or devices(given.use_cpu)
     places = (parser.of_file, sys.argv[1:] if args is None else args)
-    totals, steps = ([says(words, f"--{flag}") for words in places] for flag in BOTH)
+    totals = [says(words, "--total_batch_size") for words in places]
+    steps = [says(words, "--gradient_accumulation_steps") for words in places]
     if steps[1] and not totals[1]:
         parser.last = [f"--total_batch_size={count * most * given.gradient_accumulation_steps}"]
         return
@@ -104,6 +106,3 @@ def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int 
     share = total // count
     size = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
     parser.last = [f"--gradient_accumulation_steps={share // size}", f"--per_device_train_batch_size={size}"]
-
-
-BOTH = ("total_batch_size", "gradient_accumulation_steps")

@@ -57,7 +57,7 @@ def test_rows_of_a_group_are_set_aside_together():
     assert 20 <= len(aside) < 60 and len(aside) + len(trained) == 200 and not set(aside) & set(trained)
     with pytest.raises(ValueError, match="the same 'paragraph'"):
         hold_out(replace(data, train=data.train.add_column("paragraph", ["p"] * 200)), None, 1, "paragraph")
-    for name in ("multirc", "record"):
+    for name in ("boolq", "multirc", "record"):
         assert superglue.TASKS[name].group in superglue.TASKS[name].texts
 
 

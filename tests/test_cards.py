@@ -113,6 +113,10 @@ def test_the_licence_is_the_bases(tmp_path):
     assert licence_of(str(tmp_path), "gemma2") == "gemma"
     with pytest.raises(ValueError, match="--license mit"):
         licence_of(str(tmp_path), "gemma2", "mit")
+    (tmp_path / "README.md").write_text("---\nlicense: llama3.2\n---\n")
+    assert licence_of(str(tmp_path), "llama") == "llama3.2"
+    with pytest.raises(ValueError, match=r"is under llama3\.2"):
+        licence_of(str(tmp_path), "llama", "mit")
     assert notice("google/gemma-2-2b", "gemma").startswith(GEMMA_NOTICE) and notice("x", "apache-2.0") is None
 
 

@@ -102,6 +102,8 @@ def test_the_command_line_wins_over_a_files_batch(recipe, monkeypatch):
     path = recipe(total_batch_size=32, per_device_train_batch_size=4)
     _, _, args = parsed(monkeypatch, "--config", path, "--gradient_accumulation_steps", "1")
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 1)
+    _, _, args = parsed(monkeypatch, "--config", path, "--gradient_acc", "2")  # argparse takes abbreviations
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 2)
     path = recipe(gradient_accumulation_steps=3, per_device_train_batch_size=4)
     _, _, args = parsed(monkeypatch, "--config", path, "--total_batch_size", "16")
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 4)
