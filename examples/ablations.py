@@ -13,8 +13,9 @@ flag of `TrainingArguments` included. A reranker is a further task by `--ranking
 and everything else from `--ranking_flags`.
 
 A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
-`--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` a table and a
-plot of each study, `results.json`, and `cells/`, each with its own `results.json`.
+`--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
+plot of each study, `results.json`, and `cells/`, each with its own `results.json` and predictions. Scores have the standard
+error of the seeds; differences, from the first variant or what the study names, that of the seeds and the rows.
 """
 
 import json
@@ -29,18 +30,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import glue
+import numpy as np
 import superglue
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
-from modeling_gemma_encoder.ablations import Bench, Cell, Study, markdown, plot, run_studies
+from modeling_gemma_encoder.ablation_reports import difference_table, plot, score_table
+from modeling_gemma_encoder.ablations import Bench, Cell, Study, run_studies
+from modeling_gemma_encoder.differences import LeftOut, add_differences, split_in_parts
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.recipes import RecipeParser
 from modeling_gemma_encoder.suites import Help, cannot_run, fail
-from modeling_gemma_encoder.tasks import Source
+from modeling_gemma_encoder.tasks import Source, Task
 from modeling_gemma_encoder.training import provenance
 
 SUITES = {"glue": ("nyu-mll/glue", glue.TASKS), "superglue": ("aps/super_glue", superglue.TASKS)}
@@ -95,7 +100,8 @@ STUDIES = {
             "Gemma Encoder, random weights": {"kind": "scratch"},
             "Gemma*ForSequenceClassification": {"kind": "stock"},
             "Gemma Encoder": {},
-        }
+        },
+        reference="Gemma Encoder",
     ),
     "rows": Study(
         {
@@ -258,6 +264,21 @@ class Ranking:
         write(finished, json.dumps({**report, "flags": words}, indent=2))
         return {**report, "flags": words}
 
+    def left_out(self, folder: Path) -> np.ndarray:
+        """The cell's mean without each part of the queries, see `differences`."""
+        place = next(path for path in folder.glob("*/results.json") if path.parent.name != "held-out")
+        measures = json.loads(place.read_text())["per_query"]["Gemma Encoder"]
+        values = np.array([value for _, value in sorted(next(iter(measures.values())).items())])
+        part = split_in_parts(len(values))
+        return np.array([values[part != number].mean() for number in range(part.max() + 1)])
+
+
+def validation(task: Task, source: Source, options: FineTuningArguments) -> dict[str, Dataset]:
+    """The rows that cells are scored on."""
+    rows = {split: task.load(source, split) for split in task.validation}
+    limit = options.max_eval_samples
+    return {split: found.select(range(min(limit or len(found), len(found)))) for split, found in rows.items()}
+
 
 class Workers:
     """Cells, one after the other here or side by side on Ray, with a bar."""
@@ -332,11 +353,16 @@ def main():
         own, tasks, options, args, root, others, tuple(name for name in OF_TASK if getattr(given, name) is None)
     )
     found = run_studies(studies, [*tasks, *others], options, rates, own.seeds, workers)
+    left_out = {name: other.left_out for name, other in others.items()}
+    left_out |= {name: LeftOut(task, validation(task, source, options)) for name, (task, source) in tasks.items()}
+    add_differences(studies, found, root, left_out)
     tables = []
     for name, study in studies.items():
         seeds = f"seeds {', '.join(map(str, own.seeds))}"
         title = f"{name.replace('_', ' ')} (x 100, mean ± standard error of {seeds})"
-        tables.append(markdown(title, study, found[name]))
+        tables.append(score_table(title, study, found[name]))
+        if len(study.variants) > 1:
+            tables.append(difference_table(name.replace("_", " "), study, found[name]))
         plot(f"{name.replace('_', ' ')}, {Path(options.model).name}, {seeds}", study, found[name], root / f"{name}.png")
     report = {"studies": found, "seeds": own.seeds, "learning_rates": rates, "torch": torch.__version__, **provenance()}
     write(root / "results.json", json.dumps(report, indent=2))

@@ -13,7 +13,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from transformers import TrainingArguments
 
@@ -31,10 +30,16 @@ class Study:
     Args:
         variants: Name -> the options that it changes.
         paper: Name -> GLUE average of Gemma 2 2B in the paper (arXiv 2503.02656), where it is known.
+        reference: Name of what the others are compared with; default: the first.
     """
 
     variants: dict[str, Options]
     paper: dict[str, float] = field(default_factory=dict)
+    reference: str | None = None
+
+    @property
+    def compared_with(self) -> str:
+        return self.reference or next(iter(self.variants))
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,8 @@ def run_studies(
     run_all: Callable[[list[Cell]], Iterable[dict]],
 ) -> dict:
     """
-    Study -> task -> variant -> `learning_rate`, `chosen_on` (rate -> score), `scores` of the seeds, and `simple`, what
-    is reached without reading: the majority, or random order, and BM25.
+    Study -> task -> variant -> `learning_rate`, `chosen_on` (rate -> score), `scores` of the seeds, `cells`, their
+    folders below the root, and `simple`, what is reached without reading: the majority, or random order, and BM25.
 
     Args:
         run_all: Cells -> their reports, in order; where they run is its matter.
@@ -220,81 +225,7 @@ def run_studies(
             "learning_rate": rates[task, options],
             "chosen_on": best[task, options],
             "scores": [score(report) for report in runs],
+            "cells": [str(Cell(task, options, rates[task, options], seed, False).folder(Path())) for seed in seeds],
             "simple": {name: score({"scores": scores}) for name, scores in simple.items()},
         }
     return found
-
-
-def mean_and_error(scores: list[float]) -> tuple[float, float]:
-    """Mean and standard error; the latter is NaN for a single score."""
-    error = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
-    return float(np.mean(scores)), float(error)
-
-
-def averages(of_study: dict, name: str) -> tuple[float, float]:
-    """A variant's mean over tasks, and the standard error that the tasks' own make."""
-    pairs = [mean_and_error(variants[name]["scores"]) for variants in of_study.values()]
-    return float(np.mean([mean for mean, _ in pairs])), float(np.sqrt(sum(e**2 for _, e in pairs)) / len(pairs))
-
-
-def markdown(title: str, study: Study, of_study: dict) -> str:
-    """A study as a table: a row a variant, scores x 100 with standard errors, the paper's average beside ours."""
-
-    def shown(pair: tuple[float, float]) -> str:
-        mean, error = (100 * value for value in pair)
-        return f"{mean:.1f}" + ("" if np.isnan(error) else f" ± {error:.1f}")
-
-    columns = [title, *of_study, "average", *(["the paper's GLUE average, Gemma 2 2B"] if study.paper else [])]
-    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    simple = [next(iter(variants.values()))["simple"] for variants in of_study.values()]
-    for key, name in (("majority", "majority, or random order"), ("BM25", "BM25")):
-        values = [of_task.get(key) for of_task in simple]
-        if any(value is not None for value in values):
-            values.append(None if None in values else float(np.mean(values)))
-            cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
-            lines.append(f"| {name} | {' | '.join([*cells, *([''] if study.paper else [])])} |")
-    for name in study.variants:
-        cells = [shown(mean_and_error(variants[name]["scores"])) for variants in of_study.values()]
-        cells.append(shown(averages(of_study, name)))
-        cells += [f"{study.paper[name]:.1f}" if name in study.paper else ""] if study.paper else []
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
-    """A panel a task, and one of the averages: every seed a dot, means with standard errors, the majority a line."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names, panels = list(study.variants), [*of_study, *(["average"] if len(of_study) > 1 else [])]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (1 + columns * (1.2 + 0.42 * len(names)), 0.8 + 3.2 * rows)
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    places = np.arange(len(names))
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        if panel == "average":
-            pairs = [averages(of_study, name) for name in names]
-        else:
-            variants = of_study[panel]
-            pairs = [mean_and_error(variants[name]["scores"]) for name in names]
-            for place, name in zip(places, names, strict=True):
-                seeds = 100 * np.array(variants[name]["scores"])
-                label = "a seed" if not place else None
-                axes.plot(np.full(len(seeds), place + 0.2), seeds, ".", color="gray", markersize=4, label=label)
-            for (key, value), line in zip(variants[names[0]]["simple"].items(), (":", "--"), strict=False):
-                label = {"majority": "majority, or random order"}.get(key, key)
-                axes.axhline(100 * value, color="gray", linestyle=line, label=label)
-        means, errors = (100 * np.array(values) for values in zip(*pairs, strict=True))
-        errors = np.nan_to_num(errors)
-        axes.errorbar(places, means, errors, fmt="o", color="C0", capsize=3, label="mean, standard error")
-        axes.set_xticks(places, names, rotation=35, ha="right")
-        axes.set(title=panel, ylabel="score x 100", xlim=(-0.6, len(names) - 0.4))
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    found = [axes.get_legend_handles_labels() for axes in grid.flat]
-    legend = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 if columns == 1 else len(legend))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -88,7 +88,9 @@ def bag_of_words(task: Task, data: Data, folder: Path, name: str, seed: int) -> 
     model.fit(bags(train), data.train["label"])
     report = {"task": name, "seed": seed, "model": "TF-IDF", "scores": {}, "majority": {}}
     for split, rows in data.validation.items():
-        report["scores"][split] = task.metric(np.asarray(model.predict(bags(texts(rows)))), rows)
+        predicted = np.asarray(model.predict(bags(texts(rows))))
+        write(folder / f"predictions-{split}.json", json.dumps({"predictions": predicted.tolist()}))
+        report["scores"][split] = task.metric(predicted, rows)
         report["majority"][split] = task.metric(most_frequent(task, data.train, rows), rows)
     write(folder / "results.json", json.dumps(report, indent=2))
     return report

@@ -1,7 +1,7 @@
 """A run of fine-tuning: a task, a seed and a folder; resumed where it stopped, and never run twice.
 
-The folder ends with the model, `results.json` (written last: a run is finished when it is there), predictions of test
-splits and plots.
+The folder ends with the model, `results.json` (written last: a run is finished when it is there), the predictions of
+every split that was evaluated or predicted, and plots.
 """
 
 import gc
@@ -232,7 +232,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     report.setdefault("model", str(trained or options.model))
     report["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     folder.mkdir(parents=True, exist_ok=True)
-    for split in data.test:
+    for split in predicted:
         found = {"predictions": predicted[split].tolist(), "logits": logits[split].tolist()}
         write(folder / f"predictions-{split}.json", json.dumps(found))
     plot_run(task, report, {split: (predicted[split], rows) for split, rows in data.validation.items()}, folder)
@@ -257,6 +257,6 @@ def describe(task: Task, data: Data, trainer: Trainer, model: PreTrainedModel, t
 
 
 def predictions(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions and logits of a finished run's test split, in the order of its rows."""
+    """Predictions and logits of a split that a finished run evaluated or predicted, in the order of its rows."""
     found = json.loads((folder / f"predictions-{split}.json").read_text())
     return np.array(found["predictions"]), np.array(found["logits"])

@@ -12,11 +12,14 @@ import pytest
 import superglue
 import torch
 from datasets import Dataset
+from scipy.stats import bootstrap, pearsonr
 from transformers import BertForSequenceClassification, Gemma2ForSequenceClassification
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.ablations import Cell, Study, as_options, averages, hold_out, markdown, run_studies
+from modeling_gemma_encoder.ablation_reports import difference_table, score_table
+from modeling_gemma_encoder.ablations import Cell, Study, as_options, hold_out, run_studies
 from modeling_gemma_encoder.baselines import MAKERS, bag_of_words
+from modeling_gemma_encoder.differences import LeftOut, add_differences, averages, jackknife_error, split_in_parts
 from modeling_gemma_encoder.finetuning import FineTuningArguments, decoder_of
 from modeling_gemma_encoder.metrics import accuracy
 from modeling_gemma_encoder.runs import Data, digest
@@ -99,10 +102,57 @@ def test_means_and_errors_are_those_of_a_calculator():
         "two": {"a": {"scores": [0.5, 0.7, 0.6], "simple": {"majority": 0.1, "BM25": 0.4}}},
     }
     assert averages(of_study, "a") == pytest.approx((0.5, 0.0645497), abs=1e-6)
-    lines = markdown("title", Study({"a": {}}, paper={"a": 89.4}), of_study).splitlines()
+    lines = score_table("title", Study({"a": {}}, paper={"a": 89.4}), of_study).splitlines()
     assert lines[2] == "| majority, or random order | 30.0 | 10.0 | 20.0 |  |"
     assert lines[3] == "| BM25 |  | 40.0 |  |  |"
     assert lines[4] == "| a | 40.0 ± 11.5 | 60.0 ± 5.8 | 50.0 ± 6.5 | 89.4 |"
+
+
+def test_errors_of_rows_are_those_of_textbooks(tmp_path):
+    """Of a mean with a row left out at a time: sample deviation / sqrt(n); of a correlation: scipy's bootstrap."""
+    values = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0])
+    without = np.array([np.delete(values, n).mean() for n in range(6)])
+    assert jackknife_error(without) == pytest.approx(values.std(ddof=1) / 6**0.5)
+    rng = np.random.default_rng(0)
+    first, noise = rng.normal(size=(2, 1000))
+    task = Task(("first",), lambda found, rows: {"r": pearsonr(found, rows["label"]).statistic}, problem="regression")
+    rows = Dataset.from_dict({"first": ["a"] * 1000, "label": first})
+    found = jackknife_error(LeftOut(task, {"v": rows})(saved(tmp_path, first + noise)))
+    drawn = bootstrap((first, first + noise), lambda a, b: pearsonr(a, b).statistic, paired=True, n_resamples=1000)
+    assert found == pytest.approx(drawn.standard_error, rel=0.25)
+
+
+def saved(folder: Path, predictions) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "predictions-v.json").write_text(json.dumps({"predictions": list(predictions)}))
+    return folder
+
+
+def test_rows_of_a_group_are_left_out_together():
+    groups = [f"p {n % 30}" for n in range(90)]
+    part = split_in_parts(90, groups, 10)
+    assert len(set(part)) == 10 and all(len({part[n] for n in range(90) if n % 30 == g}) == 1 for g in range(30))
+    assert sorted(split_in_parts(7)) == list(range(7))
+    assert max(np.bincount(split_in_parts(1050))) == 11
+
+
+def test_differences_are_of_the_same_seeds_and_rows(tmp_path):
+    """Both always wrong on the same rows: no error of the rows. Seeds: differences 0.1 and 0.3, mean 0.2, error 0.1.
+    Another is right on one row of ten more: the error of a tenth, sqrt(0.1 * 0.9 / 9) = 0.1, and of seeds, 0.1."""
+    rows = Dataset.from_dict({"first": ["a"] * 10, "label": [1] * 10})
+    task = Task(("first",), by_label(accuracy), ("no", "yes"))
+    for name, right in (("a", 4), ("b", 4), ("c", 5)):
+        saved(tmp_path / name, [1] * right + [0] * (10 - right))
+    study = Study({name: {} for name in ("a", "b", "c", "old")})
+    scores = {"a": [0.4, 0.4], "b": [0.5, 0.7], "c": [0.4, 0.6], "old": [0.4, 0.4]}
+    found = {"s": {"t": {name: {"scores": scores[name], "cells": [name, name]} for name in scores}}}
+    add_differences({"s": study}, found, tmp_path, {"t": LeftOut(task, {"v": rows})})
+    assert found["s"]["t"]["a"]["difference"] == pytest.approx([0, 0])
+    assert found["s"]["t"]["b"]["difference"] == pytest.approx([0.2, 0.1])
+    assert found["s"]["t"]["c"]["difference"] == pytest.approx([0.1, 0.02**0.5])
+    assert found["s"]["t"]["old"]["difference"] is None
+    lines = difference_table("s", study, found["s"]).splitlines()
+    assert lines[2:] == ["| b | +20.0 ± 10.0 | +20.0 ± 10.0 |", "| c | +10.0 ± 14.1 | +10.0 ± 14.1 |", "| old |  |  |"]
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +177,21 @@ def command(monkeypatch, decoder, folder, tmp_path):
     return command
 
 
-def test_a_study_runs_once_and_padding_is_equal(command, tmp_path, capsys, monkeypatch):
+def test_a_study_runs_once_and_padding_is_equal(command, folder, tmp_path, capsys, monkeypatch):
     flags = ["--tasks", "cola", "cb", "--learning_rates", 1e-3, 1e-2]
     found = command("--study", "padding", *flags)
     for task in ("cola", "cb"):
         padding = found["padding"][task]
         assert padding["left"]["scores"] == padding["right"]["scores"]
         assert padding["left"]["chosen_on"] == padding["right"]["chosen_on"]
-    assert "| majority, or random order |" in capsys.readouterr().out
+        assert padding["left"]["difference"] == [0, 0]
+    cell = tmp_path / "out" / found["padding"]["cb"]["left"]["cells"][0]
+    predicted = np.array(json.loads((cell / "predictions-validation.json").read_text())["predictions"])
+    rows = Dataset.from_json(str(folder / "superglue" / "cb" / "validation.jsonl"))
+    scores = superglue.TASKS["cb"].metric(predicted, rows)
+    assert np.mean([*scores.values()]) == pytest.approx(found["padding"]["cb"]["left"]["scores"][0])
+    said = capsys.readouterr().out
+    assert "| majority, or random order |" in said and "padding: difference from right" in said
     assert (tmp_path / "out" / "padding.png").exists()
     assert not list((tmp_path / "out" / "cells").rglob("*.safetensors"))
     cells = sorted((tmp_path / "out" / "cells").rglob("results.json"))
@@ -175,7 +232,8 @@ def test_baselines_are_what_they_are_called(command, decoder):
     assert not torch.equal(made["scratch"].get_parameter(weight), given.get_parameter(weight))
     torch.testing.assert_close(made["stock"].get_parameter(weight), given.get_parameter(weight))
     found = command("--study", "baselines", "--tasks", "cb", "--learning_rates", 1e-3)
-    assert all(len(row["scores"]) == 2 for row in found["baselines"]["cb"].values())
+    assert all(len(row["scores"]) == 2 and row["difference"] for row in found["baselines"]["cb"].values())
+    assert found["baselines"]["cb"]["Gemma Encoder"]["difference"] == [0, 0]
 
 
 def test_a_bert_has_about_the_decoders_parameters():
@@ -238,5 +296,6 @@ def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder):
     assert set(found["padding"]) == {"cola", "judged"}
     row = found["padding"]["judged"]["left"]
     assert row["scores"] == found["padding"]["judged"]["right"]["scores"] and len(row["scores"]) == 1
+    assert row["difference"] == [0, 0]
     assert row["simple"]["BM25"] == 1.0 and 0 < row["simple"]["majority"] <= 1
     assert command(*flags) == found

@@ -1,0 +1,94 @@
+"""What ablations found, to look at: a table of scores, one of differences, and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from .ablations import Study
+from .differences import averages, mean_and_error
+
+
+def score_table(title: str, study: Study, of_study: dict) -> str:
+    """A study as a table: a row a variant, scores x 100 with standard errors, the paper's average beside ours."""
+
+    def shown(pair: tuple[float, float]) -> str:
+        mean, error = (100 * value for value in pair)
+        return f"{mean:.1f}" + ("" if np.isnan(error) else f" ± {error:.1f}")
+
+    columns = [title, *of_study, "average", *(["the paper's GLUE average, Gemma 2 2B"] if study.paper else [])]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    simple = [next(iter(variants.values()))["simple"] for variants in of_study.values()]
+    for key, name in (("majority", "majority, or random order"), ("BM25", "BM25")):
+        values = [of_task.get(key) for of_task in simple]
+        if any(value is not None for value in values):
+            values.append(None if None in values else float(np.mean(values)))
+            cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
+            lines.append(f"| {name} | {' | '.join([*cells, *([''] if study.paper else [])])} |")
+    for name in study.variants:
+        cells = [shown(mean_and_error(variants[name]["scores"])) for variants in of_study.values()]
+        cells.append(shown(averages(of_study, name)))
+        cells += [f"{study.paper[name]:.1f}" if name in study.paper else ""] if study.paper else []
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def difference_table(name: str, study: Study, of_study: dict) -> str:
+    """Differences as a table, x 100, a row a variant; empty where a cell kept no predictions."""
+
+    def shown(pair: Sequence[float] | None) -> str:
+        return "" if pair is None else f"{100 * pair[0]:+.1f} ± {100 * pair[1]:.1f}"
+
+    title = f"{name}: difference from {study.compared_with} (x 100, ± standard error of seeds and rows)"
+    columns = [title, *of_study, "average"]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for variant in study.variants:
+        if variant == study.compared_with:
+            continue
+        pairs = [variants[variant]["difference"] for variants in of_study.values()]
+        average = None
+        if None not in pairs:
+            means, errors = np.array(pairs).T
+            average = (means.mean(), np.sqrt(np.sum(errors**2)) / len(pairs))
+        lines.append(f"| {' | '.join([variant, *map(shown, [*pairs, average])])} |")
+    return "\n".join(lines)
+
+
+def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
+    """A panel a task, and one of the averages: every seed a dot, means with standard errors, the majority a line."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names, panels = list(study.variants), [*of_study, *(["average"] if len(of_study) > 1 else [])]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (1 + columns * (1.2 + 0.42 * len(names)), 0.8 + 3.2 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    places = np.arange(len(names))
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        if panel == "average":
+            pairs = [averages(of_study, name) for name in names]
+        else:
+            variants = of_study[panel]
+            pairs = [mean_and_error(variants[name]["scores"]) for name in names]
+            for place, name in zip(places, names, strict=True):
+                seeds = 100 * np.array(variants[name]["scores"])
+                label = "a seed" if not place else None
+                axes.plot(np.full(len(seeds), place + 0.2), seeds, ".", color="gray", markersize=4, label=label)
+            for (key, value), line in zip(variants[names[0]]["simple"].items(), (":", "--"), strict=False):
+                label = {"majority": "majority, or random order"}.get(key, key)
+                axes.axhline(100 * value, color="gray", linestyle=line, label=label)
+        means, errors = (100 * np.array(values) for values in zip(*pairs, strict=True))
+        errors = np.nan_to_num(errors)
+        axes.errorbar(places, means, errors, fmt="o", color="C0", capsize=3, label="mean, standard error")
+        axes.set_xticks(places, names, rotation=35, ha="right")
+        axes.set(title=panel, ylabel="score x 100", xlim=(-0.6, len(names) - 0.4))
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    found = [axes.get_legend_handles_labels() for axes in grid.flat]
+    legend = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 if columns == 1 else len(legend))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
