@@ -14,8 +14,8 @@ and everything else from `--ranking_flags`.
 
 A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
-plot of each study, `results.json`, and `cells/`, each with its own `results.json` and predictions. Scores have the standard
-error of the seeds; differences, from the first variant or what the study names, that of the seeds and the rows.
+plot of each study, `results.json`, and `cells/`, each with its own `results.json` and predictions. Scores have the
+standard error of the seeds; differences, from the first variant or what the study names, that of seeds and rows.
 """
 
 import json
