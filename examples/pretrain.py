@@ -48,6 +48,7 @@ from transformers import (
     set_seed,
 )
 
+from modeling_gemma_encoder.suites import fail, failing
 from modeling_gemma_encoder.text import (
     TextArguments,
     collate_blocks,
@@ -190,22 +191,25 @@ def main():
     )
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():
-        parser.error(problem)
-    set_seed(args.seed)
-    folder, is_main = Path(args.output_dir), args.process_index == 0
-    checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
-    refuse_another_run(run, folder, checkpoint, is_main)
+        fail(parser, problem)
+    with failing(parser):
+        set_seed(args.seed)
+        folder, is_main = Path(args.output_dir), args.process_index == 0
+        checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
+        refuse_another_run(run, folder, checkpoint, is_main)
 
-    with args.main_process_first():
-        texts, held_out = load_documents(options, args.seed)
-        tokenizer = make_tokenizer(options, texts, folder, made=checkpoint or args.local_process_index > 0, args=args)
-        train, held_out = load_blocks(texts, held_out, tokenizer, options, args.seed)
-    if not options.streaming and is_main:
-        print(f"{len(train):,} blocks of {options.block_size} tokens to train on", flush=True)
+        with args.main_process_first():
+            texts, held_out = load_documents(options, args.seed)
+            tokenizer = make_tokenizer(
+                options, texts, folder, made=checkpoint or args.local_process_index > 0, args=args
+            )
+            train, held_out = load_blocks(texts, held_out, tokenizer, options, args.seed)
+        if not options.streaming and is_main:
+            print(f"{len(train):,} blocks of {options.block_size} tokens to train on", flush=True)
 
-    decoder = make_decoder(options, tokenizer)
+        decoder = make_decoder(options, tokenizer)
     parameters = decoder.num_parameters()
     beside = parameters - decoder.get_input_embeddings().weight.numel()
     if is_main:

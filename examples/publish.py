@@ -72,7 +72,8 @@ def main():
     (args,) = parser.parse_args_into_dataclasses()
     results = [str(Path(folder) / "results.json") for folder in args.results]
     for folder in (args.model, *results, *([args.inputs] if args.inputs else [])):
-        if not Path(folder).exists() and (folder != args.model or folder.startswith((".", "/", "~"))):
+        on_hub = folder == args.model and folder.count("/") < 2 and not folder.startswith((".", "/", "~"))
+        if not on_hub and not Path(folder).exists():
             parser.exit(2, f"{parser.prog}: error: there is no {folder}\n")
     if not args.dry_run:
         try:

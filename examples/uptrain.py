@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
+from modeling_gemma_encoder.suites import fail, failing
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 from modeling_gemma_encoder.training import READING, StepTimer, last_checkpoint, plot_losses, refuse_another_run
 
@@ -126,41 +127,44 @@ def main():
     )
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():
-        parser.error(problem)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
-    masks = mask_with(tokenizer, options.mask_token)
-    set_seed(args.seed)
-    folder, is_main = Path(args.output_dir), args.process_index == 0
-    checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    refuse_another_run({**asdict(options), "seed": args.seed, "batch_size": batch_size}, folder, checkpoint, is_main)
+        fail(parser, problem)
+    with failing(parser):
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        masks = mask_with(tokenizer, options.mask_token)
+        set_seed(args.seed)
+        folder, is_main = Path(args.output_dir), args.process_index == 0
+        checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        refuse_another_run(
+            {**asdict(options), "seed": args.seed, "batch_size": batch_size}, folder, checkpoint, is_main
+        )
 
-    model = GemmaEncoderForMaskedLM.from_pretrained(
-        options.model,
-        attention=options.attention,
-        masked_lm_objective=options.objective,
-        attention_dropout=options.dropout,
-        feedforward_dropout=options.dropout,
-        attn_implementation=options.attn_implementation,
-        dtype=torch.float32,
-    )
-    verify_attention(model)
-    # The layers have their dropout; what is saved, checkpoints too, asks fine-tuning for the paper's again.
-    defaults = GemmaEncoderConfig()
-    model.config.attention_dropout = defaults.attention_dropout
-    model.config.feedforward_dropout = defaults.feedforward_dropout
+        model = GemmaEncoderForMaskedLM.from_pretrained(
+            options.model,
+            attention=options.attention,
+            masked_lm_objective=options.objective,
+            attention_dropout=options.dropout,
+            feedforward_dropout=options.dropout,
+            attn_implementation=options.attn_implementation,
+            dtype=torch.float32,
+        )
+        verify_attention(model)
+        # The layers have their dropout; what is saved, checkpoints too, asks fine-tuning for the paper's again.
+        defaults = GemmaEncoderConfig()
+        model.config.attention_dropout = defaults.attention_dropout
+        model.config.feedforward_dropout = defaults.feedforward_dropout
 
-    masking = Masking(
-        masks,
-        model.config.vocab_size,
-        args.seed,
-        mlm_probability=options.mask_rate,
-        mask_replace_prob=options.mask_replace_prob,
-        random_replace_prob=options.random_replace_prob,
-    )
-    with args.main_process_first():
-        train, held_out = load_blocks(*load_documents(options, args.seed), tokenizer, options, args.seed)
-        held_out = {name: masked_once(rows, masking) for name, rows in held_out.items()}
+        masking = Masking(
+            masks,
+            model.config.vocab_size,
+            args.seed,
+            mlm_probability=options.mask_rate,
+            mask_replace_prob=options.mask_replace_prob,
+            random_replace_prob=options.random_replace_prob,
+        )
+        with args.main_process_first():
+            train, held_out = load_blocks(*load_documents(options, args.seed), tokenizer, options, args.seed)
+            held_out = {name: masked_once(rows, masking) for name, rows in held_out.items()}
     timer = StepTimer()
     trainer = Trainer(
         model,

@@ -334,7 +334,10 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
 
     def __init__(self, config: GemmaEncoderConfig, **unknown):
         if not config.tie_word_embeddings:
-            raise ValueError("`tie_word_embeddings` is False; GemmaEncoderForMaskedLM uses Gemma's tied embedding.")
+            raise ValueError(
+                "`tie_word_embeddings` is False: this decoder predicts tokens by a matrix of its own, and "
+                "GemmaEncoderForMaskedLM by the embedding. It can be fine-tuned without up-training."
+            )
         super().__init__(config, **unknown)
         del self.pooler  # nothing would train it
         self.post_init()

@@ -4,7 +4,8 @@ import copy
 import json
 import os
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -127,6 +128,15 @@ def make_parser(own: type, output_dir: str, description: str) -> RecipeParser:
 def fail(parser: HfArgumentParser, message: str) -> NoReturn:
     """Ends the process with a message, without the hundreds of lines of usage."""
     parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+@contextmanager
+def failing(parser: HfArgumentParser) -> Iterator[None]:
+    """What is wrong with what the user gave (ValueError, OSError) ends the process with its message, see `fail`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(parser, str(error))
 
 
 def parse(parser: RecipeParser, task: Task) -> tuple:
