@@ -112,7 +112,11 @@ def mask_with(tokenizer, mask_token: str | None):
             raise ValueError(f"--mask_token {mask_token!r} is not in the tokenizer's vocabulary.")
         tokenizer.mask_token = mask_token
     if tokenizer.mask_token is None:
-        raise ValueError("The tokenizer has no mask token: choose one of its tokens with --mask_token.")
+        raise ValueError(
+            "The tokenizer has no mask token: choose one of its tokens with --mask_token, best one that no text has, "
+            "such as Llama 3's '<|reserved_special_token_0|>' or Qwen's '<|fim_pad|>'."
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # upstream asks for one, and pads nothing
     return tokenizer
 
 

@@ -170,7 +170,13 @@ def _named(sources: list[str]) -> dict[str, str]:
 
 
 def pack(rows: dict, tokenizer, block_size: int, join: bool) -> dict:
-    """Documents, each ended by <eos>, one after another in full blocks that begin with <bos>; the rest is dropped."""
+    """
+    Documents, each ended by <eos>, one after another in full blocks that begin with <bos> where the tokenizer has one;
+    the rest is dropped. Raises ValueError where it has no <eos>.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no token for the end of a text, `eos_token`: set one and save it.")
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens = [np.array([], dtype=np.int32)]
     for text in rows["text"]:
         text = join_lines(text or "") if join else text or ""
@@ -180,9 +186,9 @@ def pack(rows: dict, tokenizer, block_size: int, join: bool) -> dict:
             tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
             tokens.append(np.array([tokenizer.eos_token_id], dtype=np.int32))
     tokens = np.concatenate(tokens)
-    width = block_size - 1
+    width = block_size - len(start)
     blocks = tokens[: len(tokens) // width * width].reshape(-1, width)
-    return {"input_ids": np.insert(blocks, 0, tokenizer.bos_token_id, axis=1)}
+    return {"input_ids": np.insert(blocks, [0] * len(start), start, axis=1)}
 
 
 def mix(parts: list[Dataset] | list[IterableDataset], seed: int) -> Dataset | IterableDataset:

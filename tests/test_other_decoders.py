@@ -1,7 +1,9 @@
 """Llama and Qwen behind the same classes: Gemma's laws, held of them. Qwen 2 has biases, and here sliding layers."""
 
 import json
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import test_attention as of_attention
@@ -11,9 +13,10 @@ import test_masked_lm as of_masked_lm
 import test_modeling as of_models
 import test_saving as of_saving
 import torch
-from conftest import ATTENTIONS, FUSED, OTHERS, UNPADDED, decoder_config, encoder_config, texts
+import uptrain
+from conftest import ATTENTIONS, FUSED, NANO, OTHERS, UNPADDED, decoder_config, encoder_config, texts
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder import (
     POOLERS,
@@ -86,6 +89,28 @@ def test_masked_language_models(family, tmp_path, monkeypatch):
     of_masked_lm.test_bidirectional_logits_are_upstreams_without_its_mask(family, tmp_path / "bidirectional")
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         GemmaEncoderForMaskedLM(encoder_config(family, {"tie_word_embeddings": False}))
+
+
+@pytest.mark.parametrize(("family", "lacks"), [("llama", {"pad_token"}), ("qwen3", {"bos_token"})])
+def test_up_training(family, lacks, tmp_path, monkeypatch):
+    """Its script, with a tokenizer that has no mask, and no padding or no start, as theirs."""
+    source, out = tmp_path / "decoder", tmp_path / "encoder"
+    config = decoder_config(family, vocab_size=8192, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    for name in {"mask_token", *lacks}:
+        setattr(tokenizer, name, None)
+    tokenizer.save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parent.parent / "README.md").read_text())
+    flags = ["--model", source, "--text", text, "--validation_text", text, "--output_dir", out, "--block_size", 32]
+    flags += ["--max_steps", 2, "--per_device_train_batch_size", 2, "--mask_token", "<unk>", "--use_cpu", "true"]
+    monkeypatch.setattr(sys, "argv", ["uptrain.py", *map(str, flags)])
+    uptrain.main()
+    _, info = GemmaEncoderForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier"} and not info["unexpected_keys"]
+    saved = AutoTokenizer.from_pretrained(out)
+    assert saved.mask_token is None and all(getattr(saved, name) is None for name in lacks)
 
 
 # As such files are on the Hub: rotary embeddings in the words of older versions, several ends, no padding.

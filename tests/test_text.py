@@ -1,5 +1,6 @@
 """Laws of text for training: nothing is lost, nothing is both read and held out."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def test_blocks_are_the_texts_in_order(nano_tokenizer):
         for token in [*nano_tokenizer(text, add_special_tokens=False)["input_ids"], nano_tokenizer.eos_token_id]
     ]
     assert blocks[:, 1:].ravel().tolist() == stream[: len(stream) // 7 * 7]
+
+
+def test_blocks_of_a_tokenizer_without_a_start_are_text_alone(nano_tokenizer):
+    """Qwen's have no <bos>."""
+    tokenizer = copy.deepcopy(nano_tokenizer)
+    tokenizer.bos_token = None
+    blocks = np.array(pack({"text": TEXTS}, tokenizer, block_size=7, join=False)["input_ids"])
+    with_start = np.array(pack({"text": TEXTS}, nano_tokenizer, block_size=8, join=False)["input_ids"])
+    assert np.array_equal(blocks, with_start[:, 1:])
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no token for the end of a text"):
+        pack({"text": TEXTS}, tokenizer, block_size=7, join=False)
 
 
 def write(folder, kind: str) -> str:
