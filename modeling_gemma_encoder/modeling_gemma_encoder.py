@@ -324,22 +324,20 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
 class GemmaEncoderForMaskedLM(GemmaEncoderModel):
     """A Gemma Encoder that predicts tokens, to be trained on plain text before it gets a task.
 
-    The head is the decoder's own: its embedding, tied, and its soft-capping. `config.masked_lm_objective` says which
-    state predicts a token: its own ("mlm", BERT, arXiv 1810.04805), or the one before it, as the decoder has learned
-    ("mntp", masked next-token prediction, LLM2Vec, arXiv 2404.05961, section 2.1). There is no pooler.
+    The head is the decoder's own: its embedding, or `lm_head` where that is not tied, and its soft-capping.
+    `config.masked_lm_objective` says which state predicts a token: its own ("mlm", BERT, arXiv 1810.04805), or the one
+    before it, as the decoder has learned ("mntp", masked next-token prediction, LLM2Vec, arXiv 2404.05961, section
+    2.1). There is no pooler.
     """
 
     accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`, and the loss divides by it
     _keys_to_ignore_on_load_unexpected = [*NOT_OURS, r"^pooler\.", r"^classifier\."]
 
     def __init__(self, config: GemmaEncoderConfig, **unknown):
-        if not config.tie_word_embeddings:
-            raise ValueError(
-                "`tie_word_embeddings` is False: this decoder predicts tokens by a matrix of its own, and "
-                "GemmaEncoderForMaskedLM by the embedding. It can be fine-tuned without up-training."
-            )
         super().__init__(config, **unknown)
         del self.pooler  # nothing would train it
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -377,7 +375,8 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         )
 
     def _predict(self, states: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(states, self.model.embed_tokens.weight.to(states.device))
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        logits = F.linear(states, head.weight.to(states.device))
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -234,10 +234,15 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """As upstream; the decoder resizes, since Gemma 4 has a second embedding to keep in step."""
-        embeddings = self.model.resize_token_embeddings(*args, **kwargs)
-        self.config.text_config.vocab_size = embeddings.num_embeddings
+        embeddings = self.model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        size = embeddings.num_embeddings
+        if (head := self.get_output_embeddings()) is not None:
+            self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
+        self.config.text_config.vocab_size = size
         return embeddings
 
 

@@ -80,22 +80,35 @@ def test_fresh_weights_are_upstreams_own_kind(family):
     assert norms and all(torch.equal(value, torch.ones_like(value)) for value in norms)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", OTHERS)
-def test_masked_language_models(family, tmp_path, monkeypatch):
-    """With a tied embedding, as Llama 3.2 1B and the small Qwens have it."""
-    tied = partial(decoder_config, tie_word_embeddings=True)
-    monkeypatch.setattr(of_masked_lm, "decoder_config", tied)
+def test_masked_language_models(family, tied, tmp_path, monkeypatch):
+    """With a tied embedding, as Llama 3.2 1B and the small Qwens have it, and with a matrix of their own."""
+    monkeypatch.setattr(of_masked_lm, "decoder_config", partial(decoder_config, tie_word_embeddings=tied))
     of_masked_lm.test_logits_are_those_of_upstreams_causal_language_model(family, tmp_path / "causal")
     of_masked_lm.test_bidirectional_logits_are_upstreams_without_its_mask(family, tmp_path / "bidirectional")
-    with pytest.raises(ValueError, match="tie_word_embeddings"):
-        GemmaEncoderForMaskedLM(encoder_config(family, {"tie_word_embeddings": False}))
+    model = GemmaEncoderForMaskedLM.from_pretrained(tmp_path / "causal", dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "saved")
+    again, info = GemmaEncoderForMaskedLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and again.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.eval()(**of_masked_lm.BATCH).logits, model(**of_masked_lm.BATCH).logits, atol=1e-6, rtol=1e-6
+        )
+    again.resize_token_embeddings(120)
+    with torch.no_grad():
+        grown = again(**of_masked_lm.BATCH).logits
+        assert grown.shape[-1] == 120
+        torch.testing.assert_close(grown[..., :99], model(**of_masked_lm.BATCH).logits, atol=1e-6, rtol=1e-6)
+    _, info = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier"} and not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize(("family", "lacks"), [("llama", {"pad_token"}), ("qwen3", {"bos_token"})])
-def test_up_training(family, lacks, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "tied", "lacks"), [("llama", False, {"pad_token"}), ("qwen3", True, {"bos_token"})])
+def test_up_training(family, tied, lacks, tmp_path, monkeypatch):
     """Its script, with a tokenizer that has no mask, and no padding or no start, as theirs."""
     source, out = tmp_path / "decoder", tmp_path / "encoder"
-    config = decoder_config(family, vocab_size=8192, tie_word_embeddings=True)
+    config = decoder_config(family, vocab_size=8192, tie_word_embeddings=tied)
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
     tokenizer = AutoTokenizer.from_pretrained(NANO)
     for name in {"mask_token", *lacks}:
