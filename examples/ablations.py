@@ -5,12 +5,13 @@
     python examples/ablations.py --study start --starts examples/nano runs/nano-mlm --tasks sst2 --model examples/nano
     python examples/ablations.py --study attention --tasks cola --model google/gemma-2-2b --bf16 --workers 8
 
-Studies are in `STUDIES`. Tasks are GLUE's and SuperGLUE's, from the Hub or from `--data_dir`: <task>/, glue/<task>/ or
-superglue/<task>/ in it. For every variant and task the learning rate is the one of `--learning_rates` that does best on
-a tenth of the training rows (a thousand at most), which are set aside; then `--seeds` are trained and scored on the
-official validation rows, with several metrics averaged as GLUE does. Everything else is what `glue.py` takes, every
-flag of `TrainingArguments` included. A reranker is a further task by `--ranking`, with the variants, rates and seeds,
-and everything else from `--ranking_flags`.
+Studies are in `STUDIES`; `--variants causal bidirectional` takes these rows of them. `start` compares checkpoints: of
+decoders of other sizes and families, or up-trained. Tasks are GLUE's and SuperGLUE's, from the Hub or from
+`--data_dir`: <task>/, glue/<task>/ or superglue/<task>/ in it. For every variant and task the learning rate is the one
+of `--learning_rates` that does best on a tenth of the training rows (a thousand at most), which are set aside; then
+`--seeds` are trained and scored on the official validation rows, with several metrics averaged as GLUE does.
+Everything else is what `glue.py` takes, every flag of `TrainingArguments` included. A reranker is a further task by
+`--ranking`, with the variants, rates and seeds, and everything else from `--ranking_flags`.
 
 A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
@@ -24,7 +25,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,6 +124,9 @@ PLAIN = {"attention": "bidirectional", "pooling": "mean", "pooling_k": 1, "pooli
 class AblationArguments:
     study: list[str] = field(metadata={"help": "Of " + ", ".join([*STUDIES, *MADE]) + ", or `all` but start."})
     tasks: list[str] = field(metadata={"help": "Of GLUE and SuperGLUE."})
+    variants: list[str] | None = field(
+        default=None, metadata={"help": "Of the studies these alone, as their tables name them. Default: all."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Default: the Hub."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     learning_rates: list[float] | None = field(
@@ -219,6 +223,13 @@ def chosen_studies(own: AblationArguments, model: str, root: Path) -> dict[str, 
             studies[name] = Study({side: {"model": padded_on(side, model, root)} for side in ("right", "left")})
         else:
             studies[name] = STUDIES[name]
+    if own.variants is not None:
+        known = {variant: None for study in studies.values() for variant in study.variants}
+        if unknown := [name for name in own.variants if name not in known]:
+            raise ValueError(f"--variants: {', '.join(unknown)} is none of {', '.join(known)}")
+        for name, study in studies.items():
+            studies[name] = replace(study, variants={v: o for v, o in study.variants.items() if v in own.variants})
+        studies = {name: study for name, study in studies.items() if study.variants}
     return studies
 
 

@@ -39,7 +39,7 @@ class Study:
 
     @property
     def compared_with(self) -> str:
-        return self.reference or next(iter(self.variants))
+        return self.reference if self.reference in self.variants else next(iter(self.variants))
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,12 @@ def test_baselines_are_what_they_are_called(command, decoder):
     weight = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(made["scratch"].get_parameter(weight), given.get_parameter(weight))
     torch.testing.assert_close(made["stock"].get_parameter(weight), given.get_parameter(weight))
-    found = command("--study", "baselines", "--tasks", "cb", "--learning_rates", 1e-3)
+    few = ["--tasks", "cb", "--learning_rates", 1e-3]
+    one = command("--study", "baselines", "attention", "--variants", "BERT's shape, random weights", *few)
+    found = command("--study", "baselines", *few)
+    assert one.keys() == {"baselines"} and one["baselines"]["cb"].keys() == {"BERT's shape, random weights"}
+    for row in one["baselines"]["cb"].values():
+        assert row["scores"] == found["baselines"]["cb"]["BERT's shape, random weights"]["scores"]
     assert all(len(row["scores"]) == 2 and row["difference"] for row in found["baselines"]["cb"].values())
     assert found["baselines"]["cb"]["Gemma Encoder"]["difference"] == [0, 0]
 
@@ -260,6 +265,7 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "colour", "--tasks", "cola"], "colour is none of attention"),
         (["--study", "attention", "--tasks", "ax"], "ax is none that GLUE or SuperGLUE trains"),
         (["--study", "start", "--tasks", "cola"], "compares two --starts or more"),
+        (["--study", "attention", "--tasks", "cola", "--variants", "mean"], "mean is none of causal, bidirectional"),
         (["--study", "attention", "--tasks", "mrpc"], "there is neither"),
         (["--study", "attention", "--tasks", "cola", "--workers", "0"], "at least 1, got 0"),
         (["--study", "attention", "--tasks", "cola", "--do_predict"], "are for glue.py"),
