@@ -17,6 +17,7 @@ A cell that is finished is read, an interrupted command goes on when it is given
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
 plot of each study, `results.json`, and `cells/`, each with its own `results.json` and predictions. Scores have the
 standard error of the seeds; differences, from the first variant or what the study names, that of seeds and rows.
+Tables and plots are of what was asked for last.
 """
 
 import json
@@ -60,6 +61,7 @@ def pooling(name: str, **options) -> dict:
     return {"pooling": name, **options}
 
 
+ROWS = (250, 1000, 4000, None)
 # The paper's numbers: GLUE averages of Gemma 2 2B, arXiv 2503.02656. Radii, K, probes and rows are our choice.
 STUDIES = {
     "attention": Study(
@@ -108,8 +110,9 @@ STUDIES = {
         {
             f"{name}, {rows or 'all'}": {**changed, "max_train_samples": rows}
             for name, changed in (("mean", pooling("mean")), ("query probe", pooling("query_probe")))
-            for rows in (250, 1000, 4000, None)
-        }
+            for rows in ROWS
+        },
+        reference={f"query probe, {rows or 'all'}": f"mean, {rows or 'all'}" for rows in ROWS},
     ),
 }
 # Made of the command line: `start` has a variant for each of --starts, `padding` one for each side.
@@ -276,12 +279,14 @@ class Ranking:
         return {**report, "flags": words}
 
     def left_out(self, folder: Path) -> np.ndarray:
-        """The cell's mean without each part of the queries, see `differences`."""
-        place = next(path for path in folder.glob("*/results.json") if path.parent.name != "held-out")
-        measures = json.loads(place.read_text())["per_query"]["Gemma Encoder"]
+        """The cell's mean without each part of the queries, see `differences`; empty where there is one query."""
+        places = [path for path in folder.glob("*/results.json") if path.parent.name != "held-out"]
+        if not places:
+            raise FileNotFoundError(f"{folder} has no values of its queries")
+        measures = json.loads(places[0].read_text())["per_query"]["Gemma Encoder"]
         values = np.array([value for _, value in sorted(next(iter(measures.values())).items())])
         part = split_in_parts(len(values))
-        return np.array([values[part != number].mean() for number in range(part.max() + 1)])
+        return np.array([values[part != number].mean() for number in range(part.max() + 1) if len(values) > 1])
 
 
 def validation(task: Task, source: Source, options: FineTuningArguments) -> dict[str, Dataset]:
@@ -347,8 +352,10 @@ def main():
         if problem := problem or cannot_ablate(own, options, args, studies, tasks):
             fail(parser, problem)
         flags = tuple(shlex.split(own.ranking_flags))
+        starts = [options.model, *(own.starts if "start" in studies else [])]
         for task, source in tasks.values():
-            check_model(task, options)
+            for start in starts:
+                check_model(task, replace(options, model=start))
             for split in ("train", *task.validation):
                 task.load(source, split)
     except (ValueError, OSError) as error:
@@ -357,6 +364,9 @@ def main():
     if own.ranking:
         ranking = Ranking(options.model, {k: getattr(options, k) for k in PLAIN}, tuple(own.ranking), flags)
         others = {ranking.name: ranking}
+    sizes = {training_defaults(start, False, known[given.tasks[0]])["learning_rate"] for start in starts}
+    if len(sizes) > 1 and own.learning_rates is None:
+        fail(parser, f"--starts: by their sizes they would have other rates, {sizes}: give --learning_rates for all")
     rates = own.learning_rates or [factor * defaults["learning_rate"] for factor in (0.5, 1, 2)]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -366,7 +376,7 @@ def main():
     found = run_studies(studies, [*tasks, *others], options, rates, own.seeds, workers)
     left_out = {name: other.left_out for name, other in others.items()}
     left_out |= {name: LeftOut(task, validation(task, source, options)) for name, (task, source) in tasks.items()}
-    add_differences(studies, found, root, left_out)
+    lacking = add_differences(studies, found, root, left_out)
     tables = []
     for name, study in studies.items():
         seeds = f"seeds {', '.join(map(str, own.seeds))}"
@@ -379,6 +389,8 @@ def main():
     write(root / "results.json", json.dumps(report, indent=2))
     write(root / "results.md", "\n\n".join(tables))
     print("\n" + "\n\n".join(tables) + f"\n\nTables, plots and cells are in {root}")
+    if lacking:
+        print(f"{len(lacking)} cells kept no predictions to compare; delete them to run them again: {lacking[0]} ...")
 
 
 if __name__ == "__main__":

@@ -35,23 +35,24 @@ def score_table(title: str, study: Study, of_study: dict) -> str:
 
 
 def difference_table(name: str, study: Study, of_study: dict) -> str:
-    """Differences as a table, x 100, a row a variant; empty where a cell kept no predictions."""
+    """Differences as a table, x 100, a row a variant and what it is compared with; empty where there is none."""
 
     def shown(pair: Sequence[float] | None) -> str:
         return "" if pair is None else f"{100 * pair[0]:+.1f} ± {100 * pair[1]:.1f}"
 
-    title = f"{name}: difference from {study.compared_with} (x 100, ± standard error of seeds and rows)"
-    columns = [title, *of_study, "average"]
+    seeds = max(len(row["scores"]) for variants in of_study.values() for row in variants.values())
+    columns = [f"{name}, difference (x 100, ± standard error of {'seeds and rows' if seeds > 1 else 'the rows alone'})"]
+    columns += [*of_study, "average"]
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     for variant in study.variants:
-        if variant == study.compared_with:
+        if variant == (reference := study.compared_with(variant)):
             continue
         pairs = [variants[variant]["difference"] for variants in of_study.values()]
         average = None
         if None not in pairs:
             means, errors = np.array(pairs).T
             average = (means.mean(), np.sqrt(np.sum(errors**2)) / len(pairs))
-        lines.append(f"| {' | '.join([variant, *map(shown, [*pairs, average])])} |")
+        lines.append(f"| {' | '.join([f'{variant} - {reference}', *map(shown, [*pairs, average])])} |")
     return "\n".join(lines)
 
 

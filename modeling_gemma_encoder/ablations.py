@@ -30,16 +30,17 @@ class Study:
     Args:
         variants: Name -> the options that it changes.
         paper: Name -> GLUE average of Gemma 2 2B in the paper (arXiv 2503.02656), where it is known.
-        reference: Name of what the others are compared with; default: the first.
+        reference: Name of what the others are compared with; default: the first. Or a name for each that has its own.
     """
 
     variants: dict[str, Options]
     paper: dict[str, float] = field(default_factory=dict)
-    reference: str | None = None
+    reference: str | dict[str, str] | None = None
 
-    @property
-    def compared_with(self) -> str:
-        return self.reference if self.reference in self.variants else next(iter(self.variants))
+    def compared_with(self, name: str) -> str:
+        """What a variant is compared with; the first, where that is not among the variants."""
+        reference = self.reference.get(name) if isinstance(self.reference, dict) else self.reference
+        return reference if reference in self.variants else next(iter(self.variants))
 
 
 @dataclass(frozen=True)

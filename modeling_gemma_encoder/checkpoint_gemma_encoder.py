@@ -81,6 +81,11 @@ def refuse_incomplete(
             f"{source} has no int8 weights (weight_scale), as `int8_weights=True` says of a checkpoint: load it as it "
             "is, then call `quantize_int8(model)`."
         )
+    if "lm_head.weight" in missing:
+        raise ValueError(
+            f"{source} has no lm_head, the matrix of its own by which its decoder predicts tokens: a classifier's or "
+            "ranker's checkpoint lost it. Load the decoder itself, or what was saved as a masked language model."
+        )
     if lost:
         raise ValueError(
             f"{source} lacks {len(lost)} weights that its config.json promises: {', '.join(lost[:3])}"

@@ -7,7 +7,7 @@ metric, F1 and correlations too. A whole group is left out where rows belong tog
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,27 @@ def averages(of_study: dict, name: str) -> tuple[float, float]:
     return float(np.mean([mean for mean, _ in pairs])), float(np.sqrt(sum(e**2 for _, e in pairs)) / len(pairs))
 
 
+class Part(Mapping):
+    """Columns of some rows, lists, as metrics read them; made when they are asked for, and then kept."""
+
+    def __init__(self, rows: Dataset, columns: dict[str, list], places: np.ndarray):
+        self.column_names, self.features = rows.column_names, rows.features
+        self.rows, self.columns, self.places, self.made = rows, columns, places, {}
+
+    def __getitem__(self, name: str) -> list:
+        if name not in self.made:
+            if name not in self.columns:
+                self.columns[name] = list(self.rows[name])
+            self.made[name] = [self.columns[name][place] for place in self.places]
+        return self.made[name]
+
+    def __iter__(self):
+        return iter(self.column_names)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 class LeftOut:
     """Scores of a finished run without each part of the validation rows, as GLUE counts them.
 
@@ -57,12 +78,12 @@ class LeftOut:
         groups = {split: found[task.group] if task.group else range(len(found)) for split, found in rows.items()}
         count = min(PARTS, *(len(set(found)) for found in groups.values()))
         for split, found in rows.items():
-            part = split_in_parts(len(found), groups[split], count)
-            kept = [np.flatnonzero(part != number) for number in range(count)]
-            self.parts[split] = [(places, found.select(places)) for places in kept]
+            part, columns = split_in_parts(len(found), groups[split], count), {}
+            kept = [np.flatnonzero(part != number) for number in range(count)] if count > 1 else []
+            self.parts[split] = [(places, Part(found, columns, places)) for places in kept]
 
     def __call__(self, folder: Path) -> np.ndarray:
-        """(parts,). Raises FileNotFoundError where the run kept no predictions."""
+        """(parts,), empty where the rows are one part. Raises FileNotFoundError where no predictions were kept."""
         scores = []
         for split, parts in self.parts.items():
             found = np.array(json.loads((folder / f"predictions-{split}.json").read_text())["predictions"])
@@ -70,35 +91,57 @@ class LeftOut:
         return np.mean(scores, axis=0)
 
 
+def difference_and_error(differences: Sequence[float], left_out: np.ndarray) -> tuple[float, float]:
+    """
+    The mean of the seeds' differences and its standard error, of seeds and rows; of the rows alone for a single seed.
+
+    Over the seeds, differences vary also because each seed is wrong on other rows, which the rows' error of their mean
+    has already: that share is counted once.
+
+    Args:
+        differences: (seeds,), on all rows.
+        left_out: (seeds, parts), without each part.
+    """
+    count, mean = len(differences), left_out.mean(0)
+    variance = jackknife_error(mean) ** 2
+    if count > 1:
+        shared = sum(jackknife_error(of_seed - mean) ** 2 for of_seed in left_out) / (count * (count - 1))
+        variance += max(0.0, np.var(differences, ddof=1) / count - shared)
+    return float(np.mean(differences)), float(np.sqrt(variance))
+
+
 def add_differences(
     studies: dict[str, Study], found: dict, root: Path, left_out: dict[str, Callable[[Path], np.ndarray]]
-) -> None:
+) -> list[str]:
     """
-    Puts into what `run_studies` found, of each variant, `difference`: from the study's reference, and its standard
-    error; None where a cell kept no predictions.
+    Puts into what `run_studies` found, of each variant, `difference`: from what the study compares it with, and its
+    standard error; None where a cell kept no predictions, the rows are one part, or a score is not a number.
 
     Args:
         root: Where the cells' folders are.
         left_out: Task -> a cell's folder -> its score without each part of the rows, (parts,).
-    """
-    known: dict[tuple, np.ndarray] = {}
 
-    def scores_of(task: str, cells: list[str]) -> np.ndarray:
-        key = (task, *cells)
-        if key not in known:
-            known[key] = np.mean([left_out[task](root / cell) for cell in cells], axis=0)
-        return known[key]
+    Returns:
+        The cells that kept no predictions.
+    """
+    known: dict[str, np.ndarray | None] = {}
+
+    def without(task: str, cells: list[str]) -> np.ndarray | None:
+        for cell in cells:
+            if cell not in known:
+                try:
+                    known[cell] = left_out[task](root / cell)
+                except FileNotFoundError:
+                    known[cell] = None
+        return None if any(known[cell] is None for cell in cells) else np.array([known[cell] for cell in cells])
 
     for name, study in studies.items():
         for task, variants in found[name].items():
-            reference = variants[study.compared_with]
-            for variant in variants.values():
-                pairs = zip(variant["scores"], reference["scores"], strict=True)  # the same seed, order and head
-                difference, of_seeds = mean_and_error([ours - theirs for ours, theirs in pairs])
-                try:
-                    without = scores_of(task, variant["cells"]) - scores_of(task, reference["cells"])
-                except FileNotFoundError:
-                    variant["difference"] = None
-                    continue
-                error = float(np.hypot(jackknife_error(without), np.nan_to_num(of_seeds)))
-                variant["difference"] = [difference, error]
+            for variant, of_variant in variants.items():
+                reference, of_variant["difference"] = variants[study.compared_with(variant)], None
+                ours, theirs = without(task, of_variant["cells"]), without(task, reference["cells"])
+                # Pairs have the same seed: the same order of rows, the same fresh head.
+                differences = np.subtract(of_variant["scores"], reference["scores"])
+                if ours is not None and theirs is not None and ours.shape[1] > 1 and np.isfinite(differences).all():
+                    of_variant["difference"] = list(difference_and_error(differences, ours - theirs))
+    return [cell for cell, scores in known.items() if scores is None]

@@ -375,8 +375,10 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         )
 
     def _predict(self, states: torch.Tensor) -> torch.Tensor:
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(states, head.weight.to(states.device))
+        if self.config.tie_word_embeddings:
+            logits = F.linear(states, self.model.embed_tokens.weight.to(states.device))
+        else:
+            logits = self.lm_head(states).to(states.device)
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

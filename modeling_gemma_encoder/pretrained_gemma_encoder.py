@@ -241,7 +241,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         embeddings = self.model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         size = embeddings.num_embeddings
         if (head := self.get_output_embeddings()) is not None:
-            self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
+            resized = self._get_resized_lm_head(head, size, mean_resizing=mean_resizing)
+            self.set_output_embeddings(resized.requires_grad_(head.weight.requires_grad))
         self.config.text_config.vocab_size = size
         return embeddings
 

@@ -12,6 +12,9 @@ from typing import NoReturn
 
 import numpy as np
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_fsdp_enabled
 
@@ -132,11 +135,13 @@ def fail(parser: HfArgumentParser, message: str) -> NoReturn:
 
 @contextmanager
 def failing(parser: HfArgumentParser) -> Iterator[None]:
-    """What is wrong with what the user gave (ValueError, OSError) ends the process with its message, see `fail`."""
+    """What is wrong with what the user gave ends the process with its message, see `fail`."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
         fail(parser, str(error))
+    except DatasetGenerationError as error:
+        fail(parser, f"{error}: {error.__cause__}")
 
 
 def parse(parser: RecipeParser, task: Task) -> tuple:

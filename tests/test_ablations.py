@@ -19,7 +19,14 @@ from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.ablation_reports import difference_table, score_table
 from modeling_gemma_encoder.ablations import Cell, Study, as_options, hold_out, run_studies
 from modeling_gemma_encoder.baselines import MAKERS, bag_of_words
-from modeling_gemma_encoder.differences import LeftOut, add_differences, averages, jackknife_error, split_in_parts
+from modeling_gemma_encoder.differences import (
+    LeftOut,
+    add_differences,
+    averages,
+    difference_and_error,
+    jackknife_error,
+    split_in_parts,
+)
 from modeling_gemma_encoder.finetuning import FineTuningArguments, decoder_of
 from modeling_gemma_encoder.metrics import accuracy
 from modeling_gemma_encoder.runs import Data, digest
@@ -137,22 +144,42 @@ def test_rows_of_a_group_are_left_out_together():
 
 
 def test_differences_are_of_the_same_seeds_and_rows(tmp_path):
-    """Both always wrong on the same rows: no error of the rows. Seeds: differences 0.1 and 0.3, mean 0.2, error 0.1.
-    Another is right on one row of ten more: the error of a tenth, sqrt(0.1 * 0.9 / 9) = 0.1, and of seeds, 0.1."""
+    """`b` is right on one row of ten more: the error of a tenth, sqrt(0.1 * 0.9 / 9) = 0.1. `c` on two
+    more by one seed of two: 0 and 0.2, an error of 0.1 by the seeds, in which that of the rows, 0.067, is once."""
     rows = Dataset.from_dict({"first": ["a"] * 10, "label": [1] * 10})
     task = Task(("first",), by_label(accuracy), ("no", "yes"))
-    for name, right in (("a", 4), ("b", 4), ("c", 5)):
-        saved(tmp_path / name, [1] * right + [0] * (10 - right))
-    study = Study({name: {} for name in ("a", "b", "c", "old")})
-    scores = {"a": [0.4, 0.4], "b": [0.5, 0.7], "c": [0.4, 0.6], "old": [0.4, 0.4]}
-    found = {"s": {"t": {name: {"scores": scores[name], "cells": [name, name]} for name in scores}}}
-    add_differences({"s": study}, found, tmp_path, {"t": LeftOut(task, {"v": rows})})
-    assert found["s"]["t"]["a"]["difference"] == pytest.approx([0, 0])
-    assert found["s"]["t"]["b"]["difference"] == pytest.approx([0.2, 0.1])
-    assert found["s"]["t"]["c"]["difference"] == pytest.approx([0.1, 0.02**0.5])
-    assert found["s"]["t"]["old"]["difference"] is None
+    for name, right in (("a", (4, 4)), ("b", (5, 5)), ("c", (5, 7))):
+        for seed in (0, 1):
+            saved(tmp_path / f"{name}{seed}", [1] * right[seed] + [0] * (10 - right[seed]))
+    study = Study({name: {} for name in ("a", "b", "c", "old", "nan")}, reference={"c": "b"})
+    scores = {"a": [0.4, 0.4], "b": [0.5, 0.5], "c": [0.5, 0.7], "old": [0.4, 0.4], "nan": [0.4, np.nan]}
+    cells = {name: [f"{name}0", f"{name}1"] for name in scores} | {"nan": ["a0", "a1"]}
+    found = {"s": {"t": {name: {"scores": scores[name], "cells": cells[name]} for name in scores}}}
+    lacking = add_differences({"s": study}, found, tmp_path, {"t": LeftOut(task, {"v": rows})})
+    assert lacking == ["old0", "old1"]
+    by_name = {name: row["difference"] for name, row in found["s"]["t"].items()}
+    assert by_name["a"] == pytest.approx([0, 0]) and by_name["old"] is None and by_name["nan"] is None
+    assert by_name["b"] == pytest.approx([0.1, 0.1])
+    assert by_name["c"] == pytest.approx([0.1, 0.1])
     lines = difference_table("s", study, found["s"]).splitlines()
-    assert lines[2:] == ["| b | +20.0 ± 10.0 | +20.0 ± 10.0 |", "| c | +10.0 ± 14.1 | +10.0 ± 14.1 |", "| old |  |  |"]
+    assert lines[2:3] == ["| b - a | +10.0 ± 10.0 | +10.0 ± 10.0 |"] and lines[4] == "| old - a |  |  |"
+    assert lines[3].startswith("| c - b | +10.0 ±") and "seeds and rows" in lines[0]
+    one = add_differences({"s": study}, found, tmp_path, {"t": LeftOut(task, {"v": rows.select([0])})})
+    assert one == lacking and found["s"]["t"]["b"]["difference"] is None  # a single row
+
+
+def test_errors_of_differences_are_what_repeating_gives():
+    """Variants, rows and seeds drawn again and again: the spread of the differences is the error that is reported."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        hard, spread = rng.normal(size=(1, 100)), 0.1 * rng.normal(size=(2, 3, 1))
+        right = rng.normal(size=(2, 3, 100)) + hard + spread + [[[0.0]], [[0.2]]] > 0
+        differences = right[1].mean(-1) - right[0].mean(-1)
+        without = (right.sum(-1, keepdims=True) - right) / 99
+        found.append(difference_and_error(differences, without[1] - without[0]))
+    means, errors = np.array(found).T
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(means.std(), rel=0.15)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +218,7 @@ def test_a_study_runs_once_and_padding_is_equal(command, folder, tmp_path, capsy
     scores = superglue.TASKS["cb"].metric(predicted, rows)
     assert np.mean([*scores.values()]) == pytest.approx(found["padding"]["cb"]["left"]["scores"][0])
     said = capsys.readouterr().out
-    assert "| majority, or random order |" in said and "padding: difference from right" in said
+    assert "| majority, or random order |" in said and "| left - right |" in said
     assert (tmp_path / "out" / "padding.png").exists()
     assert not list((tmp_path / "out" / "cells").rglob("*.safetensors"))
     cells = sorted((tmp_path / "out" / "cells").rglob("results.json"))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from modeling_gemma_encoder import metrics
 
@@ -39,6 +40,17 @@ def test_multirc_by_hand():
     # All answers: 3 right of 4 found and of 3 wanted. Question b: class 1 has 2 of 3 found and 2 of 2; class 0 none.
     assert scores["f1_a"] == pytest.approx(6 / 7) and scores["exact_match"] == 0.5
     assert scores["f1_m"] == pytest.approx((1 + (0.8 + 0) / 2) / 2)
+
+
+def test_multirc_is_sklearns_question_by_question():
+    rng = np.random.default_rng(0)
+    groups = [(n % 7, "q") for n in range(40)]
+    for predictions, labels in rng.integers(0, 2, size=(20, 2, 40)):
+        rows = [[n for n, group in enumerate(groups) if group[0] == number] for number in range(7)]
+        of_questions = [f1_score(labels[row], predictions[row], average="macro", zero_division=0) for row in rows]
+        scores = metrics.answer_f1_and_exact_match(predictions, labels, groups)
+        assert scores["f1_m"] == pytest.approx(np.mean(of_questions))
+        assert scores["exact_match"] == np.mean([np.array_equal(labels[row], predictions[row]) for row in rows])
 
 
 def test_record_by_hand():

@@ -15,6 +15,7 @@ import test_saving as of_saving
 import torch
 import uptrain
 from conftest import ATTENTIONS, FUSED, NANO, OTHERS, UNPADDED, decoder_config, encoder_config, texts
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -95,13 +96,24 @@ def test_masked_language_models(family, tied, tmp_path, monkeypatch):
         torch.testing.assert_close(
             again.eval()(**of_masked_lm.BATCH).logits, model(**of_masked_lm.BATCH).logits, atol=1e-6, rtol=1e-6
         )
-    again.resize_token_embeddings(120)
+    again.requires_grad_(False).resize_token_embeddings(120)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
     with torch.no_grad():
         grown = again(**of_masked_lm.BATCH).logits
         assert grown.shape[-1] == 120
         torch.testing.assert_close(grown[..., :99], model(**of_masked_lm.BATCH).logits, atol=1e-6, rtol=1e-6)
     _, info = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier"} and not info["unexpected_keys"]
+
+
+def test_a_head_that_was_lost_is_an_error_and_one_with_an_adapter_trains(tmp_path):
+    config = encoder_config("llama", {"tie_word_embeddings": False})
+    GemmaEncoderForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no lm_head"):
+        GemmaEncoderForMaskedLM.from_pretrained(tmp_path)
+    model = get_peft_model(GemmaEncoderForMaskedLM(config), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    model(**of_masked_lm.BATCH, labels=of_masked_lm.masked_labels(of_masked_lm.BATCH)).loss.backward()
+    assert all(value.grad.any() for name, value in model.named_parameters() if "lm_head.lora_B" in name)
 
 
 @pytest.mark.parametrize(("family", "tied", "lacks"), [("llama", False, {"pad_token"}), ("qwen3", True, {"bos_token"})])

@@ -114,6 +114,8 @@ def test_a_token_of_the_vocabulary_can_be_the_mask(run):
         (["--random_replace_prob", "0.5"], "together at most 1"),
         (["--mask_token", "[GAP]"], "--mask_token '[GAP]' is not in the tokenizer's vocabulary"),
         (["--text", "no/such/file.txt"], "no/such/file.txt"),
+        (["--dropout", "1.5"], "smaller than 1, got 1.5"),
+        (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
     ],
 )
 def test_flags_that_cannot_be_are_named(flags, message, run, capsys):
