@@ -64,8 +64,8 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
     names, panels = list(study.variants), [*of_study, *(["average"] if len(of_study) > 1 else [])]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    size = (1 + columns * (1.2 + 0.42 * len(names)), 0.8 + 3.2 * rows)
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    size = (2.5 + 2.6 * columns, 1.2 + rows * (1 + 0.3 * len(names)))
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
     places = np.arange(len(names))
     for axes, panel in zip(grid.flat, panels, strict=False):
         if panel == "average":
@@ -76,20 +76,20 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
             for place, name in zip(places, names, strict=True):
                 seeds = 100 * np.array(variants[name]["scores"])
                 label = "a seed" if not place else None
-                axes.plot(np.full(len(seeds), place + 0.2), seeds, ".", color="gray", markersize=4, label=label)
+                axes.plot(seeds, np.full(len(seeds), place + 0.25), ".", color="gray", markersize=4, label=label)
             for (key, value), line in zip(variants[names[0]]["simple"].items(), (":", "--"), strict=False):
                 label = {"majority": "majority, or random order"}.get(key, key)
-                axes.axhline(100 * value, color="gray", linestyle=line, label=label)
+                axes.axvline(100 * value, color="gray", linestyle=line, label=label)
         means, errors = (100 * np.array(values) for values in zip(*pairs, strict=True))
         errors = np.nan_to_num(errors)
-        axes.errorbar(places, means, errors, fmt="o", color="C0", capsize=3, label="mean, standard error")
-        axes.set_xticks(places, names, rotation=35, ha="right")
-        axes.set(title=panel, ylabel="score x 100", xlim=(-0.6, len(names) - 0.4))
+        axes.errorbar(means, places, xerr=errors, fmt="o", color="C0", capsize=3, label="mean, standard error")
+        axes.set_yticks(places, names)
+        axes.set(title=panel, xlabel="score x 100", ylim=(len(names) - 0.4, -0.6))
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     found = [axes.get_legend_handles_labels() for axes in grid.flat]
     legend = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 if columns == 1 else len(legend))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend) if columns > 2 else 1)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
