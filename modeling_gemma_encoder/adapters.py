@@ -68,7 +68,8 @@ def add_lora(
     target_modules: list[str] | None = None,
 ) -> GemmaEncoderPeftModel:
     """
-    LoRA on the decoder's linear layers; the head, and a pooler that has parameters, are trained and saved in full.
+    LoRA on the decoder's linear layers; the head, and a pooler that has parameters, are trained and saved in full, in
+    fp32: over a bf16 decoder a pooler is in bf16 too, whose steps are too coarse for small updates.
 
     Args:
         r: Rank of an update; 16, as `dropout`, is our choice.
@@ -87,7 +88,7 @@ def add_lora(
     if unknown := [name for name in target_modules if name not in layers]:
         known = ", ".join(TARGET_MODULES)
         raise ValueError(f"`target_modules`: the decoder has no layers named {', '.join(unknown)}; it has {known}.")
-    has_parameters = any(True for _ in model.pooler.parameters())
+    has_parameters = any(True for _ in model.pooler.float().parameters())
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=r,

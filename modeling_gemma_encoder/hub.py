@@ -137,7 +137,7 @@ def _stage_adapter(source: str, folder: Path, adapter: dict, base: str, revision
     if Path(base).exists() or base.startswith((".", "/", "~")):
         raise ValueError(
             f"The adapter was trained over {base}, which others do not have: publish that first, and give its "
-            "repository as `base`."
+            "repository as `base` (--base_model)."
         )
     where = transformers.utils.cached_file(source, "adapter_model.safetensors")
     shutil.copyfile(where, folder / "adapter_model.safetensors")

@@ -101,6 +101,20 @@ with torch.no_grad():
     torch.testing.assert_close(found, scores(model), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "query_probe", "kv_probe"])
+def test_all_that_is_trained_over_a_bf16_decoder_is_in_fp32(pooling):
+    """In bf16 a small step changes nothing: all that is trained must move, and does."""
+    model = GemmaEncoderForSequenceClassification.from_pretrained(NANO, dtype=torch.bfloat16, pooling=pooling)
+    trained = {name: value for name, value in add_lora(model).named_parameters() if value.requires_grad}
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4)
+    for _ in range(2):  # after the first, B of an adapter is not zero, and A has a gradient
+        model(**inputs(), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        optimizer.step()
+    assert all((value != before[name]).float().mean() > 0.5 for name, value in trained.items())
+
+
 def test_adapters_over_a_bf16_decoder_keep_their_own_precision(tmp_path):
     model = adapted(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
