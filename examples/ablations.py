@@ -1,4 +1,4 @@
-"""What the paper claims matters, on your decoder and your tasks: attention, pooling, dropout, one choice at a time.
+"""What the paper claims matters, on your decoder: attention, pooling, dropout, one choice changed at a time.
 
     python examples/ablations.py --study attention pooling --tasks cola mrpc stsb --model google/gemma-3-270m --bf16
     python examples/ablations.py --study dropout dropout_place --tasks cola wic --model examples/nano --data_dir data
@@ -126,7 +126,7 @@ PLAIN = {"attention": "bidirectional", "pooling": "mean", "pooling_k": 1, "pooli
 @dataclass
 class AblationArguments:
     study: list[str] = field(metadata={"help": "Of " + ", ".join([*STUDIES, *MADE]) + ", or `all` but start."})
-    tasks: list[str] = field(metadata={"help": "Of GLUE and SuperGLUE."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Of GLUE and SuperGLUE."})
     variants: list[str] | None = field(
         default=None, metadata={"help": "Of the studies these alone, as their tables name them. Default: all."}
     )
@@ -336,14 +336,19 @@ def main():
     )
     parser.set_defaults(output_dir="runs/ablations", **COMMON)
     parser.set_defaults(eval_strategy="no", save_strategy="no", disable_tqdm=True, **PLAIN)
-    parser.set_defaults(**dict.fromkeys(OF_TASK))
+    parser.set_defaults(**dict.fromkeys((*OF_TASK, "learning_rate", "seed")))
     known = {name: task for _, tasks in SUITES.values() for name, task in tasks.items()}
     given = parser.parse_args()
+    if given.learning_rate is not None or given.seed is not None:
+        fail(parser, "--learning_rate and --seed are for glue.py: give --learning_rates and --seeds")
+    if not given.tasks and not given.ranking:
+        fail(parser, "give --tasks, or --ranking, or both")
     if unknown := [name for name in given.tasks if name not in known or known[name].train_on]:
         fail(parser, f"--tasks: {', '.join(unknown)} is none that GLUE or SuperGLUE trains")
     try:
-        defaults = training_defaults(given.model, given.lora_r is not None, known[given.tasks[0]])
-        parser.set_defaults(**defaults)
+        first = known[given.tasks[0]] if given.tasks else next(iter(known.values()))
+        defaults = training_defaults(given.model, given.lora_r is not None, first)
+        parser.set_defaults(seed=given.seeds[0], **defaults)
         own, options, args = parser.parse_args_into_dataclasses()
         root = Path(args.output_dir)
         studies = chosen_studies(own, options.model, root)
@@ -364,7 +369,7 @@ def main():
     if own.ranking:
         ranking = Ranking(options.model, {k: getattr(options, k) for k in PLAIN}, tuple(own.ranking), flags)
         others = {ranking.name: ranking}
-    sizes = {training_defaults(start, False, known[given.tasks[0]])["learning_rate"] for start in starts}
+    sizes = {training_defaults(start, False, first)["learning_rate"] for start in starts}
     if len(sizes) > 1 and own.learning_rates is None:
         fail(parser, f"--starts: by their sizes they would have other rates, {sizes}: give --learning_rates for all")
     rates = own.learning_rates or [factor * defaults["learning_rate"] for factor in (0.5, 1, 2)]

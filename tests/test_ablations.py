@@ -298,6 +298,8 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "attention", "--tasks", "cola", "--do_predict"], "are for glue.py"),
         (["--study", "baselines", "--tasks", "cola", "--lora_r", "4"], "trains all weights"),
         (["--study", "rows", "--tasks", "cola", "--ranking", "a", "b"], "there is no a, b"),
+        (["--study", "attention"], "give --tasks, or --ranking"),
+        (["--study", "attention", "--tasks", "cola", "--learning_rate", "1e-3"], "give --learning_rates"),
         (["--study", "attention", "--tasks", "cola", "--ranking", "a", "a"], "other data to evaluate"),
     ],
 )
@@ -322,11 +324,11 @@ def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder):
             for word, grade in (("rain", 1), ("sun", 0))
         ]
         (tmp_path / name / "qrels.txt").write_text("\n".join(qrels) + "\n")
-    flags = ["--study", "padding", "--tasks", "cola", "--learning_rates", 1e-3, "--seeds", 1]
+    flags = ["--study", "padding", "--learning_rates", 1e-3, "--seeds", 1]
     flags += ["--ranking", tmp_path / "train", tmp_path / "judged"]
     flags += ["--ranking_flags", "--max_steps 1 --list_size 2 --use_cpu True --save_strategy no"]
     found = command(*flags)
-    assert set(found["padding"]) == {"cola", "judged"}
+    assert set(found["padding"]) == {"judged"}
     row = found["padding"]["judged"]["left"]
     assert row["scores"] == found["padding"]["judged"]["right"]["scores"] and len(row["scores"]) == 1
     assert row["difference"] == [0, 0]

@@ -26,14 +26,16 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 8
     for block in (block for block in blocks if "langchain" not in block):  # not installed here
-        exec(block.replace("google/gemma-2-2b", "gemma"), names)
+        exec(re.sub("google/gemma-[23]-\\w+", "gemma", block), names)
     assert names["logits"].shape == (2, 3)
     assert type(names["model"]).__name__ == "GemmaEncoderForSequenceClassification"
     assert names["model"].config.id2label == {0: "cold", 1: "dry", 2: "wet"}
     assert names["dataset"]["test"]["labels"][:] == [2, 1]
     assert (tmp_path / "my-encoder" / "attention_gemma_encoder.py").exists()
     assert sorted(names["best_first"].tolist()) == [0, 1] and names["loss"].item() > 0
-    names["trainer"].train()  # the ranker's
+    assert names["trainer"].state.global_step == 3  # the ranker's, one list an epoch
+    assert GemmaEncoderForRanking.from_pretrained("my-ranker").dtype == torch.float32
+    assert AutoTokenizer.from_pretrained("my-ranker").model_max_length == 256
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
     assert type(names["merged"]).__name__ == "GemmaEncoderForSequenceClassification"
     assert names["merged"].config.pooling == "kv_probe"
