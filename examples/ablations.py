@@ -353,7 +353,7 @@ def main():
         root = Path(args.output_dir)
         studies = chosen_studies(own, options.model, root)
         tasks = {name: (known[name], source_of(name, own.data_dir)) for name in own.tasks}
-        problem = options.problem(args) or cannot_run(args, [task for task, _ in tasks.values()], own.seeds)
+        problem = options.problem(args) or cannot_run(args, [task for task, _ in tasks.values()], own.seeds, options)
         if problem := problem or cannot_ablate(own, options, args, studies, tasks):
             fail(parser, problem)
         flags = tuple(shlex.split(own.ranking_flags))

@@ -189,7 +189,7 @@ def main():
         )
         table, options, args = parse(parser, task)
         folder, seeds = Path(args.output_dir), table.seeds or [args.seed]
-        if problem := cannot_run(args, [task], seeds):
+        if problem := cannot_run(args, [task], seeds, options):
             fail(parser, problem)
         task.load(source, "train")  # all of them, in the file's order, for messages that name a row
         source.hold_out()

@@ -68,7 +68,7 @@ def run_suite(
         task = tasks[name]
         suite, options, args = parse(parser, task)
         folder, seeds = Path(args.output_dir), suite.seeds or [args.seed]
-        if problem := cannot_run(args, [tasks[name] for name in needed], seeds):
+        if problem := cannot_run(args, [tasks[name] for name in needed], seeds, options):
             fail(parser, problem)
         source = Source(dataset, task.config or name, Path(suite.data_dir) / name if suite.data_dir else None)
         try:
@@ -182,8 +182,13 @@ def parse(parser: RecipeParser, task: Task) -> tuple:
     return own, options, args
 
 
-def cannot_run(args: TrainingArguments, tasks: list[Task], seeds: list[int]) -> str | None:
+def cannot_run(
+    args: TrainingArguments, tasks: list[Task], seeds: list[int], options: FineTuningArguments
+) -> str | None:
     """What the Trainer, or several runs in one process, cannot do, in the words of the command line."""
+    of_lists = options.ranking_loss is not None or options.list_chunk_size is not None
+    if of_lists and tasks and all(task.problem != "choice" for task in tasks):
+        return "--ranking_loss and --list_chunk_size are for tasks that choose among candidates, and for msmarco.py"
     several = len(tasks) * len(seeds) > 1
     if several and args.resume_from_checkpoint not in (None, True, "True", "true"):
         return "--resume_from_checkpoint is of one run; without it each of them resumes its own last checkpoint"

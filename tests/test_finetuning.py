@@ -375,6 +375,7 @@ def test_the_summary_is_that_of_a_calculator():
             "--output_dir .* cannot be written: File exists",
         ),
         (("--task", "sst2", "--max_length", 2), "--max_length 2 leaves no room"),
+        (("--task", "sst2", "--list_chunk_size", 4), "are for tasks that choose among candidates"),
         (("--task", "sst2", "--label_smoothing_factor", 0.1, "--task", "stsb"), "is for tasks with one class a row"),
         (("--task", "sst2", "--lora_r", 2, "--lora_target_modules", "foo"), "has no layers named foo"),
         (("--task", "sst2", "--pooling", "kv_probe", "--pooling_num_heads", 3), "pooling_num_heads"),
