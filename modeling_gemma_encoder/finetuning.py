@@ -19,7 +19,7 @@ LEARNING_RATES = ((100e6, 5e-4, 1e-3), (500e6, 5e-5, 5e-4), (1.5e9, 2e-5, 2e-4),
 class FineTuningArguments:
     """What is fine-tuned, and how; the first ones are options of `GemmaEncoderConfig`."""
 
-    model: str = field(metadata={"help": "A Gemma checkpoint: raw, up-trained or fine-tuned."})
+    model: str = field(metadata={"help": "A checkpoint of Gemma, Llama or Qwen: raw, up-trained or fine-tuned."})
     attention: Literal["bidirectional", "causal"] | None = field(
         default=None,
         metadata={"help": "This and the following: default as --model has it, or the config's."},

@@ -42,6 +42,19 @@ class SuiteArguments:
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """A script's description as it is written, and defaults of all flags."""
 
+    # Of what `training_defaults` knows only when it has read the command line.
+    LATER = {
+        "learning_rate": "by the size of --model",
+        **dict.fromkeys(
+            ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"), "the task's"
+        ),
+    }
+
+    def _get_help_string(self, action):
+        if action.dest in self.LATER:
+            return f"{action.help or ''} (default: {self.LATER[action.dest]})"
+        return super()._get_help_string(action)
+
 
 def run_suite(
     tasks: dict[str, Task], dataset: str, output_dir: str, submission: Submission, unscored=(), description: str = ""

@@ -572,3 +572,12 @@ def test_adapters_train_resume_and_reload_from_the_command_line(run, tmp_path, m
     with torch.no_grad():
         predicted = model(**inputs).logits.argmax(-1).tolist()
     assert predicted == json.loads((folder / "predictions-test.json").read_text())["predictions"]
+
+
+def test_help_does_not_show_defaults_that_are_not(monkeypatch, capsys):
+    """The Trainer's own learning rate is not what a run has that says nothing."""
+    monkeypatch.setattr(sys, "argv", ["glue.py", "--help"])
+    with pytest.raises(SystemExit):
+        run_glue()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: by the size of --model)" in said and "5e-05" not in said and said.count("the task's)") == 3
