@@ -363,15 +363,17 @@ def main():
                 check_model(task, replace(options, model=start))
             for split in ("train", *task.validation):
                 task.load(source, split)
+        sizes = {training_defaults(start, False, first)["learning_rate"] for start in starts}
+        if len(sizes) > 1 and own.learning_rates is None:
+            fail(
+                parser, f"--starts: by their sizes they would have other rates, {sizes}: give --learning_rates for all"
+            )
     except (ValueError, OSError) as error:
         fail(parser, str(error))
     others = {}
     if own.ranking:
         ranking = Ranking(options.model, {k: getattr(options, k) for k in PLAIN}, tuple(own.ranking), flags)
         others = {ranking.name: ranking}
-    sizes = {training_defaults(start, False, first)["learning_rate"] for start in starts}
-    if len(sizes) > 1 and own.learning_rates is None:
-        fail(parser, f"--starts: by their sizes they would have other rates, {sizes}: give --learning_rates for all")
     rates = own.learning_rates or [factor * defaults["learning_rate"] for factor in (0.5, 1, 2)]
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -45,9 +45,9 @@ class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     # Of what `training_defaults` knows only when it has read the command line.
     LATER = {
         "learning_rate": "by the size of --model",
-        **dict.fromkeys(
-            ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"), "the task's"
-        ),
+        "num_train_epochs": "the task's",
+        "per_device_train_batch_size": "the task's",
+        "per_device_eval_batch_size": "the task's",
     }
 
     def _get_help_string(self, action):
