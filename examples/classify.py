@@ -193,10 +193,11 @@ def main():
             fail(parser, problem)
         task.load(source, "train")  # all of them, in the file's order, for messages that name a row
         source.hold_out()
-        data = Data.load("classify", task, source, options, args)
+        name = table.dataset or Path(table.train_file).name  # what results and cards call it
+        data = Data.load(name, task, source, options, args)
         runs = {seed: of_run(args, folder / f"seed-{seed}", seed, "classify") for seed in seeds}
         for run_args in runs.values():
-            claim("classify", task, data, options, run_args, None)
+            claim(name, task, data, options, run_args, None)
         answered = source.as_written("test") if data.test else None
         if answered and (taken := {"prediction", "probability"} & set(answered.column_names)):
             raise ValueError(f"{source.place('test')} has a column {taken.pop()!r} already; rename it.")
@@ -204,7 +205,7 @@ def main():
         fail(parser, str(error))
 
     for seed, run_args in runs.items():
-        fine_tune("classify", task, data, options, run_args)
+        fine_tune(name, task, data, options, run_args)
         if data.test and args.process_index == 0:
             rows = answered.to_pandas().assign(**answers(task, *predictions(folder / f"seed-{seed}", "test")))
             write(folder / f"seed-{seed}" / "predictions.csv", rows.to_csv(index=False).rstrip())

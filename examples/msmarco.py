@@ -121,6 +121,12 @@ def judged(ranking: RankingArguments, held_out: Collection) -> dict[str, Collect
     return found
 
 
+def trained_on(queries: list[str], collection: Collection) -> int:
+    """How many queries of a collection are among those that are trained on."""
+    known = set(queries)
+    return sum(collection.queries[qid] in known for qid in collection.qrels)
+
+
 def check_lengths(tokenizer, lists: RankingDataset, queries: list[str], max_length: int) -> None:
     """Queries that leave no room for a document are found now, not while training; says how often documents are cut."""
     for start in range(0, len(queries), 10_000):
@@ -192,25 +198,29 @@ def main():
             load_ranker(options.model, device="cpu")  # or a random head would be measured
     except (ValueError, OSError) as error:
         fail(parser, str(error))
+    seen = {name: trained_on(queries, collection) for name, collection in collections.items()}
     if args.process_index == 0:
         to_evaluate = ", ".join(collections) or "nothing"
         print(f"{len(lists):,} queries to train on, lists of {ranking.list_size}; to evaluate: {to_evaluate}")
-        for name, collection in collections.items():
-            seen = {collection.queries[qid] for qid in collection.qrels} & set(queries)
-            if seen and args.do_train:
-                print(f"WARNING: {len(seen)} of {len(collection.qrels)} queries of {name} are also trained on")
+        for name, count in seen.items():
+            if count and args.do_train:
+                print(f"WARNING: {count} of {len(collections[name].qrels)} queries of {name} are also trained on")
 
     set_seed(args.seed)
     if args.do_train and not finished.exists():
         model = train(ranking, options, args, lists, lists_out, tokenizer, max_length, measures, checkpoint, finished)
     else:
         model, tokenizer = load_ranker(str(folder if finished.exists() else options.model), device=str(args.device))
+        if options.attn_implementation:
+            model.set_attn_implementation(options.attn_implementation)
     if args.do_eval and model is None and collections:
         print(f"A sharded model is not evaluated here: evaluate_ranking.py --model {folder}")
     for name, collection in collections.items() if args.do_eval and model and args.process_index == 0 else ():
         ours = rerank(model, tokenizer, collection, ranking.eval_depth, max_length)
         runs = {"Gemma Encoder": ours, **baselines(collection, ranking.eval_depth)}
         facts = {"trained_on": ranking.train_data, **asdict(options)}
+        if finished.exists():  # it was these that the model learned from
+            facts["queries_trained_on"] = seen[name]
         found = evaluate(collection, runs, measures, folder / name, facts)
         print(
             f"\n{name}, {found['queries']} queries, {'a run' if collection.run else 'judged pool'}\n\n{found['table']}"

@@ -46,7 +46,10 @@ def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:
 
 def scratch(task: Task, options: FineTuningArguments) -> PreTrainedModel:
     """The encoder with random weights instead of the decoder's."""
-    return task.head(GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options), **head_of(task)))
+    model = task.head(GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options), **head_of(task)))
+    if options.attn_implementation:
+        model.set_attn_implementation(options.attn_implementation)
+    return model
 
 
 def bert(task: Task, options: FineTuningArguments) -> PreTrainedModel:

@@ -49,7 +49,8 @@ class Run:
 
 
 def masked(command: str) -> str:
-    """A command line without the values of flags that hold secrets, and without tokens of the Hub."""
+    """A command line without the values of flags that hold secrets, tokens of the Hub, and the name of who ran it."""
+    command = re.sub(rf"(?<![^\s='\"]){re.escape(str(Path.home()))}(?=[/\s'\"]|$)", "~", command)
     command = re.sub(r"(--\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+", r"\1...", command, flags=re.IGNORECASE)
     return re.sub(r"hf_[A-Za-z0-9]+", "hf_...", command)
 
@@ -127,9 +128,10 @@ def add_ranking(run: Run, name: str, found: dict) -> None:
         for ranker, means in found["means"].items()
     ]
     title = f"{name}, {found['queries']} queries, x 100" if "queries" in found else f"{name}, x 100"
-    run.results.append(
-        "\n".join([f"| {title} | {' | '.join(measures)} |", "| --- |" + " ---: |" * len(measures), *rows])
-    )
+    table = [f"| {title} | {' | '.join(measures)} |", "| --- |" + " ---: |" * len(measures), *rows]
+    if seen := found.get("queries_trained_on"):
+        table += ["", f"{seen} of these {found['queries']} queries were also trained on, so this says little of new ones."]
+    run.results.append("\n".join(table))
     ours = found["means"].get("Gemma Encoder", {})
     run.scores += [
         EvalResult("text-ranking", name, name, METRICS.get(measure, measure), value, metric_name=measure)

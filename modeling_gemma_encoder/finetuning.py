@@ -32,6 +32,7 @@ class FineTuningArguments:
     attention_dropout: float | None = field(default=None, metadata={"help": "On attention weights."})
     feedforward_dropout: float | None = field(default=None, metadata={"help": "On what feed-forward blocks add."})
     classifier_hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Hidden layers of the head."})
+    classifier_activation: str | None = field(default=None, metadata={"help": "Between them, as `ACT2FN` has it."})
     classifier_dropout: float | None = field(default=None, metadata={"help": "Within the head."})
     ranking_loss: Literal["point_ce", "pair", "softmax", "poly1", "lambdarank", "margin_mse", "kl"] | None = field(
         default=None, metadata={"help": "Of rankers."}
@@ -41,6 +42,9 @@ class FineTuningArguments:
     )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Start with a fresh head where --model has one for other classes."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "What computes attention, see the README; default: gemma_encoder_unpadded."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens that are read; default: the task's."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Training rows, at most, chosen by --seed."})
@@ -142,6 +146,8 @@ def check_model(task: Task, options: FineTuningArguments) -> None:
             f"--model {options.model} has a head with {config.num_labels} outputs, the task needs {outputs}. "
             "--ignore_mismatched_sizes begins with a fresh one."
         )
+    with torch.device("meta"):  # what cannot run as asked says so
+        task.head._from_config(config, attn_implementation=options.attn_implementation)
     layers = {name.rpartition(".")[2] for name, _ in decoder_of(options.model).named_modules()}
     if unknown := [name for name in options.lora_target_modules or () if name not in layers]:
         raise ValueError(f"--lora_target_modules: the decoder has no layers named {', '.join(unknown)}.")
@@ -150,6 +156,7 @@ def check_model(task: Task, options: FineTuningArguments) -> None:
 def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
     """The encoder with the task's head, and with adapters where they are asked for."""
     encoder = {**encoder_options(options), "dtype": getattr(torch, options.dtype)}
+    encoder["attn_implementation"] = options.attn_implementation
     encoder |= {"calibration_temperature": None, "calibration_bias": 0.0}  # a fit of other weights is none
     if task.problem != "choice":
         labels = task.labels or (task.label,)

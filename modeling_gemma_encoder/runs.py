@@ -185,7 +185,8 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     set_seed(args.seed)
     folder = Path(args.output_dir)
     train = trained is None and args.do_train
-    model = task.head.from_pretrained(trained) if trained else (make or build)(task, options)
+    attention = {"attn_implementation": options.attn_implementation}
+    model = task.head.from_pretrained(trained, **attention) if trained else (make or build)(task, options)
     tokenizer, first = data.tokenizer, next(iter(data.validation), None)
     pad, timer = DataCollatorWithPadding(tokenizer), StepTimer()
 

@@ -64,7 +64,10 @@ class StepTimer(TrainerCallback):
 
 def provenance() -> dict[str, str]:
     """The command line of this process without secrets, and what it runs on: for a card to tell."""
-    command = ["python", *sys.argv]
+    script = Path(sys.argv[0])
+    if script.is_absolute():  # as whoever reads the card would type it
+        script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else Path(script.name)
+    command = ["python", str(script), *sys.argv[1:]]
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         command[0] = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', processes)}"
     if torch.cuda.is_available():
@@ -85,8 +88,8 @@ def refuse_another_run(run: dict, folder: Path, checkpoint: str | None, is_main:
     path, run = folder / "run.json", json.loads(json.dumps(run))
     began = json.loads(path.read_text()) if path.exists() else {}
     if checkpoint and began:
-        if changed := [name for name in run if name in began and run[name] != began[name]]:
-            differences = "; ".join(f"{name}: {began[name]} -> {run[name]}" for name in changed)
+        if changed := [name for name in run if run[name] != began.get(name)]:
+            differences = "; ".join(f"{name}: {began.get(name)} -> {run[name]}" for name in changed)
             raise ValueError(f"{folder} holds another run ({differences}). Choose another --output_dir, or delete it.")
     elif is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,12 @@ def test_a_rerankers_card_has_its_baselines(tmp_path):
     assert "| Gemma Encoder | 50.0 | 25.0 |\n| BM25 | 62.5 | 75.0 |" in text and "CrossEncoder(" in text
     metadata = safe_load(text.split("---")[1])
     assert metadata["pipeline_tag"] == "text-ranking" and "reranker" in metadata["tags"]
-    assert metadata["metrics"] == ["mrr_at_10", "ndcg_at_10"]
+    assert metadata["metrics"] == ["mrr_at_10", "ndcg_at_10"] and "trained on, so" not in text
+    (tmp_path / "dl2020" / "results.json").write_text(
+        json.dumps({"means": means, "queries": 54, "queries_trained_on": 3})
+    )
+    text = str(card_of(read_run(tmp_path), "GemmaEncoderForRanking"))
+    assert "\n\n3 of these 54 queries were also trained on, so this says little of new ones." in text
 
 
 def test_results_from_elsewhere_are_added(tmp_path):
@@ -97,6 +102,14 @@ def test_secrets_stay_out_of_cards(classified, monkeypatch):
         assert secret not in masked(f"python glue.py {given}") and masked(given).endswith("--seed 1")
     monkeypatch.setattr(sys, "argv", ["glue.py", "--hub_token", "abc"])
     assert provenance()["command"] == "python glue.py --hub_token ..."
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
+    assert masked("python glue.py --data_dir=/home/ada/x --model /home/adam") == (
+        "python glue.py --data_dir=~/x --model /home/adam"
+    )
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / "examples" / "glue.py"), "--bf16"])
+    assert provenance()["command"] == "python examples/glue.py --bf16"
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/glue.py"])
+    assert provenance()["command"] == "python glue.py"
     found = json.loads((classified / "results.json").read_text())
     (classified / "results.json").write_text(json.dumps({**found, "command": f"python glue.py --token {secret}"}))
     assert secret not in str(card_of(read_run(classified)))

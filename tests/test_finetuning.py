@@ -15,6 +15,7 @@ from conftest import NANO
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from modeling_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.finetuning import ENCODER_OPTIONS, FineTuningArguments
 from modeling_gemma_encoder.reports import average, markdown, summarize
 from modeling_gemma_encoder.runs import TrainerInOrder
@@ -380,6 +381,9 @@ def test_the_summary_is_that_of_a_calculator():
         (("--task", "sst2", "--lora_r", 2, "--lora_target_modules", "foo"), "has no layers named foo"),
         (("--task", "sst2", "--pooling", "kv_probe", "--pooling_num_heads", 3), "pooling_num_heads"),
         (("--task", "sst2", "--attention", "sideways"), "invalid choice: 'sideways'"),
+        (("--task", "sst2", "--attn_implementation", "sdpa"), "cannot soft-cap attention scores, as Gemma 2 does"),
+        (("--task", "sst2", "--attn_implementation", "flashy"), "'flashy'. is not supported"),
+        (("--task", "sst2", "--classifier_activation", "gelo"), "classifier_activation"),
         (("--task", "sst2", "--batch_eval_metrics"), "leave no predictions to score"),
         (
             ("--task", "sst2", "--seeds", 1, 2, "--resume_from_checkpoint", "x"),
@@ -423,6 +427,24 @@ def test_options_that_are_not_given_are_the_checkpoints(run, tmp_path):
     assert first == pytest.approx(second, abs=1e-6)
 
 
+def test_the_head_and_what_computes_attention_are_as_asked_for(run, tmp_path, monkeypatch):
+    seen = []
+    train = TrainerInOrder.train
+    monkeypatch.setattr(
+        TrainerInOrder, "train", lambda self, **options: (seen.append(self.model), train(self, **options))[1]
+    )
+    write_task(tmp_path / "data", "stsb", TWO, glue.TASKS["stsb"])
+    flags = ("--task", "stsb", "--data_dir", tmp_path / "data", *FEW, "--output_dir")
+    head = ("--classifier_hidden_sizes", 8, "--classifier_activation", "relu")
+    run(run_glue, *flags, tmp_path / "out", *head, "--attn_implementation", "eager", "--attention_dropout", 0.0)
+    (model,) = seen
+    assert {model.config._attn_implementation, model.model.config._attn_implementation} == {"eager"}
+    assert any(isinstance(module, torch.nn.ReLU) for module in model.modules())
+    folder = tmp_path / "out" / "stsb" / "seed-42"
+    assert GemmaEncoderConfig.from_pretrained(folder).classifier_activation == "relu"
+    assert "eager" not in (folder / "config.json").read_text()  # of this run, and not of the model
+
+
 def test_a_head_for_other_classes_is_replaced_only_when_asked(run, tmp_path, capsys):
     write_task(tmp_path / "data", "sst2", GLUE["sst2"], glue.TASKS["sst2"])
     write_task(tmp_path / "data", "mnli", NLI, glue.TASKS["mnli"])
@@ -460,6 +482,7 @@ def test_a_users_csv_keeps_its_label_names(run, tmp_path):
     folder = tmp_path / "out" / "seed-42"
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "1", 1: "3", 2: "5"}
+    assert json.loads((folder / "results.json").read_text())["task"] == "train.csv"  # as tables and cards name it
     with (folder / "predictions.csv").open() as file:
         predictions = list(csv.DictReader(file))
     assert [row["review"] for row in predictions] == ["text 0", "text 1", "text 2", "text 3"]

@@ -104,7 +104,7 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     assert "2 queries to train on" in printed and printed.count("| BM25 |") == 2
     assert f"WARNING: 2 of 2 queries of {folder.name} are also trained on" in printed
     saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
-    assert saved["queries"] == 2 and saved["ranking_loss"] == "lambdarank"
+    assert saved["queries"] == saved["queries_trained_on"] == 2 and saved["ranking_loss"] == "lambdarank"
 
     model = AutoModelForSequenceClassification.from_pretrained(runs / "ranker", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(runs / "ranker")
