@@ -46,7 +46,7 @@ from modeling_gemma_encoder.differences import LeftOut, add_differences, split_i
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.recipes import RecipeParser
-from modeling_gemma_encoder.suites import Help, cannot_run, fail
+from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run, fail
 from modeling_gemma_encoder.tasks import Source, Task
 from modeling_gemma_encoder.training import provenance
 
@@ -332,7 +332,7 @@ def main():
         (AblationArguments, FineTuningArguments, TrainingArguments),
         usage="%(prog)s [flags, which --help lists]",
         description=__doc__,
-        formatter_class=Help,
+        formatter_class=HelpOfSuites,
     )
     parser.set_defaults(output_dir="runs/ablations", **COMMON)
     parser.set_defaults(eval_strategy="no", save_strategy="no", disable_tqdm=True, **PLAIN)

@@ -42,13 +42,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaTokenizer,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from modeling_gemma_encoder.suites import fail, failing
+from modeling_gemma_encoder.recipes import RecipeParser
+from modeling_gemma_encoder.suites import Help, fail, failing
 from modeling_gemma_encoder.text import (
     TextArguments,
     collate_blocks,
@@ -180,7 +180,12 @@ def ngram_perplexities(train, held_out: dict, vocab_size: int, limit: int) -> di
 
 
 def main():
-    parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
+    parser = RecipeParser(
+        (PretrainingArguments, TrainingArguments),
+        usage="%(prog)s [flags, which --help lists]",
+        description=__doc__,
+        formatter_class=Help,
+    )
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
         output_dir="runs/pretrain",
         learning_rate=1e-3,

@@ -8,6 +8,7 @@
 | input | a row | output |
 | --- | --- | --- |
 | .jsonl | `query` and `passage`, or `passages`, a list | the row, and `score` or `scores` |
+| .csv | columns `query`, `passage`, and others | the row, and `score` |
 | .tsv | query, passage; or qid, pid, query, passage, as MS MARCO's top 1000 | the row, and the score |
 | --data and --run | a TREC run file over a folder with queries and passages | a TREC run file |
 
@@ -16,6 +17,7 @@ Scores are logits, higher is better. Rows come out in their order. Batches are o
 the same command goes on there, and nothing is lost or written twice. <output> is there when all of it is.
 """
 
+import csv
 import json
 import os
 from collections import defaultdict
@@ -39,7 +41,7 @@ class RerankArguments:
     model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
     query: str | None = field(default=None, metadata={"help": "One query, whose --passages are printed, best first."})
     passages: list[str] | None = field(default=None, metadata={"help": "Texts, for --query."})
-    input: str | None = field(default=None, metadata={"help": "A .jsonl or .tsv file."})
+    input: str | None = field(default=None, metadata={"help": "A .jsonl, .csv or .tsv file."})
     data: str | None = field(default=None, metadata={"help": "A folder with queries and passages, for --run."})
     run: str | None = field(default=None, metadata={"help": "A TREC run file."})
     depth: int | None = field(default=None, metadata={"help": "The best so many of the run only."})
@@ -70,8 +72,8 @@ class RerankArguments:
             return "--output is needed"
         if self.output and Path(self.output).exists():
             return f"--output {self.output} is there already: delete it, or name another"
-        if self.input and Path(self.input).suffix not in (".jsonl", ".tsv"):
-            return f"--input {self.input} is neither .jsonl nor .tsv"
+        if self.input and Path(self.input).suffix not in (".jsonl", ".csv", ".tsv"):
+            return f"--input {self.input} is neither .jsonl nor .csv nor .tsv"
         if self.query is not None and self.output:
             return "--output is for --input and --run; what --query finds is printed"
         if self.depth is not None and not self.run:
@@ -96,7 +98,10 @@ def read_row(line: str, where: str) -> tuple[dict | list, list[tuple[str, str]]]
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error}") from error
-    row = row if isinstance(row, dict) else {}
+    return pairs_of(row if isinstance(row, dict) else {}, where)
+
+
+def pairs_of(row: dict, where: str) -> tuple[dict, list[tuple[str, str]]]:
     passages = row.get("passages", [row.get("passage")])
     if {"score", "scores"} & row.keys():
         raise ValueError(f"{where}: the row has a score already, which would be overwritten")
@@ -123,9 +128,41 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield line.rstrip("\r\n"), f"{path}, line {number}"
 
 
+def read_csv(path: Path) -> Iterator[tuple[dict, list[tuple[str, str]]]]:
+    """Rows under a header, and their pairs; a text in quotes may have several lines."""
+    csv.field_size_limit(2**31 - 1)  # or a text of more than 131,072 letters is an error
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        if missing := {"query", "passage"} - {*(reader.fieldnames or ())}:
+            raise ValueError(f"{path}: the first line names no column {' and no '.join(sorted(missing))}")
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(f"{where}: not {len(reader.fieldnames)} columns, as the first line names")
+                yield pairs_of(row, where)
+        except csv.Error as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: {error}") from error
+
+
+def write_csv(part: Path, output: Path) -> None:
+    """The rows of `part`, a JSON object a line, under a header: whole, or not at all."""
+    whole = output.with_name(output.name + ".part")
+    with part.open(encoding="utf-8") as lines, whole.open("w", encoding="utf-8", newline="") as file:
+        rows = map(json.loads, lines)
+        first = next(rows)
+        writer = csv.DictWriter(file, first.keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(first)
+        writer.writerows(rows)
+    whole.replace(output)
+
+
 def rows_of(args: RerankArguments) -> Iterator[tuple[dict | list, list[tuple[str, str]]]]:
     """Rows of the input, in its order."""
-    if args.input:
+    if args.input and args.input.endswith(".csv"):
+        yield from read_csv(Path(args.input))
+    elif args.input:
         for line, where in read_lines(Path(args.input)):
             yield read_row(line, where)
     else:
@@ -179,6 +216,9 @@ def rerank(args: RerankArguments) -> int:
             os.fsync(file.fileno())
     if args.run:
         write_run(as_run(part), output, tag=Path(args.model).name)
+        part.unlink()
+    elif args.input.endswith(".csv"):
+        write_csv(part, output)
         part.unlink()
     else:
         part.replace(output)

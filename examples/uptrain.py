@@ -5,6 +5,7 @@
         --text Salesforce/wikitext:wikitext-103-raw-v1 \\
         --validation_text Salesforce/wikitext:wikitext-103-raw-v1:validation \\
         --block_size 512 --per_device_train_batch_size 8 --learning_rate 2e-5 --output_dir runs/gemma-2-2b-mlm
+    python examples/uptrain.py --model google/gemma-2-2b ... --lora_r 16 --dtype bfloat16 --bf16 --learning_rate 2e-4
 
 Both hide tokens and predict them with the decoder's own head: "mlm" from the hidden token's own state, "mntp"
 from the state before it, as the decoder has learned (LLM2Vec, arXiv 2404.05961). The paper itself does no up-training.
@@ -29,15 +30,16 @@ from datasets import Dataset
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
-    HfArgumentParser,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
-from modeling_gemma_encoder.suites import fail, failing
+from modeling_gemma_encoder.recipes import RecipeParser
+from modeling_gemma_encoder.suites import Help, fail, failing
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 from modeling_gemma_encoder.training import READING, StepTimer, last_checkpoint, plot_losses, refuse_another_run
 
@@ -58,7 +60,17 @@ class UptrainingArguments(TextArguments):
     dropout: float = field(
         default=0.0, metadata={"help": "While up-training; the checkpoint's config asks for the paper's 0.1 again."}
     )
-    attn_implementation: str | None = None
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "What computes attention, see the README; default: gemma_encoder_unpadded."}
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Train adapters of this rank, which are merged into what is saved."}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Default: twice the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "On what enters an adapter."})
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Of the weights; bfloat16 only where adapters are trained."}
+    )
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def problem(self) -> str | None:
@@ -66,6 +78,12 @@ class UptrainingArguments(TextArguments):
             return f"--mask_rate must be between 0 and 1, got {self.mask_rate}"
         if self.mask_replace_prob + self.random_replace_prob > 1:
             return "--mask_replace_prob and --random_replace_prob are shares of one whole: together at most 1"
+        if self.dtype == "bfloat16" and self.lora_r is None:
+            return "--dtype bfloat16 needs --lora_r: small updates are lost in bf16 weights; use --bf16 instead"
+        if self.lora_r is None and self.lora_alpha is not None:
+            return "--lora_alpha needs --lora_r"
+        if self.lora_r is not None and self.lora_r < 1:
+            return f"--lora_r must be at least 1, got {self.lora_r}"
         return super().problem()
 
 
@@ -121,7 +139,12 @@ def mask_with(tokenizer, mask_token: str | None):
 
 
 def main():
-    parser = HfArgumentParser((UptrainingArguments, TrainingArguments))
+    parser = RecipeParser(
+        (UptrainingArguments, TrainingArguments),
+        usage="%(prog)s [flags, which --help lists]",
+        description=__doc__,
+        formatter_class=Help,
+    )
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
         output_dir="runs/uptrain",
         learning_rate=5e-4,
@@ -132,6 +155,8 @@ def main():
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():
         fail(parser, problem)
+    if options.lora_r is not None and (is_fsdp_enabled() or is_deepspeed_zero3_enabled()):
+        fail(parser, "--lora_r merges adapters into whole weights, which FSDP and DeepSpeed ZeRO-3 hold in pieces")
     with failing(parser):
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
         masks = mask_with(tokenizer, options.mask_token)
@@ -150,7 +175,7 @@ def main():
             attention_dropout=options.dropout,
             feedforward_dropout=options.dropout,
             attn_implementation=options.attn_implementation,
-            dtype=torch.float32,
+            dtype=getattr(torch, options.dtype),
         )
         verify_attention(model)
         # The layers have their dropout; what is saved, checkpoints too, asks fine-tuning for the paper's again.
@@ -170,8 +195,9 @@ def main():
             train, held_out = load_blocks(*load_documents(options, args.seed), tokenizer, options, args.seed)
             held_out = {name: masked_once(rows, masking) for name, rows in held_out.items()}
     timer = StepTimer()
+    adapted = model if options.lora_r is None else adapt(model, options)
     trainer = Trainer(
-        model,
+        adapted,
         args,
         train_dataset=train,
         eval_dataset=held_out,
@@ -182,12 +208,16 @@ def main():
     before = perplexities(trainer, held_out)
     trainer.train(resume_from_checkpoint=checkpoint)
     verify_attention(model)
+    if adapted is not model:
+        adapted.merge_adapter()
     # The perplexity after is that of the weights as they are saved.
     dtype = getattr(torch, options.save_dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
     after = perplexities(trainer, held_out)
+    if adapted is not model:
+        model = trainer.model = adapted.unload()  # the adapters are in the weights already
     model.to(dtype)
     trainer.save_model(folder)
     if not is_main:
@@ -206,6 +236,12 @@ def main():
     for name in held_out:
         print(f"| {name} | {before[name]:.1f} | {after[name]:.1f} |")
     print(f"\nEncoder, results.json, training_log.json and training.png are in {folder}")
+
+
+def adapt(model: GemmaEncoderForMaskedLM, options: UptrainingArguments) -> torch.nn.Module:
+    from modeling_gemma_encoder.adapters import add_lora_alone
+
+    return add_lora_alone(model, options.lora_r, options.lora_alpha, options.lora_dropout)
 
 
 def masked_once(rows, masking: Masking) -> Dataset:

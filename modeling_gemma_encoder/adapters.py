@@ -7,7 +7,7 @@ tells PEFT which layers of a Gemma Encoder to adapt.
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModelForSequenceClassification, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, PeftModelForSequenceClassification, prepare_model_for_kbit_training
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -100,6 +100,14 @@ def add_lora(
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return GemmaEncoderPeftModel(model, config)
+
+
+def add_lora_alone(model: PreTrainedModel, r: int, alpha: int | None = None, dropout: float = 0.05) -> PeftModel:
+    """LoRA on the decoder's linear layers and nothing else trained, to be merged: of up-training. As `add_lora`."""
+    alpha = 2 * r if alpha is None else alpha
+    return PeftModel(
+        model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGET_MODULES))
+    )
 
 
 def four_bit() -> BitsAndBytesConfig:

@@ -130,7 +130,8 @@ def add_ranking(run: Run, name: str, found: dict) -> None:
     title = f"{name}, {found['queries']} queries, x 100" if "queries" in found else f"{name}, x 100"
     table = [f"| {title} | {' | '.join(measures)} |", "| --- |" + " ---: |" * len(measures), *rows]
     if seen := found.get("queries_trained_on"):
-        table += ["", f"{seen} of these {found['queries']} queries were also trained on, so this says little of new ones."]
+        queries = found["queries"]
+        table += ["", f"{seen} of these {queries} queries were also trained on, so this says little of new ones."]
     run.results.append("\n".join(table))
     ours = found["means"].get("Gemma Encoder", {})
     run.scores += [

@@ -42,7 +42,10 @@ class SuiteArguments:
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """A script's description as it is written, and defaults of all flags."""
 
-    # Of what `training_defaults` knows only when it has read the command line.
+
+class HelpOfSuites(Help):
+    """The same, where `training_defaults` knows some only when it has read the command line."""
+
     LATER = {
         "learning_rate": "by the size of --model",
         "num_train_epochs": "the task's",
@@ -135,7 +138,7 @@ def make_parser(own: type, output_dir: str, description: str) -> RecipeParser:
         (own, FineTuningArguments, TrainingArguments),
         usage="%(prog)s [flags, which --help lists]",
         description=description,
-        formatter_class=Help,
+        formatter_class=HelpOfSuites,
     )
     parser.set_defaults(output_dir=output_dir, **COMMON)
     return parser

@@ -1,5 +1,6 @@
 """Laws of serving a ranker: every row is scored once, in its place, also when it is killed on the way."""
 
+import csv
 import json
 import os
 import signal
@@ -74,6 +75,43 @@ def test_tsv_keeps_its_columns(folder, tmp_path, monkeypatch):
         found = [line.split("\t") for line in output.read_text().splitlines()]
         assert [row[:-1] for row in found] == rows
         np.testing.assert_allclose([float(row[-1]) for row in found], expected(folder, pairs), atol=1e-5)
+
+
+def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monkeypatch):
+    texts = ["It rains.", 'He said "no",\nand left.', "", "ä" * 140_000]
+    rows = [{"n": str(n), "passage": text, "query": "rain, snow"} for n, text in enumerate(texts)]
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    with source.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Excel writes it
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    command(monkeypatch, folder, "--input", source, "--output", output, "--rows_at_once", 3)
+    with output.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [{key: row[key] for key in rows[0]} for row in found] == rows
+    scores = expected(folder, [("rain, snow", text) for text in texts])
+    np.testing.assert_allclose([float(row["score"]) for row in found], scores, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("query,text\na,b\n", "in.csv: the first line names no column passage"),
+        ("", "in.csv: the first line names no column passage and no query"),
+        ("query,passage\na,b\nc\n", "in.csv, line 3: not 2 columns"),
+        ("query,passage\na,b,c\n", "in.csv, line 2: not 2 columns"),
+        ('query,passage\na,"b\n', "in.csv, after line 1: unexpected end of data"),
+        ("query,passage,score\na,b,1\n", "in.csv, line 2: the row has a score already"),
+        ("query,passage\n", "in.csv has no rows"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_not_begun(folder, tmp_path, monkeypatch, capsys, text, message):
+    (tmp_path / "in.csv").write_text(text)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, folder, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv")
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +241,7 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--tokens_per_batch", 0], "at least 1, got 0"),
         (["--input", tmp_path / "in.jsonl"], "--output is needed"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "there.jsonl"], "is there already"),
-        (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .tsv"),
+        (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .csv nor .tsv"),
         (["--input", tmp_path / "no.jsonl", "--output", tmp_path / "x"], "no.jsonl"),
         (["--query", "q", "--passages", "p", "--dtype", "float16"], "`dtype` must be"),
         (["--query", "q", "--passages", "p", "--model", decoder], "is no trained ranker: classifier.norm.weight"),

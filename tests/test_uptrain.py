@@ -12,6 +12,9 @@ from conftest import NANO
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from modeling_gemma_encoder import GemmaEncoderForMaskedLM
+from modeling_gemma_encoder.adapters import TARGET_MODULES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -47,12 +50,34 @@ def test_an_up_trained_encoder_predicts_better_and_loads_into_a_head(objective, 
     assert AutoTokenizer.from_pretrained(folder).mask_token == "<mask>"
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(run):
-    folder = run("--dropout", "0.1")
+def test_adapters_are_merged_into_what_is_saved(run):
+    """Only the decoder's linear layers change, by an update of the rank asked for."""
+    folder = run("--lora_r", "2", "--dtype", "bfloat16", "--save_dtype", "float32", "--gradient_checkpointing")
+    report = json.loads((folder / "results.json").read_text())
+    before, after = report["masked_perplexity"]["text"].values()
+    assert after < before
+    assert (folder / "checkpoint-6" / "adapter_model.safetensors").exists()
+    assert not list(folder.glob("adapter*"))
+    start = GemmaEncoderForMaskedLM.from_pretrained(NANO, dtype=torch.bfloat16).state_dict()
+    saved = GemmaEncoderForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    changed = set()
+    for name, weight in saved.state_dict().items():
+        if not torch.equal(weight, start[name].float()):
+            changed.add(name.rpartition("layers.")[2].split(".")[2])
+    assert changed == set(TARGET_MODULES)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(
+        classifier.model.layers[0].self_attn.q_proj.weight, saved.model.layers[0].self_attn.q_proj.weight
+    )
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_r", "2"]])
+def test_an_interrupted_run_ends_with_the_same_weights(run, flags):
+    folder = run("--dropout", "0.1", *flags)
     whole = load_file(folder / "model.safetensors")
     shutil.rmtree(folder / "checkpoint-6")
     (folder / "model.safetensors").unlink()
-    resumed = load_file(run("--dropout", "0.1") / "model.safetensors")
+    resumed = load_file(run("--dropout", "0.1", *flags) / "model.safetensors")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -110,6 +135,8 @@ def test_a_token_of_the_vocabulary_can_be_the_mask(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--dtype", "bfloat16"], "--dtype bfloat16 needs --lora_r"),
+        (["--lora_r", "0"], "--lora_r must be at least 1, got 0"),
         (["--mask_rate", "1.5"], "--mask_rate must be between 0 and 1, got 1.5"),
         (["--random_replace_prob", "0.5"], "together at most 1"),
         (["--mask_token", "[GAP]"], "--mask_token '[GAP]' is not in the tokenizer's vocabulary"),
