@@ -4,14 +4,16 @@
     python examples/ablations.py --study dropout dropout_place --tasks cola wic --model examples/nano --data_dir data
     python examples/ablations.py --study start --starts examples/nano runs/nano-mlm --tasks sst2 --model examples/nano
     python examples/ablations.py --study attention --tasks cola --model google/gemma-2-2b --bf16 --workers 8
+    python examples/ablations.py --study all --table train.csv dev.csv --table_flags "--label_column stars" --model ...
 
 Studies are in `STUDIES`; `--variants causal bidirectional` takes these rows of them. `start` compares checkpoints: of
 decoders of other sizes and families, or up-trained. Tasks are GLUE's and SuperGLUE's, from the Hub or from
 `--data_dir`: <task>/, glue/<task>/ or superglue/<task>/ in it. For every variant and task the learning rate is the one
 of `--learning_rates` that does best on a tenth of the training rows (a thousand at most), which are set aside; then
 `--seeds` are trained and scored on the official validation rows, with several metrics averaged as GLUE does.
-Everything else is what `glue.py` takes, every flag of `TrainingArguments` included. A reranker is a further task by
-`--ranking`, with the variants, rates and seeds, and everything else from `--ranking_flags`.
+Everything else is what `glue.py` takes, every flag of `TrainingArguments` included. Your own table is a further task by
+`--table`, as `classify.py` reads it. A reranker is one by `--ranking`, with the variants, rates and seeds, and everything
+else from `--ranking_flags`.
 
 A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
@@ -31,13 +33,14 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
+import classify
 import glue
 import numpy as np
 import superglue
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
 from modeling_gemma_encoder.ablation_reports import difference_table, plot, score_table
@@ -45,9 +48,10 @@ from modeling_gemma_encoder.ablations import Bench, Cell, Study, run_studies
 from modeling_gemma_encoder.differences import LeftOut, add_differences, split_in_parts
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
+from modeling_gemma_encoder.metrics import pearson_and_spearman
 from modeling_gemma_encoder.recipes import RecipeParser
 from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run, fail
-from modeling_gemma_encoder.tasks import Source, Task
+from modeling_gemma_encoder.tasks import Source, Task, by_label
 from modeling_gemma_encoder.training import provenance
 
 SUITES = {"glue": ("nyu-mll/glue", glue.TASKS), "superglue": ("aps/super_glue", superglue.TASKS)}
@@ -136,6 +140,12 @@ class AblationArguments:
         default=None, metadata={"help": "Default: a half, once and twice glue.py's for this size of decoder."}
     )
     starts: list[str] = field(default_factory=list, metadata={"help": "Checkpoints that the study `start` compares."})
+    table: list[str] | None = field(
+        default=None, metadata={"help": "Files of your own, to train on and to evaluate: a further task."}
+    )
+    table_flags: str = field(
+        default="", metadata={"help": "In one string, what classify.py is to be told of it, such as --label_column x."}
+    )
     ranking: list[str] | None = field(
         default=None,
         metadata={
@@ -191,6 +201,21 @@ def source_of(name: str, data_dir: str | None) -> Source:
         if folder is None:
             raise ValueError(f"--data_dir: there is neither {places[0]} nor {places[1]}")
     return Source(dataset, tasks[name].config or name, folder)
+
+
+def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
+    if own.table is None:
+        return {}
+    if len(own.table) != 2:
+        raise ValueError("--table names two files, to train on and to evaluate")
+    flags = ["--train_file", own.table[0], "--validation_file", own.table[1], *shlex.split(own.table_flags)]
+    (table,) = HfArgumentParser(classify.TableArguments).parse_args_into_dataclasses(args=flags)
+    if problem := table.complaint(do_predict=False):
+        raise ValueError(f"--table_flags: {problem}")
+    name, task, source = classify.task_of(table)
+    if task.problem == "regression":  # without R², which has no least value and would drown the others in a mean
+        task = replace(task, metric=by_label(pearson_and_spearman))
+    return {name: (task, source)}
 
 
 def padded_on(side: str, model: str, root: Path) -> str:
@@ -341,18 +366,19 @@ def main():
     given = parser.parse_args()
     if given.learning_rate is not None or given.seed is not None:
         fail(parser, "--learning_rate and --seed are for glue.py: give --learning_rates and --seeds")
-    if not given.tasks and not given.ranking:
-        fail(parser, "give --tasks, or --ranking, or both")
+    if not (given.tasks or given.table or given.ranking):
+        fail(parser, "give --tasks, --table or --ranking, or several of them")
     if unknown := [name for name in given.tasks if name not in known or known[name].train_on]:
         fail(parser, f"--tasks: {', '.join(unknown)} is none that GLUE or SuperGLUE trains")
     try:
-        first = known[given.tasks[0]] if given.tasks else next(iter(known.values()))
+        of_user = own_table(given)
+        first = next(iter([known[name] for name in given.tasks] or known.values()))
         defaults = training_defaults(given.model, given.lora_r is not None, first)
         parser.set_defaults(seed=given.seeds[0], **defaults)
         own, options, args = parser.parse_args_into_dataclasses()
         root = Path(args.output_dir)
         studies = chosen_studies(own, options.model, root)
-        tasks = {name: (known[name], source_of(name, own.data_dir)) for name in own.tasks}
+        tasks = {name: (known[name], source_of(name, own.data_dir)) for name in own.tasks} | of_user
         problem = options.problem(args) or cannot_run(args, [task for task, _ in tasks.values()], own.seeds, options)
         if problem := problem or cannot_ablate(own, options, args, studies, tasks):
             fail(parser, problem)

@@ -170,6 +170,21 @@ def as_names(value, kind):
     return None if value is None else str(value)
 
 
+def task_of(table: TableArguments) -> tuple[str, Task, Table]:
+    """What results and cards call a table, what is to be learned of it, and its splits."""
+    source = Table(table)
+    task = Task(
+        tuple(table.text_column),
+        by_label(METRICS[source.problem]),
+        tuple(source.names),
+        problem=source.problem,
+        label=source.label,
+        template=table.template,
+        max_length=512,
+    )
+    return table.dataset or Path(table.train_file).name, task, source
+
+
 def main():
     parser = make_parser(TableArguments, "runs/classify", __doc__)
     given = parser.parse_args()
@@ -177,23 +192,13 @@ def main():
     if problem := table.complaint(given.do_predict):
         fail(parser, problem)
     try:
-        source = Table(table)
-        task = Task(
-            tuple(table.text_column),
-            by_label(METRICS[source.problem]),
-            tuple(source.names),
-            problem=source.problem,
-            label=source.label,
-            template=table.template,
-            max_length=512,
-        )
+        name, task, source = task_of(table)
         table, options, args = parse(parser, task)
         folder, seeds = Path(args.output_dir), table.seeds or [args.seed]
         if problem := cannot_run(args, [task], seeds, options):
             fail(parser, problem)
         task.load(source, "train")  # all of them, in the file's order, for messages that name a row
         source.hold_out()
-        name = table.dataset or Path(table.train_file).name  # what results and cards call it
         data = Data.load(name, task, source, options, args)
         runs = {seed: of_run(args, folder / f"seed-{seed}", seed, "classify") for seed in seeds}
         for run_args in runs.values():

@@ -8,6 +8,7 @@ import scipy.sparse
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.multiclass import OneVsRestClassifier
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -88,6 +89,8 @@ def bag_of_words(task: Task, data: Data, folder: Path, name: str, seed: int) -> 
         return scipy.sparse.hstack([first, second, first.multiply(second), abs(first - second)]).tocsr()
 
     model = Ridge() if task.problem == "regression" else LogisticRegression(max_iter=1000)
+    if task.problem == "multi_label_classification":
+        model = OneVsRestClassifier(model)
     model.fit(bags(train), data.train["label"])
     report = {"task": name, "seed": seed, "model": "TF-IDF", "scores": {}, "majority": {}}
     for split, rows in data.validation.items():

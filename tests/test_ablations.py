@@ -298,7 +298,10 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "attention", "--tasks", "cola", "--do_predict"], "are for glue.py"),
         (["--study", "baselines", "--tasks", "cola", "--lora_r", "4"], "trains all weights"),
         (["--study", "rows", "--tasks", "cola", "--ranking", "a", "b"], "there is no a, b"),
-        (["--study", "attention"], "give --tasks, or --ranking"),
+        (["--study", "attention"], "give --tasks, --table or --ranking"),
+        (["--study", "attention", "--table", "a.csv"], "--table names two files"),
+        (["--study", "attention", "--table", "a.csv", "b.csv"], "a.csv does not exist"),
+        (["--study", "attention", "--table", "a", "b", "--table_flags", "--dataset x"], "--table_flags: give either"),
         (["--study", "attention", "--tasks", "cola", "--learning_rate", "1e-3"], "give --learning_rates"),
         (["--study", "attention", "--tasks", "cola", "--ranking", "a", "a"], "other data to evaluate"),
     ],
@@ -307,6 +310,30 @@ def test_bad_command_lines_end_before_any_training(command, capsys, flags, messa
     with pytest.raises(SystemExit):
         command(*flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "metrics"),
+    [
+        (["bad", "good"], {"accuracy", "macro_f1"}),
+        ([1.5, 2.0, 4.5], {"pearson", "spearman"}),
+        ([["wet"], [], ["wet", "cold"]], {"micro_f1", "macro_f1"}),
+    ],
+)
+def test_a_users_table_is_a_task_of_its_own(command, tmp_path, labels, metrics):
+    for name, size in (("train", 30), ("dev", 12)):
+        rows = [{"review": f"text {n} " + "rain " * (n % 5), "stars": labels[n % len(labels)]} for n in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--study", "attention", "baselines", "--variants", "causal", "Gemma Encoder"]
+    flags += ["TF-IDF, logistic regression", "--learning_rates", 1e-3]
+    flags += ["--table", tmp_path / "train.jsonl", tmp_path / "dev.jsonl"]
+    found = command(*flags, "--table_flags", "--text_column review --label_column stars")
+    assert found["attention"].keys() == found["baselines"].keys() == {"train.jsonl"}
+    rows = {**found["attention"]["train.jsonl"], **found["baselines"]["train.jsonl"]}
+    assert rows.keys() == {"causal", "Gemma Encoder", "TF-IDF, logistic regression"}
+    assert all(len(row["scores"]) == 2 for row in rows.values())
+    (report, *_) = tmp_path.glob("**/final/train.jsonl/*/results.json")
+    assert json.loads(report.read_text())["scores"]["validation"].keys() == metrics
 
 
 def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder):
