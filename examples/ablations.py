@@ -11,9 +11,9 @@ decoders of other sizes and families, or up-trained. Tasks are GLUE's and SuperG
 `--data_dir`: <task>/, glue/<task>/ or superglue/<task>/ in it. For every variant and task the learning rate is the one
 of `--learning_rates` that does best on a tenth of the training rows (a thousand at most), which are set aside; then
 `--seeds` are trained and scored on the official validation rows, with several metrics averaged as GLUE does.
-Everything else is what `glue.py` takes, every flag of `TrainingArguments` included. Your own table is a further task by
-`--table`, as `classify.py` reads it. A reranker is one by `--ranking`, with the variants, rates and seeds, and everything
-else from `--ranking_flags`.
+Everything else is what `glue.py` takes, every flag of `TrainingArguments` included. Your own table is a further task
+by `--table`, as `classify.py` reads it. A reranker is one by `--ranking`, with the variants, rates and seeds, and
+everything else from `--ranking_flags`.
 
 A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
