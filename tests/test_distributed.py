@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,13 @@ def data(tmp_path_factory):
     return folder
 
 
-def train(launch: list, decoder: Path, data: Path, output: Path, batch_size: int) -> tuple[list, dict, list]:
+def train(
+    launch: list, flags: str, decoder: Path, data: Path, output: Path, batch_size: int
+) -> tuple[list, dict, list]:
     """Losses, weights and predictions, whose number, 33, two processes cannot share evenly."""
-    flags = "--task stsb --do_predict --max_steps 3 --learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1"
+    flags += (
+        " --task stsb --do_predict --max_steps 3 --learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1"
+    )
     flags += " --attention_dropout 0 --feedforward_dropout 0 --pooling query_probe"
     flags += " --eval_strategy no --save_strategy no"
     command = [*launch, "examples/glue.py", *flags.split(), "--use_cpu", "True", "--disable_tqdm", "True"]
@@ -47,12 +52,14 @@ def train(launch: list, decoder: Path, data: Path, output: Path, batch_size: int
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     written = "modeling_gemma_encoder.GemmaEncoderForSequenceClassification"
     assert auto_map["AutoModelForSequenceClassification"] == written
-    return losses, load_file(folder / "model.safetensors"), predicted
+    (weights,) = folder.glob("*model.safetensors")
+    return losses, load_file(weights), predicted
 
 
 @pytest.fixture(scope="module")
 def alone(decoder, data, tmp_path_factory):
-    return train([sys.executable], decoder, data, tmp_path_factory.mktemp("alone"), batch_size=8)
+    """Flags -> what one process trains, in one step of eight rows."""
+    return cache(lambda flags: train([sys.executable], flags, decoder, data, tmp_path_factory.mktemp("alone"), 8))
 
 
 FSDP2 = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2.yaml"]
@@ -60,17 +67,23 @@ FSDP2 += ["--num_processes", 2, "--mixed_precision", "no", REPOSITORY / "tests" 
 DDP = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 
 
-@pytest.mark.parametrize("launch", [FSDP2, DDP], ids=["fsdp2", "ddp"])
-def test_two_processes_train_and_predict_what_one_does(launch, alone, decoder, data, tmp_path):
+ADAPTERS = "--lora_r 2 --lora_dropout 0"
+
+
+@pytest.mark.parametrize(
+    ("launch", "flags"), [(FSDP2, ""), (DDP, ""), (FSDP2, ADAPTERS)], ids=["fsdp2", "ddp", "adapters under fsdp2"]
+)
+def test_two_processes_train_and_predict_what_one_does(launch, flags, alone, decoder, data, tmp_path):
     """In two accumulation steps each, as `--total_batch_size` divides it."""
-    losses, weights, predictions = train(launch, decoder, data, tmp_path, batch_size=2)
+    losses, weights, predictions = train(launch, flags, decoder, data, tmp_path, batch_size=2)
+    losses_alone, weights_alone, predictions_alone = alone(flags)
     assert len(losses) == 3
-    assert losses == pytest.approx(alone[0], abs=1e-4)
-    assert weights.keys() == alone[1].keys()
-    for name, expected in alone[1].items():
+    assert losses == pytest.approx(losses_alone, abs=1e-4)
+    assert weights.keys() == weights_alone.keys() and any("lora" in name for name in weights) == bool(flags)
+    for name, expected in weights_alone.items():
         torch.testing.assert_close(weights[name], expected, atol=1e-5, rtol=0, msg=name)
     assert len({round(value, 4) for value in predictions}) > 3
-    assert predictions == pytest.approx(alone[2], abs=1e-4)
+    assert predictions == pytest.approx(predictions_alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
