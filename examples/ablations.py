@@ -50,7 +50,7 @@ from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.metrics import pearson_and_spearman
 from modeling_gemma_encoder.recipes import RecipeParser
-from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run, fail
+from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run, fail, failing
 from modeling_gemma_encoder.tasks import Source, Task, by_label
 from modeling_gemma_encoder.training import provenance
 
@@ -163,6 +163,8 @@ def cannot_ablate(own: AblationArguments, options, args, studies: dict[str, Stud
     """What cannot be, in the words of the command line, before anything is trained."""
     if own.workers < 1:
         return f"--workers must be at least 1, got {own.workers}"
+    if args.world_size > 1:
+        return "accelerate launch and torchrun are for glue.py; here cells run side by side by --workers"
     if own.workers > 1:
         if find_spec("ray") is None:
             return '--workers needs Ray: pip install ".[ray]"'
@@ -210,8 +212,10 @@ def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
         raise ValueError("--table names two files, to train on and to evaluate")
     flags = ["--train_file", own.table[0], "--validation_file", own.table[1], *shlex.split(own.table_flags)]
     (table,) = HfArgumentParser(classify.TableArguments).parse_args_into_dataclasses(args=flags)
-    if problem := table.complaint(do_predict=False):
-        raise ValueError(f"--table_flags: {problem}")
+    own_flags = ("text_column", "label_column", "problem", "template")
+    plain = classify.TableArguments(train_file=own.table[0], validation_file=own.table[1])
+    if wrong := [key for key in vars(plain) if key not in own_flags and getattr(table, key) != getattr(plain, key)]:
+        raise ValueError(f"--table_flags takes --{', --'.join(own_flags)}, and no --{', --'.join(wrong)}")
     name, task, source = classify.task_of(table)
     if task.problem == "regression":  # without R², which has no least value and would drown the others in a mean
         task = replace(task, metric=by_label(pearson_and_spearman))
@@ -370,7 +374,7 @@ def main():
         fail(parser, "give --tasks, --table or --ranking, or several of them")
     if unknown := [name for name in given.tasks if name not in known or known[name].train_on]:
         fail(parser, f"--tasks: {', '.join(unknown)} is none that GLUE or SuperGLUE trains")
-    try:
+    with failing(parser):
         of_user = own_table(given)
         first = next(iter([known[name] for name in given.tasks] or known.values()))
         defaults = training_defaults(given.model, given.lora_r is not None, first)
@@ -386,7 +390,7 @@ def main():
         starts = [options.model, *(own.starts if "start" in studies else [])]
         for task, source in tasks.values():
             for start in starts:
-                check_model(task, replace(options, model=start))
+                check_model(task, replace(options, model=start), args)
             for split in ("train", *task.validation):
                 task.load(source, split)
         sizes = {training_defaults(start, False, first)["learning_rate"] for start in starts}
@@ -394,8 +398,6 @@ def main():
             fail(
                 parser, f"--starts: by their sizes they would have other rates, {sizes}: give --learning_rates for all"
             )
-    except (ValueError, OSError) as error:
-        fail(parser, str(error))
     others = {}
     if own.ranking:
         ranking = Ranking(options.model, {k: getattr(options, k) for k in PLAIN}, tuple(own.ranking), flags)

@@ -17,6 +17,7 @@ reads what is there.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +33,8 @@ from modeling_gemma_encoder.suites import cannot_run, conclude, fail, make_parse
 from modeling_gemma_encoder.tasks import Task, by_label, read_file
 
 
-def one_class(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    scores = accuracy_and_macro_f1(predictions, labels)
+def one_class(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    scores = accuracy_and_macro_f1(predictions, labels, classes)
     return {"accuracy": scores["accuracy"], "macro_f1": scores["f1"]}
 
 
@@ -173,9 +174,12 @@ def as_names(value, kind):
 def task_of(table: TableArguments) -> tuple[str, Task, Table]:
     """What results and cards call a table, what is to be learned of it, and its splits."""
     source = Table(table)
+    metric = METRICS[source.problem]
+    if metric is one_class:
+        metric = partial(one_class, classes=len(source.names))
     task = Task(
         tuple(table.text_column),
-        by_label(METRICS[source.problem]),
+        by_label(metric),
         tuple(source.names),
         problem=source.problem,
         label=source.label,

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from modeling_gemma_encoder import verify_attention
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
-from modeling_gemma_encoder.files import write
+from modeling_gemma_encoder.files import read, write
 from modeling_gemma_encoder.finetuning import build
 from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.ranking import (
@@ -44,7 +44,14 @@ from modeling_gemma_encoder.runs import RECIPE
 from modeling_gemma_encoder.suites import fail, make_parser, parse
 from modeling_gemma_encoder.tasks import Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
-from modeling_gemma_encoder.training import StepTimer, last_checkpoint, plot_losses, provenance, refuse_another_run
+from modeling_gemma_encoder.training import (
+    StepTimer,
+    defaults_of,
+    last_checkpoint,
+    plot_losses,
+    provenance,
+    refuse_another_run,
+)
 
 # Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.
 TASK = Task(
@@ -61,6 +68,7 @@ DEFAULTS = {
 TEACHERS = ("margin_mse", "kl")
 # What does not make another run.
 FREE = ("total_batch_size", "measures", "relevance_level", "max_eval_samples", "preprocessing_num_workers")
+FREE += ("attn_implementation",)
 
 
 @dataclass
@@ -75,7 +83,8 @@ class RankingArguments:
     )
     list_size: int = field(default=36, metadata={"help": "Documents of a list, at most."})
     held_out: float = field(
-        default=0.0, metadata={"help": "Share of the queries of --train_data that are evaluated instead, by their ids."}
+        default=0.0,
+        metadata={"help": "Share of the queries of --train_data that are evaluated instead, by their texts."},
     )
     eval_data: list[str] | None = field(
         default=None, metadata={"help": "Folders, files, or judged data on the Hub, `name[:split]`."}
@@ -193,7 +202,9 @@ def main():
         run |= {"lists": digest, "max_length": max_length}
         if args.do_train:
             done = str(finished) if finished.exists() else checkpoint
-            refuse_another_run(run, folder, done, args.process_index == 0)
+            refuse_another_run(
+                run, folder, done, args.process_index == 0, {**defaults_of(ranking), **defaults_of(options)}
+            )
         elif not finished.exists():
             load_ranker(options.model, device="cpu")  # or a random head would be measured
     except (ValueError, OSError) as error:
@@ -219,7 +230,7 @@ def main():
         ours = rerank(model, tokenizer, collection, ranking.eval_depth, max_length)
         runs = {"Gemma Encoder": ours, **baselines(collection, ranking.eval_depth)}
         facts = {"trained_on": ranking.train_data, **asdict(options)}
-        if finished.exists():  # it was these that the model learned from
+        if read(folder / "run.json").get("lists") == digest:  # it was these that the model learned from
             facts["queries_trained_on"] = seen[name]
         found = evaluate(collection, runs, measures, folder / name, facts)
         print(

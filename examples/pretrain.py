@@ -42,12 +42,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaTokenizer,
+    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from modeling_gemma_encoder.recipes import RecipeParser
 from modeling_gemma_encoder.suites import Help, fail, failing
 from modeling_gemma_encoder.text import (
     TextArguments,
@@ -58,7 +58,14 @@ from modeling_gemma_encoder.text import (
     mix,
     sample,
 )
-from modeling_gemma_encoder.training import READING, StepTimer, last_checkpoint, plot_losses, refuse_another_run
+from modeling_gemma_encoder.training import (
+    READING,
+    StepTimer,
+    defaults_of,
+    last_checkpoint,
+    plot_losses,
+    refuse_another_run,
+)
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 
@@ -180,7 +187,7 @@ def ngram_perplexities(train, held_out: dict, vocab_size: int, limit: int) -> di
 
 
 def main():
-    parser = RecipeParser(
+    parser = HfArgumentParser(
         (PretrainingArguments, TrainingArguments),
         usage="%(prog)s [flags, which --help lists]",
         description=__doc__,
@@ -203,7 +210,7 @@ def main():
         checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
-        refuse_another_run(run, folder, checkpoint, is_main)
+        refuse_another_run(run, folder, checkpoint, is_main, defaults_of(options))
 
         with args.main_process_first():
             texts, held_out = load_documents(options, args.seed)

@@ -135,6 +135,8 @@ def read_csv(path: Path) -> Iterator[tuple[dict, list[tuple[str, str]]]]:
         reader = csv.DictReader(file, strict=True)
         if missing := {"query", "passage"} - {*(reader.fieldnames or ())}:
             raise ValueError(f"{path}: the first line names no column {' and no '.join(sorted(missing))}")
+        if len({*reader.fieldnames}) < len(reader.fieldnames):
+            raise ValueError(f"{path}: the first line names a column twice: {', '.join(reader.fieldnames)}")
         try:
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
@@ -151,7 +153,7 @@ def write_csv(part: Path, output: Path) -> None:
     with part.open(encoding="utf-8") as lines, whole.open("w", encoding="utf-8", newline="") as file:
         rows = map(json.loads, lines)
         first = next(rows)
-        writer = csv.DictWriter(file, first.keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, first.keys())
         writer.writeheader()
         writer.writerow(first)
         writer.writerows(rows)

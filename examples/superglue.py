@@ -12,6 +12,7 @@ and AX-g are scored by the model of RTE.
 import json
 import re
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 from datasets import Dataset
@@ -112,7 +113,7 @@ TASKS = {
     ),
     "cb": Task(
         ("premise", "hypothesis"),
-        by_label(accuracy_and_macro_f1),
+        by_label(partial(accuracy_and_macro_f1, classes=3)),
         ("entailment", "contradiction", "neutral"),
         max_length=256,
         epochs=20,

@@ -35,13 +35,22 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
+from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.recipes import RecipeParser
 from modeling_gemma_encoder.suites import Help, fail, failing
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
-from modeling_gemma_encoder.training import READING, StepTimer, last_checkpoint, plot_losses, refuse_another_run
+from modeling_gemma_encoder.training import (
+    READING,
+    StepTimer,
+    defaults_of,
+    last_checkpoint,
+    plot_losses,
+    refuse_another_run,
+    under_fsdp,
+)
 
 
 @dataclass(kw_only=True)
@@ -71,7 +80,9 @@ class UptrainingArguments(TextArguments):
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Of the weights; bfloat16 only where adapters are trained."}
     )
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    save_dtype: Literal["bfloat16", "float32"] | None = field(
+        default=None, metadata={"help": "Default: bfloat16, and float32 with --lora_r: bf16 loses small updates."}
+    )
 
     def problem(self) -> str | None:
         if not 0 < self.mask_rate < 1:
@@ -82,6 +93,8 @@ class UptrainingArguments(TextArguments):
             return "--dtype bfloat16 needs --lora_r: small updates are lost in bf16 weights; use --bf16 instead"
         if self.lora_r is None and self.lora_alpha is not None:
             return "--lora_alpha needs --lora_r"
+        if find_adapter(self.model, {}):
+            return f"--model {self.model} is an adapter, which is not trained further: merge it first, see the README"
         if self.lora_r is not None and self.lora_r < 1:
             return f"--lora_r must be at least 1, got {self.lora_r}"
         return super().problem()
@@ -155,7 +168,7 @@ def main():
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():
         fail(parser, problem)
-    if options.lora_r is not None and (is_fsdp_enabled() or is_deepspeed_zero3_enabled()):
+    if options.lora_r is not None and (under_fsdp(args) or is_deepspeed_zero3_enabled()):
         fail(parser, "--lora_r merges adapters into whole weights, which FSDP and DeepSpeed ZeRO-3 hold in pieces")
     with failing(parser):
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
@@ -164,9 +177,8 @@ def main():
         folder, is_main = Path(args.output_dir), args.process_index == 0
         checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        refuse_another_run(
-            {**asdict(options), "seed": args.seed, "batch_size": batch_size}, folder, checkpoint, is_main
-        )
+        run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
+        refuse_another_run(run, folder, checkpoint, is_main, defaults_of(options))
 
         model = GemmaEncoderForMaskedLM.from_pretrained(
             options.model,
@@ -182,6 +194,7 @@ def main():
         defaults = GemmaEncoderConfig()
         model.config.attention_dropout = defaults.attention_dropout
         model.config.feedforward_dropout = defaults.feedforward_dropout
+        adapted = model if options.lora_r is None else adapt(model, options)
 
         masking = Masking(
             masks,
@@ -195,7 +208,6 @@ def main():
             train, held_out = load_blocks(*load_documents(options, args.seed), tokenizer, options, args.seed)
             held_out = {name: masked_once(rows, masking) for name, rows in held_out.items()}
     timer = StepTimer()
-    adapted = model if options.lora_r is None else adapt(model, options)
     trainer = Trainer(
         adapted,
         args,
@@ -209,9 +221,10 @@ def main():
     trainer.train(resume_from_checkpoint=checkpoint)
     verify_attention(model)
     if adapted is not model:
+        model.float()  # or the sum is rounded once more
         adapted.merge_adapter()
     # The perplexity after is that of the weights as they are saved.
-    dtype = getattr(torch, options.save_dtype)
+    dtype = getattr(torch, options.save_dtype or ("bfloat16" if options.lora_r is None else "float32"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))

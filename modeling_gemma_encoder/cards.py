@@ -1,6 +1,7 @@
 """Model cards: what a run left in its folder, as tables a reader can check, and the Hub's metadata."""
 
 import importlib.metadata
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,8 @@ class Run:
 
 def masked(command: str) -> str:
     """A command line without the values of flags that hold secrets, tokens of the Hub, and the name of who ran it."""
-    command = re.sub(rf"(?<![^\s='\"]){re.escape(str(Path.home()))}(?=[/\s'\"]|$)", "~", command)
+    if (home := os.path.expanduser("~")) != "~":
+        command = re.sub(rf"(?<![^\s='\"]){re.escape(home)}(?=[/\s'\"]|$)", "~", command)
     command = re.sub(r"(--\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+", r"\1...", command, flags=re.IGNORECASE)
     return re.sub(r"hf_[A-Za-z0-9]+", "hf_...", command)
 
@@ -92,7 +94,8 @@ def _add_classification(run: Run, found: dict, summary: list[dict]) -> None:
             f"{_percent(majority.get(name))} |"
             for name, value in scores.items()
         ]
-        title = f"{found['task']}, {split}, {found['rows'].get(split, '?'):,} rows, x 100"
+        rows_of = found.get("rows", {}).get(split)
+        title = f"{found['task']}, {split}, {f'{rows_of:,} rows, ' if rows_of else ''}x 100"
         run.results.append(
             "\n".join(
                 [

@@ -29,6 +29,8 @@ INHERITED = ("id2label", "label2id", "problem_type", "dtype", "torch_dtype", "qu
 def activation_name(value: str):
     if value not in ACT2FN:
         raise ValueError(f"Value must be one of {sorted(ACT2FN)}, got {value!r}")
+    if any(True for _ in ACT2FN[value].parameters()):
+        raise ValueError(f"Value must be an activation without parameters of its own, got {value!r}")
 
 
 @as_validated_field

@@ -90,6 +90,16 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     return mask
 
 
+def refuse_dropout(implementation: str, dropout: float, softcap: float | None = None) -> None:
+    """Raises ValueError where training would drop attention weights, and this kernel cannot."""
+    flash = "flash" in implementation and (softcap or implementation != "flash_attention_2")
+    if dropout and (flash or implementation == "flex_attention"):
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot drop attention weights here: train with {UNPADDED!r}, or "
+            "load the model with attention_dropout=0."
+        )
+
+
 def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     """Every layer sees (1, total_tokens, hidden)."""
     implementation = encoder.model.config._attn_implementation
@@ -111,12 +121,8 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         kwargs["sequences"] = find_sequences(unpadding, reaches)
     else:  # flash attention keeps sequences apart by their lengths
         softcap = getattr(encoder.config.text_config, "attn_logit_softcapping", None)
-        dropout = encoder.training and encoder.model.layers[0].self_attn.attention_dropout
-        if "flash" in implementation and dropout and (softcap or implementation != "flash_attention_2"):
-            raise ValueError(
-                f"attn_implementation={implementation!r} cannot drop attention weights here: train with {UNPADDED!r}, "
-                "or load the model with attention_dropout=0."
-            )
+        if encoder.training:
+            refuse_dropout(implementation, encoder.model.layers[0].self_attn.attention_dropout, softcap)
         offsets = unpadding.offsets.int()
         kwargs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
         kwargs.update(max_length_q=max(unpadding.lengths), max_length_k=max(unpadding.lengths))
@@ -147,12 +153,8 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
         inputs_embeds = inputs_embeds.where(mask[..., None], 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     decoder = encoder.model.config
-    dropout = encoder.training and encoder.model.layers[0].self_attn.attention_dropout
-    if decoder._attn_implementation == "flex_attention" and dropout:
-        raise ValueError(
-            f"attn_implementation='flex_attention' cannot drop attention weights: train with {UNPADDED!r}, or load the "
-            "model with attention_dropout=0."
-        )
+    if encoder.training:
+        refuse_dropout(decoder._attn_implementation, encoder.model.layers[0].self_attn.attention_dropout)
     reaches = {layer_type_of(layer.self_attn): layer.self_attn.reach for layer in encoder.model.layers}
     dtype = encoder.get_input_embeddings().weight.dtype
     masks = {kind: padded_mask(mask, positions, reach, decoder, dtype) for kind, reach in reaches.items()}

@@ -7,6 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments
 
 from .configuration_gemma_encoder import TASK_HEADS, GemmaEncoderConfig
+from .encoding_gemma_encoder import refuse_dropout
+from .fused_gemma_encoder import FUSED
 from .pretrained_gemma_encoder import find_adapter
 from .tasks import Task
 
@@ -136,7 +138,7 @@ def encoder_options(options: FineTuningArguments) -> dict:
     return {name: value for name in ENCODER_OPTIONS if (value := getattr(options, name)) is not None}
 
 
-def check_model(task: Task, options: FineTuningArguments) -> None:
+def check_model(task: Task, options: FineTuningArguments, args: TrainingArguments) -> None:
     """Raises ValueError where the options do not go with the checkpoint, before anything is loaded."""
     config = GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options))
     outputs = len(task.labels) if "classification" in task.problem else 1
@@ -148,6 +150,15 @@ def check_model(task: Task, options: FineTuningArguments) -> None:
         )
     with torch.device("meta"):  # what cannot run as asked says so
         task.head._from_config(config, attn_implementation=options.attn_implementation)
+    if options.attn_implementation and args.do_train:
+        softcap = getattr(config.text_config, "attn_logit_softcapping", None)
+        refuse_dropout(options.attn_implementation, config.attention_dropout, softcap)
+        if options.attn_implementation == FUSED and args.device.type == "cpu":
+            raise ValueError(
+                f"attn_implementation={FUSED!r} trains on a GPU only: flex attention has no backward pass on a CPU."
+            )
+    if options.classifier_activation and not config.classifier_hidden_sizes:
+        raise ValueError("--classifier_activation is of --classifier_hidden_sizes, and there are none.")
     layers = {name.rpartition(".")[2] for name, _ in decoder_of(options.model).named_modules()}
     if unknown := [name for name in options.lora_target_modules or () if name not in layers]:
         raise ValueError(f"--lora_target_modules: the decoder has no layers named {', '.join(unknown)}.")

@@ -23,9 +23,12 @@ def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, fl
     return {**accuracy(predictions, labels), "f1": float(f1_score(labels, predictions, zero_division=0))}
 
 
-def accuracy_and_macro_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """F1 averaged over the classes (CB)."""
-    macro = f1_score(labels, predictions, average="macro", zero_division=0)
+def accuracy_and_macro_f1(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """F1 averaged over the classes (CB), all of them: one that no row has, nor is given, counts 0.
+
+    Over those that happen to be there, as scikit-learn's default has it, one row more or less would change how many.
+    """
+    macro = f1_score(labels, predictions, labels=range(classes), average="macro", zero_division=0)
     return {**accuracy(predictions, labels), "f1": float(macro)}
 
 

@@ -27,14 +27,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_fsdp_enabled
 
 from .data import collate_lists
 from .files import write
 from .finetuning import FineTuningArguments, build
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of
-from .training import StepTimer, last_checkpoint, provenance, refuse_another_run
+from .training import StepTimer, defaults_of, last_checkpoint, provenance, refuse_another_run, under_fsdp
 from .verification_gemma_encoder import verify_attention
 
 # What of TrainingArguments makes a run another one.
@@ -45,7 +44,7 @@ RECIPE = (
     *("train_sampling_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 # Options that do not.
-SAME_RUN = ("total_batch_size", "max_length", "max_eval_samples", "preprocessing_num_workers")
+SAME_RUN = ("total_batch_size", "max_length", "max_eval_samples", "preprocessing_num_workers", "attn_implementation")
 
 
 class TrainerInOrder(Trainer):
@@ -135,7 +134,7 @@ def fine_tune(
         return report
     if report and make is None and any(folder.glob("*model*.safetensors")):
         trained = folder
-    if is_fsdp_enabled() and (trained or not args.do_train):
+    if under_fsdp(args) and (trained or not args.do_train):
         raise ValueError(
             "FSDP2 shards a model together with its optimizer: evaluate and predict after training in the same run, or "
             "run this command again in one process."
@@ -169,7 +168,8 @@ def claim(
     chosen = {key: value for key, value in asdict(options).items() if key not in SAME_RUN}
     run = {"task": name, **what, **chosen, **recipe, "max_length": data.max_length}
     run |= {"rows": data.digests.get("train"), "trained": trained and str(trained)}
-    refuse_another_run(run, folder, str(finished) if finished.exists() else checkpoint, args.process_index == 0)
+    began_with = str(finished) if finished.exists() else checkpoint
+    refuse_another_run(run, folder, began_with, args.process_index == 0, defaults_of(options))
     return checkpoint
 
 
@@ -231,6 +231,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     scores, majority = ({**report.get(key, {}), **new} for key, new in (("scores", scores), ("majority", majority)))
     report = {"task": name, "seed": args.seed, **report, "scores": scores, "majority": majority, "evaluated": evaluated}
     report.setdefault("model", str(trained or options.model))
+    report["rows"] = {**report.get("rows", {}), **{split: len(rows) for split, rows in data.encoded.items()}}
     report["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     folder.mkdir(parents=True, exist_ok=True)
     for split in predicted:

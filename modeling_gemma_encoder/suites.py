@@ -16,7 +16,6 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import is_fsdp_enabled
 
 from .files import write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
@@ -24,6 +23,7 @@ from .recipes import RecipeParser, share_batch
 from .reports import average, markdown, summarize
 from .runs import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
+from .training import under_fsdp
 
 # Name of the task, its row, split, rows and predictions -> the test server's file name and text.
 Submission = Callable[[str, Task, str, Dataset, np.ndarray], tuple[str, str]]
@@ -179,14 +179,14 @@ def parse(parser: RecipeParser, task: Task) -> tuple:
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if options.total_batch_size not in (None, batch):
         fail(parser, f"--total_batch_size {options.total_batch_size}: these devices would take {batch} a step")
-    if is_fsdp_enabled() and args.gradient_accumulation_steps > 1:
+    if under_fsdp(args) and args.gradient_accumulation_steps > 1:
         # Or every device holds all gradients between the steps, in half precision.
         kept = args.accelerator_config.gradient_accumulation_kwargs or {}
         args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **kept}
     if problem := options.problem(args):
         fail(parser, problem)
     try:
-        check_model(task, options)
+        check_model(task, options, args)
     except Exception as error:  # strict configs raise errors of their own kinds
         fail(parser, str(error))
     try:
@@ -210,7 +210,7 @@ def cannot_run(
         return "--resume_from_checkpoint is of one run; without it each of them resumes its own last checkpoint"
     if several and (args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
         return "DeepSpeed runs one task and one seed a process: give one --task and one --seed"
-    if is_fsdp_enabled() and any(task.train_on for task in tasks):
+    if under_fsdp(args) and any(task.train_on for task in tasks):
         return "diagnostics, which train on another task, cannot run under FSDP2; run them later, in one process"
     if args.label_smoothing_factor and any(task.problem != "single_label_classification" for task in tasks):
         return "--label_smoothing_factor is for tasks with one class a row"

@@ -7,11 +7,13 @@ import shlex
 import statistics
 import sys
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import TrainerCallback
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainerCallback, TrainingArguments
 
 from .cards import masked
 
@@ -83,13 +85,30 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def refuse_another_run(run: dict, folder: Path, checkpoint: str | None, is_main: bool) -> None:
-    """Writes down what a run began with, or raises ValueError if what `checkpoint` is of began with something else."""
+def under_fsdp(args: TrainingArguments) -> bool:
+    """Upstream's `is_fsdp_enabled` also asks whether weights are loaded on one process only."""
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def defaults_of(options) -> dict:
+    """Of a dataclass's fields that have one."""
+    return {field.name: field.default for field in fields(options) if field.default is not MISSING}
+
+
+def refuse_another_run(
+    run: dict, folder: Path, checkpoint: str | None, is_main: bool, defaults: dict | None = None
+) -> None:
+    """Writes down what a run began with, or raises ValueError if what `checkpoint` is of began with something else.
+
+    Args:
+        defaults: What options were that a run, begun before there were such, says nothing of.
+    """
     path, run = folder / "run.json", json.loads(json.dumps(run))
     began = json.loads(path.read_text()) if path.exists() else {}
     if checkpoint and began:
-        if changed := [name for name in run if run[name] != began.get(name)]:
-            differences = "; ".join(f"{name}: {began.get(name)} -> {run[name]}" for name in changed)
+        began = {**(defaults or {}), **began}
+        if changed := [name for name in run if name in began and run[name] != began[name]]:
+            differences = "; ".join(f"{name}: {began[name]} -> {run[name]}" for name in changed)
             raise ValueError(f"{folder} holds another run ({differences}). Choose another --output_dir, or delete it.")
     elif is_main:
         folder.mkdir(parents=True, exist_ok=True)

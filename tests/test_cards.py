@@ -63,6 +63,14 @@ def test_a_classifiers_card_says_what_the_run_left(classified):
     assert result["metrics"][0] == {"type": "accuracy", "value": 0.715} and result["dataset"]["split"] == "validation"
 
 
+def test_a_split_of_unknown_size_has_a_table_too(classified):
+    found = json.loads((classified / "results.json").read_text())
+    scores = {**found["scores"], "test": {"accuracy": 0.5}}
+    (classified / "results.json").write_text(json.dumps({**found, "scores": scores}))
+    text = str(card_of(read_run(classified)))
+    assert "| rte, validation, 277 rows, x 100 |" in text and "| rte, test, x 100 |" in text
+
+
 def test_a_rerankers_card_has_its_baselines(tmp_path):
     means = {"Gemma Encoder": {"nDCG@10": 0.5, "RR@10": 0.25}, "BM25": {"nDCG@10": 0.625, "RR@10": 0.75}}
     (tmp_path / "dl2020").mkdir()
@@ -102,7 +110,7 @@ def test_secrets_stay_out_of_cards(classified, monkeypatch):
         assert secret not in masked(f"python glue.py {given}") and masked(given).endswith("--seed 1")
     monkeypatch.setattr(sys, "argv", ["glue.py", "--hub_token", "abc"])
     assert provenance()["command"] == "python glue.py --hub_token ..."
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/ada"))
+    monkeypatch.setenv("HOME", "/home/ada")
     assert masked("python glue.py --data_dir=/home/ada/x --model /home/adam") == (
         "python glue.py --data_dir=~/x --model /home/adam"
     )

@@ -91,6 +91,7 @@ WRONG = [
     ("ranking_loss", "hinge", "'softmax'"),
     ("problem_type", "multi", "'regression', 'single_label_classification', 'multi_label_classification'"),
     ("classifier_activation", "gelo", "'gelu'"),
+    ("classifier_activation", "prelu", "without parameters of its own"),
     ("attention_window", -1, "-1"),
     ("attention_window", 2.5, "2.5"),
     ("pooling_k", 0, "0"),

@@ -383,6 +383,12 @@ def test_the_summary_is_that_of_a_calculator():
         (("--task", "sst2", "--attention", "sideways"), "invalid choice: 'sideways'"),
         (("--task", "sst2", "--attn_implementation", "sdpa"), "cannot soft-cap attention scores, as Gemma 2 does"),
         (("--task", "sst2", "--attn_implementation", "flashy"), "'flashy'. is not supported"),
+        (("--task", "sst2", "--attn_implementation", "flex_attention"), "cannot drop attention weights here"),
+        (
+            ("--task", "sst2", "--attn_implementation", "gemma_encoder_fused", "--attention_dropout", 0),
+            "trains on a GPU only",
+        ),
+        (("--task", "sst2", "--classifier_activation", "relu"), "is of --classifier_hidden_sizes, and there are none"),
         (("--task", "sst2", "--classifier_activation", "gelo"), "classifier_activation"),
         (("--task", "sst2", "--batch_eval_metrics"), "leave no predictions to score"),
         (
@@ -443,6 +449,9 @@ def test_the_head_and_what_computes_attention_are_as_asked_for(run, tmp_path, mo
     folder = tmp_path / "out" / "stsb" / "seed-42"
     assert GemmaEncoderConfig.from_pretrained(folder).classifier_activation == "relu"
     assert "eager" not in (folder / "config.json").read_text()  # of this run, and not of the model
+    run(run_glue, *flags, tmp_path / "out", *head, "--attention_dropout", 0.0, "--do_predict")  # nor of what it found
+    assert (folder / "predictions-test.json").exists() and len(seen) == 1
+    assert json.loads((folder / "results.json").read_text())["rows"].keys() == {"train", "validation", "test"}
 
 
 def test_a_head_for_other_classes_is_replaced_only_when_asked(run, tmp_path, capsys):

@@ -17,8 +17,12 @@ def test_accuracy_and_f1_by_hand():
 
 def test_macro_f1_by_hand():
     # Class 0: precision 1/2, recall 1. Class 1: precision 1, recall 1/2. Class 2: both 1.
-    scores = metrics.accuracy_and_macro_f1(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2]))
+    scores = metrics.accuracy_and_macro_f1(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2]), classes=3)
     assert scores == {"accuracy": 3 / 4, "f1": pytest.approx((2 / 3 + 2 / 3 + 1) / 3)}
+    # A class that these rows do not have counts all the same, whether it is given wrongly or never.
+    for predictions in ([0, 0, 1, 2], [0, 0, 1, 1]):
+        scores = metrics.accuracy_and_macro_f1(np.array(predictions), np.array([0, 0, 1, 1]), classes=3)
+        assert scores["f1"] == pytest.approx((1 + {2: 2 / 3, 1: 1}[predictions[-1]]) / 3)
 
 
 def test_matthews_correlation_by_hand():

@@ -105,6 +105,11 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     assert f"WARNING: 2 of 2 queries of {folder.name} are also trained on" in printed
     saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
     assert saved["queries"] == saved["queries_trained_on"] == 2 and saved["ranking_loss"] == "lambdarank"
+    other = ["--do_train", "False", "--eval_strategy", "no", "--load_best_model_at_end", "False"]
+    command(monkeypatch, msmarco.main, *flags, *other, "--train_data", pairs)  # which it has not learned from
+    saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
+    assert "queries_trained_on" not in saved
+    capsys.readouterr()
 
     model = AutoModelForSequenceClassification.from_pretrained(runs / "ranker", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(runs / "ranker")

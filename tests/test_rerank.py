@@ -77,15 +77,28 @@ def test_tsv_keeps_its_columns(folder, tmp_path, monkeypatch):
         np.testing.assert_allclose([float(row[-1]) for row in found], expected(folder, pairs), atol=1e-5)
 
 
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
 def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monkeypatch):
-    texts = ["It rains.", 'He said "no",\nand left.', "", "ä" * 140_000]
+    texts = ["It rains.", 'He said "no",\nand left.', "old\rMac", "", "ä" * 140_000]
     rows = [{"n": str(n), "passage": text, "query": "rain, snow"} for n, text in enumerate(texts)]
     source, output = tmp_path / "in.csv", tmp_path / "out.csv"
     with source.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Excel writes it
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    command(monkeypatch, folder, "--input", source, "--output", output, "--rows_at_once", 3)
+    flags = ["--input", source, "--output", output, "--rows_at_once", 2]
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        calls = iter([score_pairs])
+        context.setattr(rerank, "score_pairs", lambda *args: next(calls, interrupt)(*args))
+        command(monkeypatch, folder, *flags)
+    assert not output.exists()
+    scored = []
+    monkeypatch.setattr(rerank, "score_pairs", lambda *args: (scored.append(len(args[2])), score_pairs(*args))[1])
+    command(monkeypatch, folder, *flags)
+    assert scored == [2, 1]  # and not the first two again
     with output.open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert [{key: row[key] for key in rows[0]} for row in found] == rows
@@ -104,6 +117,7 @@ def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monk
         ('query,passage\na,"b\n', "in.csv, after line 1: unexpected end of data"),
         ("query,passage,score\na,b,1\n", "in.csv, line 2: the row has a score already"),
         ("query,passage\n", "in.csv has no rows"),
+        ("id,query,passage,id\n1,a,b,2\n", "in.csv: the first line names a column twice: id, query, passage, id"),
     ],
 )
 def test_a_csv_that_cannot_be_read_is_not_begun(folder, tmp_path, monkeypatch, capsys, text, message):

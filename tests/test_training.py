@@ -7,6 +7,7 @@ from conftest import build, encoder_config, pad, texts
 from transformers import Trainer, TrainingArguments
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder.training import refuse_another_run, under_fsdp
 
 NO_DROPOUT = {"attention_dropout": 0, "feedforward_dropout": 0}
 LENGTHS = (9, 3, 5, 7, 2, 8, 4, 6)
@@ -121,6 +122,24 @@ def test_the_trainer_trains_evaluates_and_predicts(tmp_path):
     metrics = trainer.evaluate()
     assert "eval_loss" in metrics and metrics["eval_accuracy"] >= 0.9
     model.verify_attention()
+
+
+def test_a_run_that_knew_fewer_options_goes_on_with_their_defaults(tmp_path):
+    (tmp_path / "run.json").write_text('{"seed": 1}')
+    now, defaults = {"seed": 1, "lora_dropout": 0.05, "new": [1]}, {"lora_dropout": 0.05}
+    refuse_another_run(now, tmp_path, "checkpoint-1", True, defaults)
+    with pytest.raises(ValueError, match=r"another run \(lora_dropout: 0.05 -> 0.1\)"):
+        refuse_another_run({**now, "lora_dropout": 0.1}, tmp_path, "checkpoint-1", True, defaults)
+    with pytest.raises(ValueError, match=r"another run \(seed: 1 -> 2\)"):
+        refuse_another_run({**now, "seed": 2}, tmp_path, "checkpoint-1", True, defaults)
+
+
+@pytest.mark.parametrize("variable", ["false", "true"])
+def test_fsdp_is_seen_however_weights_are_loaded(tmp_path, monkeypatch, variable):
+    assert not under_fsdp(arguments(tmp_path))
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", variable)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert under_fsdp(arguments(tmp_path))
 
 
 def test_the_trainer_predicts_ragged_lists(tmp_path):

@@ -12,8 +12,8 @@ from conftest import NANO
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from modeling_gemma_encoder import GemmaEncoderForMaskedLM
-from modeling_gemma_encoder.adapters import TARGET_MODULES
+from modeling_gemma_encoder import GemmaEncoderForMaskedLM, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def test_an_up_trained_encoder_predicts_better_and_loads_into_a_head(objective, 
 
 def test_adapters_are_merged_into_what_is_saved(run):
     """Only the decoder's linear layers change, by an update of the rank asked for."""
-    folder = run("--lora_r", "2", "--dtype", "bfloat16", "--save_dtype", "float32", "--gradient_checkpointing")
+    folder = run("--lora_r", "2", "--dtype", "bfloat16", "--gradient_checkpointing")
     report = json.loads((folder / "results.json").read_text())
     before, after = report["masked_perplexity"]["text"].values()
     assert after < before
@@ -60,10 +60,16 @@ def test_adapters_are_merged_into_what_is_saved(run):
     assert not list(folder.glob("adapter*"))
     start = GemmaEncoderForMaskedLM.from_pretrained(NANO, dtype=torch.bfloat16).state_dict()
     saved = GemmaEncoderForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    adapter = load_file(folder / "checkpoint-6" / "adapter_model.safetensors")
     changed = set()
     for name, weight in saved.state_dict().items():
-        if not torch.equal(weight, start[name].float()):
-            changed.add(name.rpartition("layers.")[2].split(".")[2])
+        update = weight - start[name].float()
+        if (factor := f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight") in adapter:
+            expected = 2 * adapter[factor] @ adapter[factor.replace("lora_B", "lora_A")]  # alpha / r is 2
+            torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-6)
+            changed.add(name.split(".")[-2])
+        else:
+            assert not update.any()
     assert changed == set(TARGET_MODULES)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(
@@ -137,6 +143,7 @@ def test_a_token_of_the_vocabulary_can_be_the_mask(run):
     [
         (["--dtype", "bfloat16"], "--dtype bfloat16 needs --lora_r"),
         (["--lora_r", "0"], "--lora_r must be at least 1, got 0"),
+        (["--lora_r", "2", "--lora_dropout", "1.5"], "got 1.5"),
         (["--mask_rate", "1.5"], "--mask_rate must be between 0 and 1, got 1.5"),
         (["--random_replace_prob", "0.5"], "together at most 1"),
         (["--mask_token", "[GAP]"], "--mask_token '[GAP]' is not in the tokenizer's vocabulary"),
@@ -149,3 +156,15 @@ def test_flags_that_cannot_be_are_named(flags, message, run, capsys):
     with pytest.raises(SystemExit):
         run(*flags)
     assert message in capsys.readouterr().err
+
+
+def test_adapters_are_not_trained_further_nor_merged_in_pieces(run, tmp_path, capsys, monkeypatch):
+    encoder = GemmaEncoderForSequenceClassification.from_pretrained(NANO, num_labels=2)
+    add_lora(encoder, r=2).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit):
+        run("--model", str(tmp_path / "adapter"))
+    assert "is an adapter, which is not trained further" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SystemExit):
+        run("--lora_r", "2")
+    assert "which FSDP and DeepSpeed ZeRO-3 hold in pieces" in capsys.readouterr().err
