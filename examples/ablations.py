@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingAr
 from transformers.utils import logging
 
 from modeling_gemma_encoder.ablation_reports import difference_table, plot, score_table
-from modeling_gemma_encoder.ablations import Bench, Cell, Study, run_studies
+from modeling_gemma_encoder.ablations import Bench, Cell, Study, as_options, run_studies
 from modeling_gemma_encoder.differences import LeftOut, add_differences, split_in_parts
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
@@ -119,6 +119,7 @@ STUDIES = {
         reference={f"query probe, {rows or 'all'}": f"mean, {rows or 'all'}" for rows in ROWS},
     ),
 }
+NAMES = "; ".join(f"{study}: {', '.join(found.variants)}" for study, found in STUDIES.items())
 # Made of the command line: `start` has a variant for each of --starts, `padding` one for each side.
 MADE = ("start", "padding")
 # What every task has for itself unless the command line says otherwise.
@@ -132,7 +133,7 @@ class AblationArguments:
     study: list[str] = field(metadata={"help": "Of " + ", ".join([*STUDIES, *MADE]) + ", or `all` but start."})
     tasks: list[str] = field(default_factory=list, metadata={"help": "Of GLUE and SuperGLUE."})
     variants: list[str] | None = field(
-        default=None, metadata={"help": "Of the studies these alone, as their tables name them. Default: all."}
+        default=None, metadata={"help": f"Of the studies these alone. Default: all. {NAMES}"}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Default: the Hub."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
@@ -141,7 +142,8 @@ class AblationArguments:
     )
     starts: list[str] = field(default_factory=list, metadata={"help": "Checkpoints that the study `start` compares."})
     table: list[str] | None = field(
-        default=None, metadata={"help": "Files of your own, to train on and to evaluate: a further task."}
+        default=None,
+        metadata={"help": "Files of your own, to train on and to evaluate, or one, of which a tenth is evaluated."},
     )
     table_flags: str = field(
         default="", metadata={"help": "In one string, what classify.py is to be told of it, such as --label_column x."}
@@ -208,15 +210,17 @@ def source_of(name: str, data_dir: str | None) -> Source:
 def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
     if own.table is None:
         return {}
-    if len(own.table) != 2:
-        raise ValueError("--table names two files, to train on and to evaluate")
-    flags = ["--train_file", own.table[0], "--validation_file", own.table[1], *shlex.split(own.table_flags)]
+    if len(own.table) > 2:
+        raise ValueError("--table names one file or two, to train on and to evaluate")
+    files = dict(zip(("train_file", "validation_file"), own.table, strict=False))
+    flags = [word for name, file in files.items() for word in (f"--{name}", file)] + shlex.split(own.table_flags)
     (table,) = HfArgumentParser(classify.TableArguments).parse_args_into_dataclasses(args=flags)
     own_flags = ("text_column", "label_column", "problem", "template")
-    plain = classify.TableArguments(train_file=own.table[0], validation_file=own.table[1])
+    plain = classify.TableArguments(**files)
     if wrong := [key for key in vars(plain) if key not in own_flags and getattr(table, key) != getattr(plain, key)]:
         raise ValueError(f"--table_flags takes --{', --'.join(own_flags)}, and no --{', --'.join(wrong)}")
     name, task, source = classify.task_of(table)
+    source.hold_out()
     if task.problem == "regression":  # without R², which has no least value and would drown the others in a mean
         task = replace(task, metric=by_label(pearson_and_spearman))
     return {name: (task, source)}
@@ -276,8 +280,8 @@ class Ranking:
 
     @property
     def name(self) -> str:
-        place = Path(self.data[1])
-        return place.parent.name if place.is_file() else place.name
+        place = Path(self.data[1]).resolve()
+        return place.parent.name if place.stem in ("train", "validation", "dev", "test") else place.stem
 
     def __call__(self, cell: Cell, folder: Path) -> dict:
         train, judged = self.data
@@ -289,8 +293,9 @@ class Ranking:
         finished = folder / "results.json"
         if finished.exists():
             report = json.loads(finished.read_text())
-            if report["flags"] != words:
-                raise ValueError(f"{folder} holds another run. Choose another --output_dir, or delete it.")
+            if changed := set(report["flags"]) ^ set(words):
+                which = ", ".join(sorted(changed))
+                raise ValueError(f"{folder} holds another run ({which}). Choose another --output_dir, or delete it.")
             return report
         script = Path(__file__).parent / "msmarco.py"
         with (folder / "log.txt").open("a") as log:
@@ -357,12 +362,7 @@ class Workers:
 
 
 def main():
-    parser = RecipeParser(
-        (AblationArguments, FineTuningArguments, TrainingArguments),
-        usage="%(prog)s [flags, which --help lists]",
-        description=__doc__,
-        formatter_class=HelpOfSuites,
-    )
+    parser = RecipeParser((AblationArguments, FineTuningArguments, TrainingArguments), __doc__, HelpOfSuites)
     parser.set_defaults(output_dir="runs/ablations", **COMMON)
     parser.set_defaults(eval_strategy="no", save_strategy="no", disable_tqdm=True, **PLAIN)
     parser.set_defaults(**dict.fromkeys((*OF_TASK, "learning_rate", "seed")))
@@ -382,6 +382,8 @@ def main():
         own, options, args = parser.parse_args_into_dataclasses()
         root = Path(args.output_dir)
         studies = chosen_studies(own, options.model, root)
+        if not own.tasks:  # GLUE's average is nothing to stand beside other data
+            studies = {name: replace(study, paper={}) for name, study in studies.items()}
         tasks = {name: (known[name], source_of(name, own.data_dir)) for name in own.tasks} | of_user
         problem = options.problem(args) or cannot_run(args, [task for task, _ in tasks.values()], own.seeds, options)
         if problem := problem or cannot_ablate(own, options, args, studies, tasks):
@@ -408,14 +410,22 @@ def main():
     workers = Workers(
         own, tasks, options, args, root, others, tuple(name for name in OF_TASK if getattr(given, name) is None)
     )
-    found = run_studies(studies, [*tasks, *others], options, rates, own.seeds, workers)
+    names = [*tasks, *others]
+    wanted = {(name, as_options(o, options)) for s in studies.values() for o in s.variants.values() for name in names}
+    runs = len(wanted) * (len(own.seeds) + (len(rates) if len(rates) > 1 else 0))
+    print(f"{runs} runs, to choose rates and then of each seed; those that are finished in {root} are read", flush=True)
+    try:
+        found = run_studies(studies, names, options, rates, own.seeds, workers)
+    except ValueError as error:
+        fail(parser, str(error))
     left_out = {name: other.left_out for name, other in others.items()}
     left_out |= {name: LeftOut(task, validation(task, source, options)) for name, (task, source) in tasks.items()}
     lacking = add_differences(studies, found, root, left_out)
     tables = []
     for name, study in studies.items():
-        seeds = f"seeds {', '.join(map(str, own.seeds))}"
-        title = f"{name.replace('_', ' ')} (x 100, mean ± standard error of {seeds})"
+        several = len(own.seeds) > 1
+        seeds = f"seed{'s' * several} {', '.join(map(str, own.seeds))}"
+        title = f"{name.replace('_', ' ')} (x 100, {'mean ± standard error of ' * several}{seeds})"
         tables.append(score_table(title, study, found[name]))
         if len(study.variants) > 1:
             tables.append(difference_table(name.replace("_", " "), study, found[name]))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import HfArgumentParser
 
 from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.ranking import load_ranker, rerank
+from modeling_gemma_encoder.recipes import ScriptParser
 from modeling_gemma_encoder.retrieval import read_collection
-from modeling_gemma_encoder.suites import Help, fail
+from modeling_gemma_encoder.suites import fail
 
 
 @dataclass
@@ -40,9 +40,7 @@ class CalibrationArguments:
 
 
 def main():
-    parser = HfArgumentParser(
-        CalibrationArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
-    )
+    parser = ScriptParser(CalibrationArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
     folder = Path(args.output)
     if folder.exists():

@@ -17,11 +17,10 @@ irrelevant one, are left out.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from modeling_gemma_encoder.ranking import MEASURES, baselines, evaluate, load_ranker, parse_measures, rerank
+from modeling_gemma_encoder.recipes import ScriptParser
 from modeling_gemma_encoder.retrieval import read_collection, read_run, retrieve
-from modeling_gemma_encoder.suites import Help, fail
+from modeling_gemma_encoder.suites import fail
 
 
 @dataclass
@@ -48,9 +47,7 @@ class EvaluationArguments:
 
 
 def main():
-    parser = HfArgumentParser(
-        EvaluationArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
-    )
+    parser = ScriptParser(EvaluationArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
     if len(args.pair_columns) != 3:
         fail(parser, f"--pair_columns are three, of query, passage and label, got {' '.join(args.pair_columns)}")

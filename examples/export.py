@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import modeling_gemma_encoder  # noqa: F401  registers our classes
-from modeling_gemma_encoder.suites import Help, fail
+from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.suites import fail
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # of a logit
@@ -127,9 +128,7 @@ def difference(model: Logits, path: Path, kind: str) -> float:
 
 
 def main():
-    parser = HfArgumentParser(
-        ExportArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
-    )
+    parser = ScriptParser(ExportArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
     if args.format not in FILES:
         fail(parser, f"--format must be one of {', '.join(FILES)}, got {args.format}")

@@ -212,7 +212,7 @@ def main():
     seen = {name: trained_on(queries, collection) for name, collection in collections.items()}
     if args.process_index == 0:
         to_evaluate = ", ".join(collections) or "nothing"
-        print(f"{len(lists):,} queries to train on, lists of {ranking.list_size}; to evaluate: {to_evaluate}")
+        print(f"{len(lists):,} queries to train on, lists of up to {ranking.list_size}; to evaluate: {to_evaluate}")
         for name, count in seen.items():
             if count and args.do_train:
                 print(f"WARNING: {count} of {len(collections[name].qrels)} queries of {name} are also trained on")
@@ -280,7 +280,8 @@ def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measu
     trainer.save_model()
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
-        plot_losses(history, [], finished.parent / "training.png")
+        loss = f"{trainer.model.config.ranking_loss} loss of a list"
+        plot_losses(history, [], finished.parent / "training.png", ylabel=loss)
         facts = {"history": history, "real_tokens_per_second": timer.real_tokens_per_second(), **provenance()}
         write(finished, json.dumps(facts, indent=2))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

@@ -42,13 +42,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaTokenizer,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from modeling_gemma_encoder.suites import Help, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.suites import fail, failing
 from modeling_gemma_encoder.text import (
     TextArguments,
     collate_blocks,
@@ -60,11 +60,13 @@ from modeling_gemma_encoder.text import (
 )
 from modeling_gemma_encoder.training import (
     READING,
+    HelpOfReading,
     StepTimer,
     defaults_of,
     last_checkpoint,
     plot_losses,
     refuse_another_run,
+    set_steps,
 )
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
@@ -187,12 +189,7 @@ def ngram_perplexities(train, held_out: dict, vocab_size: int, limit: int) -> di
 
 
 def main():
-    parser = HfArgumentParser(
-        (PretrainingArguments, TrainingArguments),
-        usage="%(prog)s [flags, which --help lists]",
-        description=__doc__,
-        formatter_class=Help,
-    )
+    parser = ScriptParser((PretrainingArguments, TrainingArguments), __doc__, HelpOfReading)
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
         output_dir="runs/pretrain",
         learning_rate=1e-3,
@@ -201,6 +198,7 @@ def main():
         adam_beta2=0.95,
         **READING,
     )
+    set_steps(parser)
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():
         fail(parser, problem)

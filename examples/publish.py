@@ -14,7 +14,6 @@ up in one commit, is compared with what arrived, and a second commit has the car
 import json
 import sys
 import tempfile
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,11 +21,11 @@ from typing import Literal
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
 
 from modeling_gemma_encoder.cards import add_ranking, masked, read_run
 from modeling_gemma_encoder.files import read
 from modeling_gemma_encoder.hub import publish, stage
+from modeling_gemma_encoder.recipes import ScriptParser
 from modeling_gemma_encoder.verification import verify
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
@@ -68,11 +67,11 @@ class PublishingArguments:
 
 
 def main():
-    parser = HfArgumentParser(PublishingArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ScriptParser(PublishingArguments, __doc__)
     (args,) = parser.parse_args_into_dataclasses()
     results = [str(Path(folder) / "results.json") for folder in args.results]
     for folder in (args.model, *results, *([args.inputs] if args.inputs else [])):
-        on_hub = folder == args.model and folder.count("/") < 2 and not folder.startswith((".", "/", "~"))
+        on_hub = folder == args.model and folder.count("/") == 1 and not folder.startswith((".", "/", "~"))
         if not on_hub and not Path(folder).exists():
             parser.exit(2, f"{parser.prog}: error: there is no {folder}\n")
     if not args.dry_run:
@@ -108,6 +107,8 @@ def main():
             if args.dry_run:
                 checks = verify(staged.folder, device=args.device)
                 print("\n".join(map(str, checks)))
+                where = f"see {staged.folder}" if args.output_dir else "--output_dir keeps it to look at"
+                print(f"\nNothing was uploaded; {where}")
                 sys.exit(0 if all(check.passed for check in checks) else 1)
             commit = publish(
                 staged,

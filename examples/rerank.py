@@ -8,7 +8,7 @@
 | input | a row | output |
 | --- | --- | --- |
 | .jsonl | `query` and `passage`, or `passages`, a list | the row, and `score` or `scores` |
-| .csv | columns `query`, `passage`, and others | the row, and `score` |
+| .csv | columns `query`, `passage`, or --pair_columns, and others | the row, and `score` |
 | .tsv | query, passage; or qid, pid, query, passage, as MS MARCO's top 1000 | the row, and the score |
 | --data and --run | a TREC run file over a folder with queries and passages | a TREC run file |
 
@@ -27,12 +27,12 @@ from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.ranking import choose, load_ranker, score_pairs
+from modeling_gemma_encoder.recipes import ScriptParser
 from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
-from modeling_gemma_encoder.suites import Help, fail
+from modeling_gemma_encoder.suites import fail
 from modeling_gemma_encoder.templates import encode_pairs
 
 
@@ -46,6 +46,9 @@ class RerankArguments:
     run: str | None = field(default=None, metadata={"help": "A TREC run file."})
     depth: int | None = field(default=None, metadata={"help": "The best so many of the run only."})
     output: str | None = field(default=None, metadata={"help": "Where to write scores."})
+    pair_columns: list[str] = field(
+        default_factory=lambda: ["query", "passage"], metadata={"help": "As a .csv or .jsonl file calls them."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
     )
@@ -74,6 +77,11 @@ class RerankArguments:
             return f"--output {self.output} is there already: delete it, or name another"
         if self.input and Path(self.input).suffix not in (".jsonl", ".csv", ".tsv"):
             return f"--input {self.input} is neither .jsonl nor .csv nor .tsv"
+        ends = {Path(self.input).suffix, Path(self.output).suffix} if self.input and self.output else set()
+        if len(ends & {".jsonl", ".csv", ".tsv"}) > 1:
+            return f"--output {self.output} would hold what --input {self.input} does: end it alike"
+        if len(self.pair_columns) != 2:
+            return f"--pair_columns are two, of query and passage, got {' '.join(self.pair_columns)}"
         if self.query is not None and self.output:
             return "--output is for --input and --run; what --query finds is printed"
         if self.depth is not None and not self.run:
@@ -87,7 +95,7 @@ class RerankArguments:
 # 1. Rows: their pairs, and what is written of them
 
 
-def read_row(line: str, where: str) -> tuple[dict | list, list[tuple[str, str]]]:
+def read_row(line: str, where: str, columns: list[str]) -> tuple[dict | list, list[tuple[str, str]]]:
     """A line's row, and its (query, passage) pairs. Raises ValueError that says where and what is wrong."""
     if where.partition(", ")[0].endswith(".tsv"):
         row = line.split("\t")
@@ -98,18 +106,19 @@ def read_row(line: str, where: str) -> tuple[dict | list, list[tuple[str, str]]]
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error}") from error
-    return pairs_of(row if isinstance(row, dict) else {}, where)
+    return pairs_of(row if isinstance(row, dict) else {}, where, columns)
 
 
-def pairs_of(row: dict, where: str) -> tuple[dict, list[tuple[str, str]]]:
-    passages = row.get("passages", [row.get("passage")])
+def pairs_of(row: dict, where: str, columns: list[str]) -> tuple[dict, list[tuple[str, str]]]:
+    query, passage = columns
+    passages = row.get("passages", [row.get(passage)])
     if {"score", "scores"} & row.keys():
         raise ValueError(f"{where}: the row has a score already, which would be overwritten")
-    if not isinstance(passages, list) or not all(isinstance(text, str) for text in [row.get("query"), *passages]):
-        raise ValueError(f"{where}: a row has a text `query`, and a text `passage` or a list of them, `passages`")
+    if not isinstance(passages, list) or not all(isinstance(text, str) for text in [row.get(query), *passages]):
+        raise ValueError(f"{where}: a row has a text `{query}`, and a text `{passage}` or a list of them, `passages`")
     if not passages:
-        raise ValueError(f"{where}: the query {row['query']!r} has no passages")
-    return row, [(row["query"], passage) for passage in passages]
+        raise ValueError(f"{where}: the query {row[query]!r} has no passages")
+    return row, [(row[query], text) for text in passages]
 
 
 def write_row(row: dict | list, scores: list[float]) -> str:
@@ -128,13 +137,16 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield line.rstrip("\r\n"), f"{path}, line {number}"
 
 
-def read_csv(path: Path) -> Iterator[tuple[dict, list[tuple[str, str]]]]:
+def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[dict, list[tuple[str, str]]]]:
     """Rows under a header, and their pairs; a text in quotes may have several lines."""
     csv.field_size_limit(2**31 - 1)  # or a text of more than 131,072 letters is an error
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        if missing := {"query", "passage"} - {*(reader.fieldnames or ())}:
-            raise ValueError(f"{path}: the first line names no column {' and no '.join(sorted(missing))}")
+        if missing := {*columns} - {*(reader.fieldnames or ())}:
+            there = ", ".join(reader.fieldnames or ()) or "nothing"
+            raise ValueError(
+                f"{path}: the first line names {there}, and no {' and no '.join(sorted(missing))}: --pair_columns"
+            )
         if len({*reader.fieldnames}) < len(reader.fieldnames):
             raise ValueError(f"{path}: the first line names a column twice: {', '.join(reader.fieldnames)}")
         try:
@@ -142,7 +154,7 @@ def read_csv(path: Path) -> Iterator[tuple[dict, list[tuple[str, str]]]]:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
                     raise ValueError(f"{where}: not {len(reader.fieldnames)} columns, as the first line names")
-                yield pairs_of(row, where)
+                yield pairs_of(row, where, columns)
         except csv.Error as error:
             raise ValueError(f"{path}, after line {reader.line_num}: {error}") from error
 
@@ -163,10 +175,10 @@ def write_csv(part: Path, output: Path) -> None:
 def rows_of(args: RerankArguments) -> Iterator[tuple[dict | list, list[tuple[str, str]]]]:
     """Rows of the input, in its order."""
     if args.input and args.input.endswith(".csv"):
-        yield from read_csv(Path(args.input))
+        yield from read_csv(Path(args.input), args.pair_columns)
     elif args.input:
         for line, where in read_lines(Path(args.input)):
-            yield read_row(line, where)
+            yield read_row(line, where, args.pair_columns)
     else:
         (queries, passages), run = read_texts(Path(args.data)), read_run(Path(args.run))
         check_ids("run", run, queries, passages, args.run)
@@ -262,9 +274,7 @@ def as_run(part: Path) -> Run:
 
 
 def main():
-    parser = HfArgumentParser(
-        RerankArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
-    )
+    parser = ScriptParser(RerankArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
     if problem := args.problem():
         fail(parser, problem)

@@ -18,10 +18,10 @@ from pathlib import Path
 import pandas
 import ray
 import torch
-from transformers import HfArgumentParser
 
 from modeling_gemma_encoder.ranking import load_ranker, score_pairs
-from modeling_gemma_encoder.suites import Help, fail
+from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.suites import fail
 
 READERS = {".jsonl": "read_json", ".json": "read_json", ".parquet": "read_parquet"}
 
@@ -92,9 +92,7 @@ def read(path: Path) -> ray.data.Dataset:
 
 
 def main():
-    parser = HfArgumentParser(
-        RayArguments, usage="%(prog)s [flags, which --help lists]", description=__doc__, formatter_class=Help
-    )
+    parser = ScriptParser(RayArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
     if problem := args.problem():
         fail(parser, problem)

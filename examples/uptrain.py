@@ -40,15 +40,19 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.recipes import RecipeParser
-from modeling_gemma_encoder.suites import Help, fail, failing
+from modeling_gemma_encoder.suites import fail, failing
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 from modeling_gemma_encoder.training import (
     READING,
+    HelpOfReading,
     StepTimer,
     defaults_of,
     last_checkpoint,
     plot_losses,
+    provenance,
     refuse_another_run,
+    say_how_long,
+    set_steps,
     under_fsdp,
 )
 
@@ -152,12 +156,7 @@ def mask_with(tokenizer, mask_token: str | None):
 
 
 def main():
-    parser = RecipeParser(
-        (UptrainingArguments, TrainingArguments),
-        usage="%(prog)s [flags, which --help lists]",
-        description=__doc__,
-        formatter_class=Help,
-    )
+    parser = RecipeParser((UptrainingArguments, TrainingArguments), __doc__, HelpOfReading)
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
         output_dir="runs/uptrain",
         learning_rate=5e-4,
@@ -165,6 +164,7 @@ def main():
         weight_decay=0.01,
         **READING,
     )
+    set_steps(parser)
     options, args = parser.parse_args_into_dataclasses()
     if problem := options.problem():
         fail(parser, problem)
@@ -207,6 +207,8 @@ def main():
         with args.main_process_first():
             train, held_out = load_blocks(*load_documents(options, args.seed), tokenizer, options, args.seed)
             held_out = {name: masked_once(rows, masking) for name, rows in held_out.items()}
+    if is_main:
+        say_how_long(args, train, options.block_size)
     timer = StepTimer()
     trainer = Trainer(
         adapted,
@@ -239,6 +241,7 @@ def main():
     report |= {"tokens": trainer.state.num_input_tokens_seen, "steps": trainer.state.global_step, "seed": args.seed}
     report |= {"tokens_per_second": timer.tokens_per_second(trainer.state), "learning_rate": args.learning_rate}
     report |= {"batch_size": batch_size, "bf16": args.bf16, "device": str(args.device), "options": asdict(options)}
+    report |= provenance()
     report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     start = {f"eval_{name}_loss": math.log(before[name]) for name in held_out}

@@ -17,18 +17,20 @@ def score_table(title: str, study: Study, of_study: dict) -> str:
         mean, error = (100 * value for value in pair)
         return f"{mean:.1f}" + ("" if np.isnan(error) else f" ± {error:.1f}")
 
-    columns = [title, *of_study, "average", *(["the paper's GLUE average, Gemma 2 2B"] if study.paper else [])]
+    names = [f"{task} ({next(iter(variants.values()))['metric']})" for task, variants in of_study.items()]
+    several = len(of_study) > 1
+    columns = [title, *names, *["average"] * several, *["the paper's GLUE average, Gemma 2 2B"] * bool(study.paper)]
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     simple = [next(iter(variants.values()))["simple"] for variants in of_study.values()]
     for key, name in (("majority", "majority, or random order"), ("BM25", "BM25")):
         values = [of_task.get(key) for of_task in simple]
         if any(value is not None for value in values):
-            values.append(None if None in values else float(np.mean(values)))
+            values += [None if None in values else float(np.mean(values))] * several
             cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
             lines.append(f"| {name} | {' | '.join([*cells, *([''] if study.paper else [])])} |")
     for name in study.variants:
         cells = [shown(mean_and_error(variants[name]["scores"])) for variants in of_study.values()]
-        cells.append(shown(averages(of_study, name)))
+        cells += [shown(averages(of_study, name))] * several
         cells += [f"{study.paper[name]:.1f}" if name in study.paper else ""] if study.paper else []
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -42,7 +44,8 @@ def difference_table(name: str, study: Study, of_study: dict) -> str:
 
     seeds = max(len(row["scores"]) for variants in of_study.values() for row in variants.values())
     columns = [f"{name}, difference (x 100, ± standard error of {'seeds and rows' if seeds > 1 else 'the rows alone'})"]
-    columns += [*of_study, "average"]
+    several = len(of_study) > 1
+    columns += [*of_study, *["average"] * several]
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     for variant in study.variants:
         if variant == (reference := study.compared_with(variant)):
@@ -52,7 +55,8 @@ def difference_table(name: str, study: Study, of_study: dict) -> str:
         if None not in pairs:
             means, errors = np.array(pairs).T
             average = (means.mean(), np.sqrt(np.sum(errors**2)) / len(pairs))
-        lines.append(f"| {' | '.join([f'{variant} - {reference}', *map(shown, [*pairs, average])])} |")
+        pairs += [average] * several
+        lines.append(f"| {' | '.join([f'{variant} - {reference}', *map(shown, pairs)])} |")
     return "\n".join(lines)
 
 
@@ -84,7 +88,8 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
         errors = np.nan_to_num(errors)
         axes.errorbar(means, places, xerr=errors, fmt="o", color="C0", capsize=3, label="mean, standard error")
         axes.set_yticks(places, names)
-        axes.set(title=panel, xlabel="score x 100", ylim=(len(names) - 0.4, -0.6))
+        metric = "score" if panel == "average" else of_study[panel][names[0]]["metric"]
+        axes.set(title=panel, xlabel=f"{metric}, x 100", ylim=(len(names) - 0.4, -0.6))
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     found = [axes.get_legend_handles_labels() for axes in grid.flat]

@@ -182,6 +182,12 @@ def score(report: dict) -> float:
     return float(np.mean([np.mean([*scores.values()]) for scores in report["scores"].values()]))
 
 
+def metric_of(report: dict) -> str:
+    """What `score` is of."""
+    names = dict.fromkeys(name.replace("_", " ") for scores in report["scores"].values() for name in scores)
+    return ("mean of " if len(names) > 1 else "") + " and ".join(names)
+
+
 def run_studies(
     studies: dict[str, Study],
     tasks: Iterable[str],
@@ -191,8 +197,9 @@ def run_studies(
     run_all: Callable[[list[Cell]], Iterable[dict]],
 ) -> dict:
     """
-    Study -> task -> variant -> `learning_rate`, `chosen_on` (rate -> score), `scores` of the seeds, `cells`, their
-    folders below the root, and `simple`, what is reached without reading: the majority, or random order, and BM25.
+    Study -> task -> variant -> `learning_rate`, `chosen_on` (rate -> score), `scores` of the seeds, what they are,
+    `metric`, `cells`, their folders below the root, and `simple`, what is reached without reading: the majority, or
+    random order, and BM25.
 
     Args:
         run_all: Cells -> their reports, in order; where they run is its matter.
@@ -226,6 +233,7 @@ def run_studies(
             "learning_rate": rates[task, options],
             "chosen_on": best[task, options],
             "scores": [score(report) for report in runs],
+            "metric": metric_of(runs[0]),
             "cells": [str(Cell(task, options, rates[task, options], seed, False).folder(Path())) for seed in seeds],
             "simple": {name: score({"scores": scores}) for name, scores in simple.items()},
         }

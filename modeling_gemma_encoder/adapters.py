@@ -7,14 +7,18 @@ tells PEFT which layers of a Gemma Encoder to adapt.
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForSequenceClassification, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForSequenceClassification, prepare_model_for_kbit_training
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .checkpoint_gemma_encoder import all_or_nothing
 from .configuration_gemma_encoder import GemmaEncoderConfig
+from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from .pretrained_gemma_encoder import find_adapter
+
+HEADS = {model.__name__: model for model in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
 
 # Every linear layer of the decoder, as QLoRA found best (section 4, figure 2); our choice of default.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -108,6 +112,38 @@ def add_lora_alone(model: PreTrainedModel, r: int, alpha: int | None = None, dro
     return PeftModel(
         model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGET_MODULES))
     )
+
+
+def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, **where) -> PreTrainedModel:
+    """
+    Writes a model without adapters into `folder`: its decoder, with what the adapter learned, head, pooler and
+    tokenizer. Over 4-bit weights the adapter was trained for those; here it is added to the whole ones.
+
+    Args:
+        adapter: A folder that training left, or a repository.
+        dtype: Of what is written; bfloat16 loses updates that are small beside their weights.
+        where: `revision`, `token` and others of `from_pretrained`, of the adapter.
+
+    Raises:
+        ValueError: `adapter` is none, or none of a Gemma Encoder.
+    """
+    if find_adapter(adapter, where) is None:
+        raise ValueError(f"{adapter} is no adapter: there is nothing to merge.")
+    config = GemmaEncoderConfig.from_pretrained(adapter, **where)
+    if not (architecture := set(config.architectures or ()) & HEADS.keys()):
+        raise ValueError(f"{adapter} says of no head of ours that it adapts it, but of {config.architectures}.")
+    for one in (config, config.text_config):
+        vars(one).pop("quantization_config", None)
+    base = PeftConfig.from_pretrained(adapter, **where)
+    model = HEADS[architecture.pop()].from_pretrained(
+        base.base_model_name_or_path, revision=base.revision, config=config, dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(model, adapter, **where).merge_and_unload()
+    model.model.to(dtype)
+    model.pooler.to(dtype)  # and the head stays in fp32, as when a model is loaded
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, **where).save_pretrained(folder)
+    return model
 
 
 def four_bit() -> BitsAndBytesConfig:

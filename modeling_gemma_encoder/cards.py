@@ -25,7 +25,7 @@ PIPELINES = {
 KINDS = {
     "GemmaEncoderForRanking": "a reranker: a query and a document in, a score out",
     "GemmaEncoderForSequenceClassification": "a classifier",
-    "GemmaEncoderForMaskedLM": "an up-trained encoder, which predicts hidden tokens",
+    "GemmaEncoderForMaskedLM": "a masked language model on plain text, to be fine-tuned",
     "GemmaEncoderModel": "an encoder without a task",
 }
 # Metrics as the Hub calls them, where it has another name than we.
@@ -58,28 +58,34 @@ def masked(command: str) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """From what `glue.py`, `superglue.py`, `classify.py` and `msmarco.py` leave in a run's folder."""
+    """From what `glue.py`, `superglue.py`, `classify.py`, `msmarco.py` and `uptrain.py` leave in a run's folder."""
     began, found = read(folder / "run.json"), read(folder / "results.json")
     trained = {**read(folder / "training.json"), **found}
+    known = {**trained, **began}
+    texts = began.get("train_data") or began.get("text") or []
     command = trained.get("command")
     run = Run(command=command and masked(command), of_pairs=len(began.get("texts", [])) > 1)
     recipe = {
-        "data": began.get("task") or ", ".join(Path(name).name for name in began.get("train_data", [])),
-        "learning rate": began.get("learning_rate"),
+        "data": began.get("task") or ", ".join(Path(name).name for name in texts),
+        "objective": began.get("objective"),
+        "hidden tokens": began.get("mask_rate"),
+        "learning rate": known.get("learning_rate"),
         "schedule": began.get("lr_scheduler_type"),
         "batch": began.get("batch_size"),
         "steps": trained.get("steps") or max((entry["step"] for entry in trained.get("history", [])), default=None),
         "trained on texts of up to": began.get("max_length") and f"{began['max_length']} tokens",
         "ranking loss": began.get("train_data") and began.get("ranking_loss"),
         "list size": began.get("list_size"),
-        "precision": ("bf16 autocast" if began.get("bf16") else "fp32") if began else None,
+        "precision": {True: "bf16 autocast", False: "fp32"}.get(known.get("bf16")),
         "adapter rank": began.get("lora_r"),
         "seed": began.get("seed"),
         "training rows": (trained.get("rows") or {}).get("train"),
+        "tokens": trained.get("tokens"),
         "hardware": trained.get("hardware"),
     }
     run.training = [(name, str(value)) for name, value in recipe.items() if value not in (None, "")]
     _add_classification(run, found, read(folder.parent.parent / "results.json").get("summary", []))
+    _add_uptraining(run, found.get("masked_perplexity", {}))
     for path in sorted(folder.glob("*/results.json")):
         add_ranking(run, Path(path.parent.name).stem, read(path))
     return run
@@ -109,6 +115,13 @@ def _add_classification(run: Run, found: dict, summary: list[dict]) -> None:
             EvalResult("text-classification", found["task"], found["task"], name, value, dataset_split=split)
             for name, value in scores.items()
         ]
+
+
+def _add_uptraining(run: Run, perplexities: dict[str, dict[str, float]]) -> None:
+    rows = [f"| {name} | {found['before']:.1f} | {found['after']:.1f} |" for name, found in perplexities.items()]
+    if rows:
+        table = ["| perplexity of hidden tokens, held-out text | before | after |", "| --- | ---: | ---: |", *rows]
+        run.results.append("\n".join(table))
 
 
 def _over_seeds(row: dict | None) -> str:

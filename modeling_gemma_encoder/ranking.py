@@ -211,11 +211,11 @@ def random_order(collection: Collection, depth: int | None = None, seed: int = 0
 def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> dict[str, float]:
     """
     The mean difference over queries, its 95 % bootstrap interval, and the p of a paired randomization test, 9,999
-    drawn (Smucker et al., CIKM 2007); None where there are too few queries.
+    drawn (Smucker et al., CIKM 2007); None below ten queries, our choice, where neither says anything.
     """
     differences = np.array([ours[qid] - theirs[qid] for qid in ours])
     result = {"difference": float(differences.mean()), "queries": len(differences), "p": None, "interval": None}
-    if len(differences) < 2 or not np.ptp(differences):
+    if len(differences) < 10 or not np.ptp(differences):
         return result
     test = permutation_test(
         (differences,),
@@ -267,6 +267,8 @@ def markdown(means: dict[str, dict[str, float]], compared: dict[str, dict], main
         if found["p"] is not None:
             low, high = found["interval"]
             line += f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {found['p']:.4f}"
+        elif found["queries"] < 10:
+            line += ", too few for more"
         lines.append(line)
     return "\n".join(lines)
 
@@ -275,9 +277,13 @@ def plot_queries(ours: dict[str, float], theirs: dict[str, float], names: tuple[
     """Each query's difference as a bar, sorted."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     differences = np.sort([ours[qid] - theirs[qid] for qid in ours])[::-1]
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not differences.any():
+        axes.text(0.5, 0.6, "no query differs", transform=axes.transAxes, ha="center")
     axes.bar(range(len(differences)), differences, width=1, color=np.where(differences > 0, "C0", "C3"))
     axes.axhline(differences.mean(), color="black", linestyle="--", label=f"mean {differences.mean():+.3f}")
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())

@@ -3,16 +3,40 @@
 import json
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from difflib import get_close_matches
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import yaml
 from transformers import HfArgumentParser
 
 
-class RecipeParser(HfArgumentParser):
+class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """A script's description as it is written, and defaults of all flags."""
+
+    LATER: ClassVar = {}  # those that are known only when the command line was read
+
+    def _get_help_string(self, action):
+        if action.dest in self.LATER:
+            return f"{action.help or ''} (default: {self.LATER[action.dest]})"
+        return super()._get_help_string(action)
+
+
+class ScriptParser(HfArgumentParser):
+    """A parser of a script's dataclasses; an unknown flag ends the process with a line that names it."""
+
+    def __init__(self, types, description: str, formatter_class: type[Help] = Help):
+        usage = "%(prog)s [flags, which --help lists]"
+        super().__init__(types, usage=usage, description=description, formatter_class=formatter_class)
+
+    def parse_args_into_dataclasses(self, args=None, **options) -> tuple:
+        self.parse_args(args)  # upstream raises a ValueError
+        return super().parse_args_into_dataclasses(args, **options)
+
+
+class RecipeParser(ScriptParser):
     """A parser with `--config FILE`: flags in YAML, over which those of the command line win."""
 
     def __init__(self, *args, **kwargs):

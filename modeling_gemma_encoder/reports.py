@@ -21,7 +21,9 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
     evaluations = [entry for entry in history if "eval_loss" in entry]
     if losses or evaluations:
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        lines = axes.plot(*zip(*losses, strict=True), color="silver", label="training loss") if losses else []
+        marker = "." if len(losses) < 20 else None
+        style = {"color": "silver", "marker": marker, "label": "training loss"}
+        lines = axes.plot(*zip(*losses, strict=True), **style) if losses else []
         if evaluations:
             steps = [entry["step"] for entry in evaluations]
             held_out = [entry["eval_loss"] for entry in evaluations]
@@ -61,7 +63,11 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
                 colorbar=False,
                 ax=axes,
             )
-        axes.set_title(f"{report['task']}, {split}, seed {report['seed']}")
+            counts = np.bincount(labels, minlength=len(task.labels))
+            names = [f"{name} ({count})" for name, count in zip(task.labels, counts, strict=True)]
+            axes.set_yticks(range(len(names)), names)
+            axes.set(xlabel="predicted, as a share of the true", ylabel="true (rows)")
+        axes.set_title(f"{report['task']}, {split}, {len(labels)} rows, seed {report['seed']}")
         figure.savefig(folder / f"predictions-{split}.png", dpi=120)
         pyplot.close(figure)
 

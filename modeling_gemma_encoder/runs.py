@@ -209,6 +209,11 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
         compute_metrics=score if first else None,
         callbacks=[timer],
     )
+    if train and args.process_index == 0:
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        long = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        rate = f"learning rate {args.learning_rate:g}, up to {data.max_length} tokens"
+        print(f"{name}, seed {args.seed}: {len(data.train):,} rows, {long}, {batch} rows a step, {rate}", flush=True)
     if train:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

@@ -3,12 +3,11 @@
 import copy
 import json
 import os
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import numpy as np
 from datasets import Dataset
@@ -19,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .files import write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
-from .recipes import RecipeParser, share_batch
+from .recipes import Help, RecipeParser, share_batch
 from .reports import average, markdown, summarize
 from .runs import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
@@ -39,24 +38,15 @@ class SuiteArguments:
     seeds: list[int] | None = field(default=None, metadata={"help": "A run for each. Default: --seed alone."})
 
 
-class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """A script's description as it is written, and defaults of all flags."""
-
-
 class HelpOfSuites(Help):
-    """The same, where `training_defaults` knows some only when it has read the command line."""
+    """Defaults that `training_defaults` finds."""
 
-    LATER = {
+    LATER: ClassVar = {
         "learning_rate": "by the size of --model",
         "num_train_epochs": "the task's",
         "per_device_train_batch_size": "the task's",
         "per_device_eval_batch_size": "the task's",
     }
-
-    def _get_help_string(self, action):
-        if action.dest in self.LATER:
-            return f"{action.help or ''} (default: {self.LATER[action.dest]})"
-        return super()._get_help_string(action)
 
 
 def run_suite(
@@ -134,12 +124,7 @@ def run_of(results: Path) -> dict:
 
 
 def make_parser(own: type, output_dir: str, description: str) -> RecipeParser:
-    parser = RecipeParser(
-        (own, FineTuningArguments, TrainingArguments),
-        usage="%(prog)s [flags, which --help lists]",
-        description=description,
-        formatter_class=HelpOfSuites,
-    )
+    parser = RecipeParser((own, FineTuningArguments, TrainingArguments), description, HelpOfSuites)
     parser.set_defaults(output_dir=output_dir, **COMMON)
     return parser
 

@@ -16,10 +16,10 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from tqdm import tqdm
 
 STANDARD_LIBRARY = "python"
-FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 TEXT_HELP = (
-    "What to read: files or folders (.parquet, .jsonl, .json, .txt; every paragraph of a .txt is a document), a data "
-    "set on the Hub as `name[:config[:split]]`, or `docstrings`, the documentation of every installed package."
+    "What to read: files or folders (.parquet, .jsonl, .json, .csv, .txt; every paragraph of a .txt is a document), a "
+    "data set on the Hub as `name[:config[:split]]`, or `docstrings`, the documentation of every installed package."
 )
 
 
@@ -35,7 +35,7 @@ class TextArguments:
             "all other text one document in a hundred."
         },
     )
-    text_column: str = field(default="text", metadata={"help": "Of Parquet, JSON and the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Of Parquet, JSON, CSV and the Hub."})
     join_lines: bool = field(default=False, metadata={"help": "Undo hard line wrapping within paragraphs."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
     streaming: bool = field(
@@ -119,10 +119,12 @@ def read_text(source: str, options: TextArguments, held_out: bool = False) -> Da
         rows = Dataset.from_dict({"text": [text for text, is_out in all_docstrings().items() if is_out == held_out]})
         return rows.to_iterable_dataset() if options.streaming else rows
     path, column = Path(source), options.text_column
-    if path.is_dir() or path.suffix in FILES:
+    if path.exists() or path.suffix in FILES or source.startswith((".", "/", "~")) or source.endswith("/"):
         files = sorted(file for file in path.rglob("*") if file.suffix in FILES) if path.is_dir() else [path]
         if not path.exists():
-            raise FileNotFoundError(f"--text {source}: there is no such file.")
+            raise FileNotFoundError(f"--text {source}: there is no such file or folder.")
+        if path.is_file() and path.suffix not in FILES:
+            raise ValueError(f"--text {source}: a file must be one of {', '.join(FILES)}.")
         kinds = {FILES[file.suffix] for file in files}
         if len(kinds) != 1:
             raise ValueError(f"--text {source}: the folder must hold files of one kind of {', '.join(FILES)}.")
@@ -211,7 +213,11 @@ def load_blocks(documents: dict, held_out: dict, tokenizer, options: TextArgumen
     samples = {name: sample(rows.map(**packing), options.validation_blocks, seed) for name, rows in held_out.items()}
     for name, rows in [("--text", train), *samples.items()]:
         if next(iter(rows), None) is None:
-            raise ValueError(f"{name}: the text does not fill one block of --block_size {options.block_size} tokens.")
+            told = "" if options.validation_text or name == "--text" else ", a hundredth of it set aside to evaluate,"
+            much = f"one block of --block_size {options.block_size} tokens"
+            raise ValueError(
+                f"{name}: the text{told} does not fill {much}: give more, --validation_text or smaller blocks."
+            )
     return train, samples
 
 

@@ -1,6 +1,7 @@
 """What training scripts share: how fast, whether it is the same run again, and how it went."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -9,13 +10,16 @@ import sys
 import time
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import ClassVar
 
 import matplotlib
 import torch
 from accelerate.utils import parse_flag_from_env
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from .cards import masked
+from .recipes import Help, ScriptParser
 
 # Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
 READING = {
@@ -33,6 +37,29 @@ READING = {
     "use_cpu": not torch.accelerator.is_available(),
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
+
+
+class HelpOfReading(Help):
+    LATER: ClassVar = {"num_train_epochs": "as many as --max_steps are", "max_steps": "1000, or --num_train_epochs"}
+
+
+def set_steps(parser: ScriptParser) -> None:
+    """`--num_train_epochs` alone is how long it trains: the default of `--max_steps` would win over it."""
+    parser.set_defaults(num_train_epochs=None, max_steps=None)
+    given = parser.parse_args()
+    steps = given.max_steps or (-1 if given.num_train_epochs else READING["max_steps"])
+    parser.set_defaults(num_train_epochs=given.num_train_epochs or 3.0, max_steps=steps)
+
+
+def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, block_size: int) -> None:
+    """How much is read, and how often."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    there = None if isinstance(blocks, IterableDataset) else len(blocks)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * there / batch)
+    line = f"{steps:,} steps of {batch} blocks of {block_size} tokens: {steps * batch * block_size:,} tokens"
+    if there:
+        line += f"; the text has {there * block_size:,}, which is {steps * batch / there:.2g} times over"
+    print(line, flush=True)
 
 
 class StepTimer(TrainerCallback):
@@ -118,25 +145,33 @@ def refuse_another_run(
 
 
 def plot_losses(
-    history: list[dict], held_out: list[str], path: Path, levels: dict[str, dict[str, float]] | None = None
+    history: list[dict],
+    held_out: list[str],
+    path: Path,
+    levels: dict[str, dict[str, float]] | None = None,
+    ylabel: str = "loss (nats a token)",
 ):
     """Training and held-out loss over tokens; `levels` of each held-out text are drawn as horizontal lines."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
 
     def draw(key: str, label: str, **style):
-        points = [(entry["num_input_tokens_seen"] / 1e6, entry[key]) for entry in history if key in entry]
+        points = [(entry["num_input_tokens_seen"], entry[key]) for entry in history if key in entry]
         if points:
+            style.setdefault("marker", "." if len(points) < 20 else None)
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
     draw("loss", "training", color="silver")
     for number, name in enumerate(held_out):
-        draw(f"eval_{name}_loss", f"held-out {name}", color=f"C{number}", marker=".")
+        label = "held-out" if name == "held_out" else f"held-out {name}"
+        draw(f"eval_{name}_loss", label, color=f"C{number}", marker=".")
         for line, (label, loss) in zip(("--", ":"), (levels or {}).get(name, {}).items(), strict=False):
             axes.axhline(loss, color=f"C{number}", linestyle=line, label=f"{name}, {label}")
-    axes.set(xlabel="million tokens", ylabel="loss (nats a token)", title=path.parent.name)
+    axes.set(xlabel="tokens", ylabel=ylabel, title=path.parent.name)
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

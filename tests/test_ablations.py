@@ -105,14 +105,17 @@ def test_means_and_errors_are_those_of_a_calculator():
     """0.2, 0.4, 0.6: mean 0.4, sample deviation 0.2, error 0.2 / sqrt(3) = 0.11547. 0.5, 0.7, 0.6: 0.6, error 0.057735.
     Over both tasks 0.5, error sqrt(0.11547^2 + 0.057735^2) / 2 = 0.0645497."""
     of_study = {
-        "one": {"a": {"scores": [0.2, 0.4, 0.6], "simple": {"majority": 0.3}}},
-        "two": {"a": {"scores": [0.5, 0.7, 0.6], "simple": {"majority": 0.1, "BM25": 0.4}}},
+        "one": {"a": {"scores": [0.2, 0.4, 0.6], "metric": "accuracy", "simple": {"majority": 0.3}}},
+        "two": {"a": {"scores": [0.5, 0.7, 0.6], "metric": "AP", "simple": {"majority": 0.1, "BM25": 0.4}}},
     }
     assert averages(of_study, "a") == pytest.approx((0.5, 0.0645497), abs=1e-6)
     lines = score_table("title", Study({"a": {}}, paper={"a": 89.4}), of_study).splitlines()
     assert lines[2] == "| majority, or random order | 30.0 | 10.0 | 20.0 |  |"
     assert lines[3] == "| BM25 |  | 40.0 |  |  |"
     assert lines[4] == "| a | 40.0 ± 11.5 | 60.0 ± 5.8 | 50.0 ± 6.5 | 89.4 |"
+    assert lines[0] == "| title | one (accuracy) | two (AP) | average | the paper's GLUE average, Gemma 2 2B |"
+    (first, *_, last) = score_table("title", Study({"a": {}}), {"one": of_study["one"]}).splitlines()
+    assert first == "| title | one (accuracy) |" and last == "| a | 40.0 ± 11.5 |"
 
 
 def test_errors_of_rows_are_those_of_textbooks(tmp_path):
@@ -162,8 +165,10 @@ def test_differences_are_of_the_same_seeds_and_rows(tmp_path):
     assert by_name["b"] == pytest.approx([0.1, 0.1])
     assert by_name["c"] == pytest.approx([0.1, 0.1])
     lines = difference_table("s", study, found["s"]).splitlines()
-    assert lines[2:3] == ["| b - a | +10.0 ± 10.0 | +10.0 ± 10.0 |"] and lines[4] == "| old - a |  |  |"
+    assert lines[2:3] == ["| b - a | +10.0 ± 10.0 |"] and lines[4] == "| old - a |  |"
     assert lines[3].startswith("| c - b | +10.0 ±") and "seeds and rows" in lines[0]
+    two = difference_table("s", study, {"t": found["s"]["t"], "u": found["s"]["t"]}).splitlines()
+    assert two[0].endswith("| t | u | average |") and two[2] == "| b - a | +10.0 ± 10.0 | +10.0 ± 10.0 | +10.0 ± 7.1 |"
     one = add_differences({"s": study}, found, tmp_path, {"t": LeftOut(task, {"v": rows.select([0])})})
     assert one == lacking and found["s"]["t"]["b"]["difference"] is None  # a single row
 
@@ -229,8 +234,9 @@ def test_a_study_runs_once_and_padding_is_equal(command, folder, tmp_path, capsy
 
     monkeypatch.setattr("modeling_gemma_encoder.runs.TrainerInOrder.train", never)
     assert command("--study", "padding", *flags) == found
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(SystemExit):
         command("--study", "padding", *flags, "--weight_decay", 0.5)
+    assert "holds another run (weight_decay: 0.01 -> 0.5)" in capsys.readouterr().err
 
 
 def test_side_by_side_is_the_same(command, decoder, folder, tmp_path):
@@ -299,7 +305,7 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "baselines", "--tasks", "cola", "--lora_r", "4"], "trains all weights"),
         (["--study", "rows", "--tasks", "cola", "--ranking", "a", "b"], "there is no a, b"),
         (["--study", "attention"], "give --tasks, --table or --ranking"),
-        (["--study", "attention", "--table", "a.csv"], "--table names two files"),
+        (["--study", "attention", "--table", "a.csv", "b.csv", "c.csv"], "--table names one file or two"),
         (["--study", "attention", "--table", "a.csv", "b.csv"], "a.csv does not exist"),
         (["--study", "attention", "--table", "a", "b", "--table_flags", "--dataset x"], "and no --dataset"),
         (["--study", "attention", "--table", "a", "b", "--table_flags", "--validation_file c"], "no --validation_file"),

@@ -10,7 +10,7 @@ import torch
 from conftest import NANO
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import (
     GemmaEncoderConfig,
@@ -19,7 +19,7 @@ from modeling_gemma_encoder import (
     GemmaEncoderForSequenceClassification,
     verify_attention,
 )
-from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora, four_bit
+from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora, four_bit, merge
 
 HEADS = {
     "classifier": (GemmaEncoderForSequenceClassification, {"num_labels": 3, "pooling": "kv_probe"}),
@@ -123,6 +123,30 @@ def test_adapters_over_a_bf16_decoder_keep_their_own_precision(tmp_path):
     adapter = {name: parameter for name, parameter in again.named_parameters() if "lora_" in name}
     assert {parameter.dtype for parameter in adapter.values()} == {torch.float32}
     torch.testing.assert_close(scores(again), scores(model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_saved_adapter_is_merged_in_one_call(name, nano_tokenizer, tmp_path):
+    model = adapted(name)
+    expected = scores(model)
+    model.save_pretrained(tmp_path / "adapter")
+    nano_tokenizer.save_pretrained(tmp_path / "adapter")
+    merged = merge(tmp_path / "adapter", tmp_path / "merged")
+    assert type(merged) is HEADS[name][0]
+    torch.testing.assert_close(scores(merged.eval()), expected, atol=1e-5, rtol=0)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    torch.testing.assert_close(scores(again), expected, atol=1e-5, rtol=0)
+    text = "It rains."
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text)["input_ids"] == nano_tokenizer(text)["input_ids"]
+    small = merge(tmp_path / "adapter", tmp_path / "small", dtype=torch.bfloat16)
+    assert small.dtype == torch.bfloat16 and small.classifier.out_proj.weight.dtype == torch.float32
+    torch.testing.assert_close(scores(small.eval()), expected, atol=0.1, rtol=0)
+
+
+def test_what_is_no_adapter_of_ours_is_not_merged(tmp_path):
+    with pytest.raises(ValueError, match="is no adapter"):
+        merge(NANO, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_changes_no_score(tmp_path):
@@ -235,7 +259,7 @@ class TestFourBit:
         assert "Linear4bit" not in {kind for name, kind in kinds.items() if name.startswith(("pooler", "classifier"))}
         assert {parameter.dtype for parameter in model.classifier.parameters()} == {torch.float32}
 
-    def test_adapters_over_it_train_and_reload(self, tmp_path):
+    def test_adapters_over_it_train_and_reload(self, nano_tokenizer, tmp_path):
         model_class, fields = HEADS["classifier"]
         base = model_class.from_pretrained(NANO, quantization_config=four_bit(), dtype=torch.float32, **fields)
         model = add_lora(base).train()
@@ -249,5 +273,11 @@ class TestFourBit:
         for name, parameter in again.named_parameters():
             if "lora_" in name:
                 assert torch.equal(parameter, model.get_parameter(f"base_model.model.{name}"))
+        nano_tokenizer.save_pretrained(tmp_path)
+        merged = merge(tmp_path, tmp_path / "merged")
+        assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+        saved = json.loads((tmp_path / "merged" / "config.json").read_text())
+        assert "quantization_config" not in {*saved, *saved["text_config"]}
+        assert torch.corrcoef(torch.stack([scores(merged.eval()).flatten(), scores(model).flatten()]))[0, 1] > 0.98
         # bitsandbytes multiplies in bf16 and chooses its kernel by itself on a CPU: equal to bf16's rounding
         torch.testing.assert_close(scores(again), scores(model), atol=2e-2, rtol=0)

@@ -24,7 +24,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     set_template(AutoTokenizer.from_pretrained(NANO), pair=RANKING_TEMPLATE).save_pretrained(tmp_path / "my-ranker")
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 7
     for block in (block for block in blocks if "langchain" not in block):  # not installed here
         exec(re.sub("google/gemma-[23]-\\w+", "gemma", block), names)
     assert names["logits"].shape == (2, 3)

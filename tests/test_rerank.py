@@ -83,13 +83,13 @@ def interrupt(*args):
 
 def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monkeypatch):
     texts = ["It rains.", 'He said "no",\nand left.', "old\rMac", "", "ä" * 140_000]
-    rows = [{"n": str(n), "passage": text, "query": "rain, snow"} for n, text in enumerate(texts)]
+    rows = [{"n": str(n), "answer": text, "question": "rain, snow"} for n, text in enumerate(texts)]
     source, output = tmp_path / "in.csv", tmp_path / "out.csv"
     with source.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Excel writes it
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    flags = ["--input", source, "--output", output, "--rows_at_once", 2]
+    flags = ["--input", source, "--output", output, "--rows_at_once", 2, "--pair_columns", "question", "answer"]
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         calls = iter([score_pairs])
         context.setattr(rerank, "score_pairs", lambda *args: next(calls, interrupt)(*args))
@@ -110,8 +110,8 @@ def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monk
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("query,text\na,b\n", "in.csv: the first line names no column passage"),
-        ("", "in.csv: the first line names no column passage and no query"),
+        ("query,text\na,b\n", "in.csv: the first line names query, text, and no passage: --pair_columns"),
+        ("", "in.csv: the first line names nothing, and no passage and no query"),
         ("query,passage\na,b\nc\n", "in.csv, line 3: not 2 columns"),
         ("query,passage\na,b,c\n", "in.csv, line 2: not 2 columns"),
         ('query,passage\na,"b\n', "in.csv, after line 1: unexpected end of data"),
@@ -254,6 +254,9 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--query", "q", "--passages", "p", "--depth", 3], "--depth 3 is of a run"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--tokens_per_batch", 0], "at least 1, got 0"),
         (["--input", tmp_path / "in.jsonl"], "--output is needed"),
+        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x.csv"], "end it alike"),
+        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--pair_columns", "q"], "are two"),
+        (["--input", tmp_path / "in.jsonl", "--outptu", tmp_path / "x"], "unrecognized arguments: --outptu"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "there.jsonl"], "is there already"),
         (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .csv nor .tsv"),
         (["--input", tmp_path / "no.jsonl", "--output", tmp_path / "x"], "no.jsonl"),

@@ -10,10 +10,13 @@ import torch
 import uptrain
 from conftest import NANO
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from modeling_gemma_encoder import GemmaEncoderForMaskedLM, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora
+from modeling_gemma_encoder.cards import read_run
+from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.training import READING, set_steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,7 +150,9 @@ def test_a_token_of_the_vocabulary_can_be_the_mask(run):
         (["--mask_rate", "1.5"], "--mask_rate must be between 0 and 1, got 1.5"),
         (["--random_replace_prob", "0.5"], "together at most 1"),
         (["--mask_token", "[GAP]"], "--mask_token '[GAP]' is not in the tokenizer's vocabulary"),
-        (["--text", "no/such/file.txt"], "no/such/file.txt"),
+        (["--text", "no/such/file.txt"], "no/such/file.txt: there is no such file or folder"),
+        (["--text", "nowhere/"], "--text nowhere/: there is no such file or folder"),
+        (["--text", "README.md"], "--text README.md: a file must be one of .parquet, .jsonl, .json, .csv, .txt"),
         (["--dropout", "1.5"], "smaller than 1, got 1.5"),
         (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
     ],
@@ -168,3 +173,36 @@ def test_adapters_are_not_trained_further_nor_merged_in_pieces(run, tmp_path, ca
     with pytest.raises(SystemExit):
         run("--lora_r", "2")
     assert "which FSDP and DeepSpeed ZeRO-3 hold in pieces" in capsys.readouterr().err
+
+
+def test_epochs_are_what_is_asked_for_and_the_card_says_what_was_done(run, capsys):
+    folder = run("--max_steps", "-1", "--num_train_epochs", "1", "--objective", "mntp")
+    report = json.loads((folder / "results.json").read_text())
+    blocks = int(
+        capsys.readouterr().out.split(" steps of 8 blocks of 32 tokens")[0].rpartition("\n")[2].replace(",", "")
+    )
+    assert report["steps"] == blocks > 6
+    found = read_run(folder)
+    rows, (table,) = dict(found.training), found.results
+    assert rows["objective"] == "mntp" and rows["learning rate"] == "0.001" and rows["precision"] == "fp32"
+    assert rows["data"] == "text.txt" and found.command.startswith("python uptrain.py --model")
+    before, after = report["masked_perplexity"]["text"].values()
+    assert f"| text | {before:.1f} | {after:.1f} |" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ([], 1000),
+        (["--num_train_epochs", "2"], -1),
+        (["--max_steps", "7"], 7),
+        (["--max_steps", "7", "--num_train_epochs", "2"], 7),
+    ],
+)
+def test_epochs_alone_are_not_cut_short_by_a_default(flags, steps, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["uptrain.py", *flags])
+    parser = ScriptParser(TrainingArguments, "")
+    parser.set_defaults(output_dir=str(tmp_path), **READING)
+    set_steps(parser)
+    (args,) = parser.parse_args_into_dataclasses()
+    assert (args.max_steps, args.num_train_epochs) == (steps, 2.0 if "2" in flags else 3.0)
