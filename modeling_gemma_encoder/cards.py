@@ -236,10 +236,15 @@ def usage(repo_id: str, revision: str | None, architecture: str, adapter: bool, 
             f'{pinned}classify = pipeline("text-classification", {name})\n'
             f"classify({text})\n\n# or\n{tokenizer}{classifier}"
         )
-    auto = "AutoModelForMaskedLM" if architecture == "GemmaEncoderForMaskedLM" else "AutoModel"
+    if architecture == "GemmaEncoderForMaskedLM":
+        return (
+            "from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer\n\n"
+            f"{pinned}{tokenizer}model = AutoModelForMaskedLM.from_pretrained({name}).eval()\n\n"
+            f"# to be fine-tuned\nmodel = AutoModelForSequenceClassification.from_pretrained({name}, num_labels=2)"
+        )
     return (
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f"{pinned}{tokenizer}model = {auto}.from_pretrained({name}).eval()"
+        "from transformers import AutoModel, AutoTokenizer\n\n"
+        f"{pinned}{tokenizer}model = AutoModel.from_pretrained({name}).eval()"
     )
 
 

@@ -58,7 +58,7 @@ def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, blo
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * there / batch)
     line = f"{steps:,} steps of {batch} blocks of {block_size} tokens: {steps * batch * block_size:,} tokens"
     if there:
-        line += f"; the text has {there * block_size:,}, which is {steps * batch / there:.2g} times over"
+        line += f"; the text has {there * block_size:,}, to be read {steps * batch / there:.2g} times"
     print(line, flush=True)
 
 
