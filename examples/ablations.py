@@ -219,6 +219,8 @@ def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
     plain = classify.TableArguments(**files)
     if wrong := [key for key in vars(plain) if key not in own_flags and getattr(table, key) != getattr(plain, key)]:
         raise ValueError(f"--table_flags takes --{', --'.join(own_flags)}, and no --{', --'.join(wrong)}")
+    if problem := table.complaint(do_predict=False):
+        raise ValueError(f"--table_flags: {problem}")
     name, task, source = classify.task_of(table)
     source.hold_out()
     if task.problem == "regression":  # without R², which has no least value and would drown the others in a mean
@@ -395,6 +397,9 @@ def main():
                 check_model(task, replace(options, model=start), args)
             for split in ("train", *task.validation):
                 task.load(source, split)
+        for changed in (changed for study in studies.values() for changed in study.variants.values() if tasks):
+            fields = {key: value for key, value in changed.items() if key != "kind"}
+            check_model(next(iter(tasks.values()))[0], replace(options, **fields), args)
         sizes = {training_defaults(start, False, first)["learning_rate"] for start in starts}
         if len(sizes) > 1 and own.learning_rates is None:
             fail(

@@ -82,6 +82,10 @@ class RerankArguments:
             return f"--output {self.output} would hold what --input {self.input} does: end it alike"
         if len(self.pair_columns) != 2:
             return f"--pair_columns are two, of query and passage, got {' '.join(self.pair_columns)}"
+        if self.pair_columns != ["query", "passage"] and not (self.input or "").endswith((".csv", ".jsonl")):
+            return "--pair_columns are of a .csv or .jsonl --input"
+        if self.run and self.output and Path(self.output).suffix in (".jsonl", ".csv", ".tsv"):
+            return f"--output {self.output} would hold a TREC run, as --run: name it so"
         if self.query is not None and self.output:
             return "--output is for --input and --run; what --query finds is printed"
         if self.depth is not None and not self.run:
@@ -111,22 +115,26 @@ def read_row(line: str, where: str, columns: list[str]) -> tuple[dict | list, li
 
 def pairs_of(row: dict, where: str, columns: list[str]) -> tuple[dict, list[tuple[str, str]]]:
     query, passage = columns
-    passages = row.get("passages", [row.get(passage)])
+    passages = passages_of(row, passage)
+    passages = passages if isinstance(passages, list) else [passages]
     if {"score", "scores"} & row.keys():
         raise ValueError(f"{where}: the row has a score already, which would be overwritten")
-    if not isinstance(passages, list) or not all(isinstance(text, str) for text in [row.get(query), *passages]):
+    if not all(isinstance(text, str) for text in [row.get(query), *passages]):
         raise ValueError(f"{where}: a row has a text `{query}`, and a text `{passage}` or a list of them, `passages`")
     if not passages:
         raise ValueError(f"{where}: the query {row[query]!r} has no passages")
     return row, [(row[query], text) for text in passages]
 
 
-def write_row(row: dict | list, scores: list[float]) -> str:
+def passages_of(row: dict, column: str) -> str | list[str] | None:
+    return row[column] if column in row else row.get("passages")
+
+
+def write_row(row: dict | list, scores: list[float], columns: list[str]) -> str:
     if isinstance(row, list):
         return "\t".join([*row, repr(scores[0])])
-    return json.dumps(
-        {**row, **({"scores": scores} if "passages" in row else {"score": scores[0]})}, ensure_ascii=False
-    )
+    many = isinstance(passages_of(row, columns[1]), list)
+    return json.dumps({**row, **({"scores": scores} if many else {"score": scores[0]})}, ensure_ascii=False)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -225,7 +233,8 @@ def rerank(args: RerankArguments) -> int:
             pairs = [pair for _, of_row in some for pair in of_row]
             scores = score_pairs(model, tokenizer, pairs, args.max_length, args.tokens_per_batch, progress)
             left = iter(scores.tolist())
-            file.write("".join(write_row(row, list(islice(left, len(of_row)))) + "\n" for row, of_row in some))
+            rows_out = (write_row(row, list(islice(left, len(of_row))), args.pair_columns) for row, of_row in some)
+            file.write("".join(row + "\n" for row in rows_out))
             file.flush()
             os.fsync(file.fileno())
     if args.run:

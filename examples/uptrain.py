@@ -38,6 +38,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
+from modeling_gemma_encoder.finetuning import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.recipes import RecipeParser
 from modeling_gemma_encoder.suites import fail, failing
@@ -166,8 +167,9 @@ def main():
     )
     set_steps(parser)
     options, args = parser.parse_args_into_dataclasses()
-    if problem := options.problem():
-        fail(parser, problem)
+    with failing(parser):
+        if problem := options.problem():
+            fail(parser, problem)
     if options.lora_r is not None and (under_fsdp(args) or is_deepspeed_zero3_enabled()):
         fail(parser, "--lora_r merges adapters into whole weights, which FSDP and DeepSpeed ZeRO-3 hold in pieces")
     with failing(parser):
@@ -189,6 +191,8 @@ def main():
             attn_implementation=options.attn_implementation,
             dtype=getattr(torch, options.dtype),
         )
+        softcap = getattr(model.config.text_config, "attn_logit_softcapping", None)
+        refuse_training(options.attn_implementation, options.dropout, softcap, args)
         verify_attention(model)
         # The layers have their dropout; what is saved, checkpoints too, asks fine-tuning for the paper's again.
         defaults = GemmaEncoderConfig()

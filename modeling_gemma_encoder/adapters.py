@@ -125,8 +125,11 @@ def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.fl
         where: `revision`, `token` and others of `from_pretrained`, of the adapter.
 
     Raises:
-        ValueError: `adapter` is none, or none of a Gemma Encoder.
+        ValueError: `adapter` is none, or none of a Gemma Encoder; `folder` holds an adapter, which would be applied
+            to the merged model again when it is loaded.
     """
+    if (Path(folder) / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter: write the merged model elsewhere.")
     if find_adapter(adapter, where) is None:
         raise ValueError(f"{adapter} is no adapter: there is nothing to merge.")
     config = GemmaEncoderConfig.from_pretrained(adapter, **where)
@@ -134,15 +137,17 @@ def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.fl
         raise ValueError(f"{adapter} says of no head of ours that it adapts it, but of {config.architectures}.")
     for one in (config, config.text_config):
         vars(one).pop("quantization_config", None)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, **where)
     base = PeftConfig.from_pretrained(adapter, **where)
+    of_both = {name: value for name, value in where.items() if name not in ("revision", "subfolder")}
     model = HEADS[architecture.pop()].from_pretrained(
-        base.base_model_name_or_path, revision=base.revision, config=config, dtype=torch.float32
+        base.base_model_name_or_path, revision=base.revision, config=config, dtype=torch.float32, **of_both
     )
     model = PeftModel.from_pretrained(model, adapter, **where).merge_and_unload()
     model.model.to(dtype)
     model.pooler.to(dtype)  # and the head stays in fp32, as when a model is loaded
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, **where).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model
 
 

@@ -53,7 +53,12 @@ def masked(command: str) -> str:
     """A command line without the values of flags that hold secrets, tokens of the Hub, and the name of who ran it."""
     if (home := os.path.expanduser("~")) != "~":
         command = re.sub(rf"(?<![^\s='\"]){re.escape(home)}(?=[/\s'\"]|$)", "~", command)
-    command = re.sub(r"(--\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+", r"\1...", command, flags=re.IGNORECASE)
+    command = re.sub(
+        r"(--(?!mask[-_]token|tokens[-_])\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+",
+        r"\1...",
+        command,
+        flags=re.IGNORECASE,
+    )
     return re.sub(r"hf_[A-Za-z0-9]+", "hf_...", command)
 
 
@@ -66,7 +71,7 @@ def read_run(folder: Path) -> Run:
     command = trained.get("command")
     run = Run(command=command and masked(command), of_pairs=len(began.get("texts", [])) > 1)
     recipe = {
-        "data": began.get("task") or ", ".join(Path(name).name for name in texts),
+        "data": began.get("task") or ", ".join(Path(name).name if Path(name).exists() else name for name in texts),
         "objective": began.get("objective"),
         "hidden tokens": began.get("mask_rate"),
         "learning rate": known.get("learning_rate"),

@@ -138,6 +138,15 @@ def encoder_options(options: FineTuningArguments) -> dict:
     return {name: value for name in ENCODER_OPTIONS if (value := getattr(options, name)) is not None}
 
 
+def refuse_training(implementation: str | None, dropout: float, softcap: float | None, args: TrainingArguments) -> None:
+    """Raises ValueError where what computes attention cannot be trained so, or not here."""
+    refuse_dropout(implementation or "", dropout, softcap)
+    if implementation in (FUSED, "flex_attention") and args.device.type == "cpu":
+        raise ValueError(
+            f"attn_implementation={implementation!r} trains on a GPU only: flex attention has no gradient on a CPU."
+        )
+
+
 def check_model(task: Task, options: FineTuningArguments, args: TrainingArguments) -> None:
     """Raises ValueError where the options do not go with the checkpoint, before anything is loaded."""
     config = GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options))
@@ -150,13 +159,9 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
         )
     with torch.device("meta"):  # what cannot run as asked says so
         task.head._from_config(config, attn_implementation=options.attn_implementation)
-    if options.attn_implementation and args.do_train:
+    if args.do_train:
         softcap = getattr(config.text_config, "attn_logit_softcapping", None)
-        refuse_dropout(options.attn_implementation, config.attention_dropout, softcap)
-        if options.attn_implementation == FUSED and args.device.type == "cpu":
-            raise ValueError(
-                f"attn_implementation={FUSED!r} trains on a GPU only: flex attention has no backward pass on a CPU."
-            )
+        refuse_training(options.attn_implementation, config.attention_dropout, softcap, args)
     if options.classifier_activation and not config.classifier_hidden_sizes:
         raise ValueError("--classifier_activation is of --classifier_hidden_sizes, and there are none.")
     layers = {name.rpartition(".")[2] for name, _ in decoder_of(options.model).named_modules()}

@@ -47,18 +47,26 @@ def set_steps(parser: ScriptParser) -> None:
     """`--num_train_epochs` alone is how long it trains: the default of `--max_steps` would win over it."""
     parser.set_defaults(num_train_epochs=None, max_steps=None)
     given = parser.parse_args()
-    steps = given.max_steps or (-1 if given.num_train_epochs else READING["max_steps"])
-    parser.set_defaults(num_train_epochs=given.num_train_epochs or 3.0, max_steps=steps)
+    steps, epochs = given.max_steps, given.num_train_epochs
+    if steps is None:
+        steps = READING["max_steps"] if epochs is None else -1
+    if given.streaming and steps <= 0:
+        parser.exit(2, f"{parser.prog}: error: --streaming needs --max_steps: a stream has no known length\n")
+    parser.set_defaults(num_train_epochs=3.0 if epochs is None else epochs, max_steps=steps)
 
 
 def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, block_size: int) -> None:
     """How much is read, and how often."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     there = None if isinstance(blocks, IterableDataset) else len(blocks)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * there / batch)
-    line = f"{steps:,} steps of {batch} blocks of {block_size} tokens: {steps * batch * block_size:,} tokens"
+    if args.max_steps > 0:
+        steps, blocks_read = args.max_steps, args.max_steps * batch
+    else:
+        steps = math.ceil(args.num_train_epochs * math.ceil(there / batch))
+        blocks_read = args.num_train_epochs * there
+    line = f"{steps:,} steps of {batch} blocks of {block_size} tokens: {blocks_read * block_size:,.0f} tokens"
     if there:
-        line += f"; the text has {there * block_size:,}, to be read {steps * batch / there:.2g} times"
+        line += f"; the text has {there * block_size:,}, to be read {blocks_read / there:.2g} times"
     print(line, flush=True)
 
 

@@ -309,6 +309,8 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "attention", "--table", "a.csv", "b.csv"], "a.csv does not exist"),
         (["--study", "attention", "--table", "a", "b", "--table_flags", "--dataset x"], "and no --dataset"),
         (["--study", "attention", "--table", "a", "b", "--table_flags", "--validation_file c"], "no --validation_file"),
+        (["--study", "attention", "--table", "a", "b", "--table_flags", "--text_column a b c"], "one or two columns"),
+        (["--study", "dropout", "--tasks", "cola", "--attn_implementation", "flex_attention"], "cannot drop attention"),
         (["--study", "attention", "--tasks", "cola", "--pooling_num_heads", "3", "--pooling", "kv_probe"], "num_heads"),
         (["--study", "attention", "--tasks", "cola", "--attn_implementation", "flash_attention_2"], "FlashAttention2"),
         (["--study", "attention", "--tasks", "cola", "--learning_rate", "1e-3"], "give --learning_rates"),

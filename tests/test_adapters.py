@@ -147,6 +147,12 @@ def test_what_is_no_adapter_of_ours_is_not_merged(tmp_path):
     with pytest.raises(ValueError, match="is no adapter"):
         merge(NANO, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    adapted().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter: write the merged model elsewhere"):
+        merge(tmp_path / "adapter", tmp_path / "adapter")
+    with pytest.raises((ValueError, OSError)):  # there is no tokenizer
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_changes_no_score(tmp_path):

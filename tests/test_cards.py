@@ -108,6 +108,8 @@ def test_secrets_stay_out_of_cards(classified, monkeypatch):
     secret = "hf_abcdEFGH"
     for given in (f"--hub_token {secret} --seed 1", f"--hub_token={secret} --seed 1", f"--api-key x{secret} --seed 1"):
         assert secret not in masked(f"python glue.py {given}") and masked(given).endswith("--seed 1")
+    kept = "python uptrain.py --mask_token '<unused1>' --tokens_per_batch 9"
+    assert masked(kept) == kept
     monkeypatch.setattr(sys, "argv", ["glue.py", "--hub_token", "abc"])
     assert provenance()["command"] == "python glue.py --hub_token ..."
     monkeypatch.setenv("HOME", "/home/ada")

@@ -83,7 +83,7 @@ def interrupt(*args):
 
 def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monkeypatch):
     texts = ["It rains.", 'He said "no",\nand left.', "old\rMac", "", "ä" * 140_000]
-    rows = [{"n": str(n), "answer": text, "question": "rain, snow"} for n, text in enumerate(texts)]
+    rows = [{"passages": str(n), "answer": text, "question": "rain, snow"} for n, text in enumerate(texts)]
     source, output = tmp_path / "in.csv", tmp_path / "out.csv"
     with source.open("w", encoding="utf-8-sig", newline="") as file:  # with a mark in front, as Excel writes it
         writer = csv.DictWriter(file, rows[0])
@@ -256,6 +256,11 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--input", tmp_path / "in.jsonl"], "--output is needed"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x.csv"], "end it alike"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--pair_columns", "q"], "are two"),
+        (
+            ["--input", tmp_path / "in.tsv", "--output", tmp_path / "x", "--pair_columns", "q", "p"],
+            "of a .csv or .jsonl",
+        ),
+        (["--data", tmp_path, "--run", tmp_path / "r", "--output", tmp_path / "x.csv"], "would hold a TREC run"),
         (["--input", tmp_path / "in.jsonl", "--outptu", tmp_path / "x"], "unrecognized arguments: --outptu"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "there.jsonl"], "is there already"),
         (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .csv nor .tsv"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import uptrain
 from conftest import NANO
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
@@ -16,7 +17,7 @@ from modeling_gemma_encoder import GemmaEncoderForMaskedLM, GemmaEncoderForSeque
 from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora
 from modeling_gemma_encoder.cards import read_run
 from modeling_gemma_encoder.recipes import ScriptParser
-from modeling_gemma_encoder.training import READING, set_steps
+from modeling_gemma_encoder.training import READING, say_how_long, set_steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,6 +152,9 @@ def test_a_token_of_the_vocabulary_can_be_the_mask(run):
         (["--random_replace_prob", "0.5"], "together at most 1"),
         (["--mask_token", "[GAP]"], "--mask_token '[GAP]' is not in the tokenizer's vocabulary"),
         (["--text", "no/such/file.txt"], "no/such/file.txt: there is no such file or folder"),
+        (["--model", "./nope"], "nope"),
+        (["--streaming", "--max_steps", "-1", "--num_train_epochs", "1"], "--streaming needs --max_steps"),
+        (["--attn_implementation", "flex_attention", "--use_cpu"], "trains on a GPU only"),
         (["--text", "nowhere/"], "--text nowhere/: there is no such file or folder"),
         (["--text", "README.md"], "--text README.md: a file must be one of .parquet, .jsonl, .json, .csv, .txt"),
         (["--dropout", "1.5"], "smaller than 1, got 1.5"),
@@ -197,12 +201,22 @@ def test_epochs_are_what_is_asked_for_and_the_card_says_what_was_done(run, capsy
         (["--num_train_epochs", "2"], -1),
         (["--max_steps", "7"], 7),
         (["--max_steps", "7", "--num_train_epochs", "2"], 7),
+        (["--num_train_epochs", "0"], -1),
     ],
 )
 def test_epochs_alone_are_not_cut_short_by_a_default(flags, steps, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["uptrain.py", *flags])
     parser = ScriptParser(TrainingArguments, "")
-    parser.set_defaults(output_dir=str(tmp_path), **READING)
+    parser.set_defaults(output_dir=str(tmp_path), streaming=False, **READING)
     set_steps(parser)
-    (args,) = parser.parse_args_into_dataclasses()
-    assert (args.max_steps, args.num_train_epochs) == (steps, 2.0 if "2" in flags else 3.0)
+    args = parser.parse_args()
+    assert (args.max_steps, args.num_train_epochs) == (steps, {"2": 2.0, "0": 0.0}.get("".join(flags[-1:]), 3.0))
+
+
+@pytest.mark.parametrize(("epochs", "steps", "tokens"), [(1, 2, 512), (3, 6, 1536), (0.5, 1, 256)])
+def test_how_long_it_trains_is_said_as_the_trainer_counts(epochs, steps, tokens, tmp_path, capsys):
+    """16 blocks by 12: two steps an epoch, the second of 4."""
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=12, num_train_epochs=epochs, use_cpu=True)
+    say_how_long(args, Dataset.from_dict({"input_ids": [[1] * 32] * 16}), 32)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{steps} steps of 12 blocks of 32 tokens: {tokens:,} tokens; the text has 512,")
