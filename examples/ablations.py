@@ -4,7 +4,7 @@
     python examples/ablations.py --study dropout dropout_place --tasks cola wic --model examples/nano --data_dir data
     python examples/ablations.py --study start --starts examples/nano runs/nano-mlm --tasks sst2 --model examples/nano
     python examples/ablations.py --study attention --tasks cola --model google/gemma-2-2b --bf16 --workers 8
-    python examples/ablations.py --study all --table train.csv dev.csv --table_flags "--label_column stars" --model ...
+    python examples/ablations.py --study pooling --table train.csv dev.csv --table_flags "--label_column stars" ...
 
 Studies are in `STUDIES`; `--variants causal bidirectional` takes these rows of them. `start` compares checkpoints: of
 decoders of other sizes and families, or up-trained. Tasks are GLUE's and SuperGLUE's, from the Hub or from
@@ -15,7 +15,8 @@ Everything else is what `glue.py` takes, every flag of `TrainingArguments` inclu
 by `--table`, as `classify.py` reads it. A reranker is one by `--ranking`, with the variants, rates and seeds, and
 everything else from `--ranking_flags`.
 
-A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells. With
+A cell that is finished is read, an interrupted command goes on when it is given again, and studies share cells.
+`--finished_only` makes tables and plots of what is there, of several commands, or while one runs elsewhere. With
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
 plot of each study, `results.json`, and `cells/`, each with its own `results.json` and predictions. Scores have the
 standard error of the seeds; differences, from the first variant or what the study names, that of seeds and rows.
@@ -159,6 +160,9 @@ class AblationArguments:
     )
     workers: int = field(default=1, metadata={"help": "Cells at a time; more than one needs Ray."})
     keep_models: bool = field(default=False, metadata={"help": "Keep the weights of every cell."})
+    finished_only: bool = field(
+        default=False, metadata={"help": "Train nothing: tables and plots of the cells that are in --output_dir."}
+    )
 
 
 def cannot_ablate(own: AblationArguments, options, args, studies: dict[str, Study], tasks: dict) -> str | None:
@@ -295,8 +299,9 @@ class Ranking:
         finished = folder / "results.json"
         if finished.exists():
             report = json.loads(finished.read_text())
-            if changed := set(report["flags"]) ^ set(words):
-                which = ", ".join(sorted(changed))
+            before, now = by_flag(report["flags"]), by_flag(words)
+            if changed := [flag for flag in before | now if before.get(flag) != now.get(flag)]:
+                which = ", ".join(f"{flag}: {before.get(flag)} -> {now.get(flag)}" for flag in changed)
                 raise ValueError(f"{folder} holds another run ({which}). Choose another --output_dir, or delete it.")
             return report
         script = Path(__file__).parent / "msmarco.py"
@@ -325,6 +330,18 @@ class Ranking:
         return np.array([values[part != number].mean() for number in range(part.max() + 1) if len(values) > 1])
 
 
+def by_flag(words: list[str]) -> dict[str, str]:
+    """A command's flags and what follows each: `["--lr", "1", "--bf16"]` is `{"--lr": "1", "--bf16": ""}`."""
+    values: dict[str, list[str]] = {}
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if flag:
+            values[flag] = [value] if equals else []
+        else:
+            values[list(values)[-1]].append(value)
+    return {flag: " ".join(given) for flag, given in values.items()}
+
+
 def validation(task: Task, source: Source, options: FineTuningArguments) -> dict[str, Dataset]:
     """The rows that cells are scored on."""
     rows = {split: task.load(source, split) for split in task.validation}
@@ -336,12 +353,14 @@ class Workers:
     """Cells, one after the other here or side by side on Ray, with a bar."""
 
     def __init__(self, own: AblationArguments, *bench):
-        self.count, self.bench, self.pool = own.workers, (*bench, own.keep_models), None
+        self.count, self.bench, self.pool = 1 if own.finished_only else own.workers, (*bench, own.keep_models), None
+        self.finished_only = own.finished_only
 
-    def __call__(self, cells: list[Cell]) -> Iterable[dict]:
+    def __call__(self, cells: list[Cell]) -> Iterable[dict | None]:
         if self.count == 1:
             bench = Bench(*self.bench)
-            run_each = map(bench.run, cells)
+            skipped = [self.finished_only and not (cell.folder(bench.root) / "results.json").exists() for cell in cells]
+            run_each = (None if skip else bench.run(cell) for cell, skip in zip(cells, skipped, strict=True))
         else:
             run_each = self.on_ray().map(lambda actor, cell: actor.run.remote(cell), cells)
         yield from tqdm(run_each, total=len(cells), desc="Cells", unit=" cells")
@@ -418,11 +437,15 @@ def main():
     names = [*tasks, *others]
     wanted = {(name, as_options(o, options)) for s in studies.values() for o in s.variants.values() for name in names}
     runs = len(wanted) * (len(own.seeds) + (len(rates) if len(rates) > 1 else 0))
-    print(f"{runs} runs, to choose rates and then of each seed; those that are finished in {root} are read", flush=True)
+    kept = "alone " * own.finished_only
+    print(f"{runs} runs, to choose rates and then of each seed; those finished in {root} are {kept}read", flush=True)
     try:
         found = run_studies(studies, names, options, rates, own.seeds, workers)
     except ValueError as error:
         fail(parser, str(error))
+    if not found:
+        fail(parser, f"--finished_only: no variant is finished in {root} with these --learning_rates and --seeds")
+    studies = {name: study for name, study in studies.items() if name in found}
     left_out = {name: other.left_out for name, other in others.items()}
     left_out |= {name: LeftOut(task, validation(task, source, options)) for name, (task, source) in tasks.items()}
     lacking = add_differences(studies, found, root, left_out)
@@ -432,8 +455,8 @@ def main():
         seeds = f"seed{'s' * several} {', '.join(map(str, own.seeds))}"
         title = f"{name.replace('_', ' ')} (x 100, {'mean ± standard error of ' * several}{seeds})"
         tables.append(score_table(title, study, found[name]))
-        if len(study.variants) > 1:
-            tables.append(difference_table(name.replace("_", " "), study, found[name]))
+        if (differences := difference_table(name.replace("_", " "), study, found[name])).count("\n") > 1:
+            tables.append(differences)
         plot(f"{name.replace('_', ' ')}, {Path(options.model).name}, {seeds}", study, found[name], root / f"{name}.png")
     report = {"studies": found, "seeds": own.seeds, "learning_rates": rates, "torch": torch.__version__, **provenance()}
     write(root / "results.json", json.dumps(report, indent=2))

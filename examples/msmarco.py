@@ -67,8 +67,14 @@ DEFAULTS = {
 }
 TEACHERS = ("margin_mse", "kl")
 # What does not make another run.
-FREE = ("total_batch_size", "measures", "relevance_level", "max_eval_samples", "preprocessing_num_workers")
-FREE += ("attn_implementation",)
+FREE = (
+    "total_batch_size",
+    "measures",
+    "relevance_level",
+    "max_eval_samples",
+    "preprocessing_num_workers",
+    "attn_implementation",
+)
 
 
 @dataclass

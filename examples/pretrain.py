@@ -66,6 +66,7 @@ from modeling_gemma_encoder.training import (
     last_checkpoint,
     plot_losses,
     refuse_another_run,
+    say_how_long,
     set_steps,
 )
 
@@ -216,13 +217,11 @@ def main():
                 options, texts, folder, made=checkpoint or args.local_process_index > 0, args=args
             )
             train, held_out = load_blocks(texts, held_out, tokenizer, options, args.seed)
-        if not options.streaming and is_main:
-            print(f"{len(train):,} blocks of {options.block_size} tokens to train on", flush=True)
-
         decoder = make_decoder(options, tokenizer)
     parameters = decoder.num_parameters()
     beside = parameters - decoder.get_input_embeddings().weight.numel()
     if is_main:
+        say_how_long(args, train, options.block_size)
         print(f"{parameters:,} parameters, {beside:,} of them beside the embedding", flush=True)
     timer = StepTimer()
     trainer = Trainer(

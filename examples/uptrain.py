@@ -38,6 +38,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
+from modeling_gemma_encoder.adapters import add_lora_alone
 from modeling_gemma_encoder.finetuning import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.recipes import RecipeParser
@@ -98,10 +99,10 @@ class UptrainingArguments(TextArguments):
             return "--dtype bfloat16 needs --lora_r: small updates are lost in bf16 weights; use --bf16 instead"
         if self.lora_r is None and self.lora_alpha is not None:
             return "--lora_alpha needs --lora_r"
-        if find_adapter(self.model, {}):
-            return f"--model {self.model} is an adapter, which is not trained further: merge it first, see the README"
         if self.lora_r is not None and self.lora_r < 1:
             return f"--lora_r must be at least 1, got {self.lora_r}"
+        if find_adapter(self.model, {}):
+            return f"--model {self.model} is an adapter, which is not trained further: merge it first, see the README"
         return super().problem()
 
 
@@ -168,8 +169,9 @@ def main():
     set_steps(parser)
     options, args = parser.parse_args_into_dataclasses()
     with failing(parser):
-        if problem := options.problem():
-            fail(parser, problem)
+        problem = options.problem()
+    if problem:
+        fail(parser, problem)
     if options.lora_r is not None and (under_fsdp(args) or is_deepspeed_zero3_enabled()):
         fail(parser, "--lora_r merges adapters into whole weights, which FSDP and DeepSpeed ZeRO-3 hold in pieces")
     with failing(parser):
@@ -198,7 +200,9 @@ def main():
         defaults = GemmaEncoderConfig()
         model.config.attention_dropout = defaults.attention_dropout
         model.config.feedforward_dropout = defaults.feedforward_dropout
-        adapted = model if options.lora_r is None else adapt(model, options)
+        adapted = model
+        if options.lora_r is not None:
+            adapted = add_lora_alone(model, options.lora_r, options.lora_alpha, options.lora_dropout)
 
         masking = Masking(
             masks,
@@ -256,12 +260,6 @@ def main():
     for name in held_out:
         print(f"| {name} | {before[name]:.1f} | {after[name]:.1f} |")
     print(f"\nEncoder, results.json, training_log.json and training.png are in {folder}")
-
-
-def adapt(model: GemmaEncoderForMaskedLM, options: UptrainingArguments) -> torch.nn.Module:
-    from modeling_gemma_encoder.adapters import add_lora_alone
-
-    return add_lora_alone(model, options.lora_r, options.lora_alpha, options.lora_dropout)
 
 
 def masked_once(rows, masking: Masking) -> Dataset:

@@ -1,4 +1,7 @@
-"""What ablations found, to look at: a table of scores, one of differences, and a plot."""
+"""What ablations found, to look at: a table of scores, one of differences, and a plot.
+
+A place is empty where a variant was not run on a task, and so is an average over tasks that includes it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +32,14 @@ def score_table(title: str, study: Study, of_study: dict) -> str:
             cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
             lines.append(f"| {name} | {' | '.join([*cells, *([''] if study.paper else [])])} |")
     for name in study.variants:
-        cells = [shown(mean_and_error(variants[name]["scores"])) for variants in of_study.values()]
-        cells += [shown(averages(of_study, name))] * several
+        there = [name in variants for variants in of_study.values()]
+        if not any(there):
+            continue
+        pairs = [
+            mean_and_error(variants[name]["scores"]) if name in variants else None for variants in of_study.values()
+        ]
+        pairs += [averages(of_study, name) if all(there) else None] * several
+        cells = ["" if pair is None else shown(pair) for pair in pairs]
         cells += [f"{study.paper[name]:.1f}" if name in study.paper else ""] if study.paper else []
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -50,7 +59,9 @@ def difference_table(name: str, study: Study, of_study: dict) -> str:
     for variant in study.variants:
         if variant == (reference := study.compared_with(variant)):
             continue
-        pairs = [variants[variant]["difference"] for variants in of_study.values()]
+        if not any(variant in variants for variants in of_study.values()):
+            continue
+        pairs = [variants[variant]["difference"] if variant in variants else None for variants in of_study.values()]
         average = None
         if None not in pairs:
             means, errors = np.array(pairs).T
@@ -65,7 +76,9 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names, panels = list(study.variants), [*of_study, *(["average"] if len(of_study) > 1 else [])]
+    names = [name for name in study.variants if any(name in variants for variants in of_study.values())]
+    everywhere = all(name in variants for variants in of_study.values() for name in names)
+    panels = [*of_study, *(["average"] if len(of_study) > 1 and everywhere else [])]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     size = (2.5 + 2.6 * columns, 1.2 + rows * (1 + 0.3 * len(names)))
@@ -76,19 +89,21 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
             pairs = [averages(of_study, name) for name in names]
         else:
             variants = of_study[panel]
-            pairs = [mean_and_error(variants[name]["scores"]) for name in names]
-            for place, name in zip(places, names, strict=True):
-                seeds = 100 * np.array(variants[name]["scores"])
+            scores = [variants[name]["scores"] if name in variants else [np.nan] for name in names]
+            pairs = [mean_and_error(of_name) for of_name in scores]
+            for place, of_name in zip(places, scores, strict=True):
+                seeds = 100 * np.array(of_name)
                 label = "a seed" if not place else None
                 axes.plot(seeds, np.full(len(seeds), place + 0.25), ".", color="gray", markersize=4, label=label)
-            for (key, value), line in zip(variants[names[0]]["simple"].items(), (":", "--"), strict=False):
+            first = next(iter(variants.values()))
+            for (key, value), line in zip(first["simple"].items(), (":", "--"), strict=False):
                 label = {"majority": "majority, or random order"}.get(key, key)
                 axes.axvline(100 * value, color="gray", linestyle=line, label=label)
         means, errors = (100 * np.array(values) for values in zip(*pairs, strict=True))
         errors = np.nan_to_num(errors)
         axes.errorbar(means, places, xerr=errors, fmt="o", color="C0", capsize=3, label="mean, standard error")
         axes.set_yticks(places, names)
-        metric = "score" if panel == "average" else of_study[panel][names[0]]["metric"]
+        metric = "score" if panel == "average" else first["metric"]
         axes.set(title=panel, xlabel=f"{metric}, x 100", ylim=(len(names) - 0.4, -0.6))
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)

@@ -124,7 +124,6 @@ class Bench:
         keep_models: bool = False,
         working_directory: str | None = None,
     ):
-        self.working_directory = working_directory
         if working_directory:
             os.chdir(working_directory)
         self.tasks, self.options, self.args, self.root = tasks, options, args, root
@@ -151,8 +150,6 @@ class Bench:
             args.per_device_train_batch_size = task.batch_size
         if "per_device_eval_batch_size" in self.of_task:
             args.per_device_eval_batch_size = 2 * task.batch_size
-        if self.working_directory:  # one process of several has one device, whatever was counted where it began
-            args._n_gpu = min(args.n_gpu, 1)
         args.learning_rate, args.seed, args.output_dir = cell.learning_rate, cell.seed, str(folder)
         rows, options.max_train_samples = options.max_train_samples, None
         key = (cell.task, options.model, options.max_length)
@@ -194,7 +191,7 @@ def run_studies(
     given: FineTuningArguments,
     learning_rates: list[float],
     seeds: list[int],
-    run_all: Callable[[list[Cell]], Iterable[dict]],
+    run_all: Callable[[list[Cell]], Iterable[dict | None]],
 ) -> dict:
     """
     Study -> task -> variant -> `learning_rate`, `chosen_on` (rate -> score), `scores` of the seeds, what they are,
@@ -202,7 +199,8 @@ def run_studies(
     random order, and BM25.
 
     Args:
-        run_all: Cells -> their reports, in order; where they run is its matter.
+        run_all: Cells -> their reports, in order; where they run is its matter. None for a cell that is not to run: a
+            variant that needs it is left out, and a task or a study without any.
     """
     tasks = list(tasks)
     places = [
@@ -213,21 +211,25 @@ def run_studies(
     ]
     wanted = dict.fromkeys((task, options) for _, task, _, options in places)
     best = {place: dict.fromkeys(learning_rates) for place in wanted}
-    if len(learning_rates) > 1:
+    several = len(learning_rates) > 1
+    if several:
         cells = [Cell(task, options, rate, 0, True) for task, options in wanted for rate in learning_rates]
         for cell, report in zip(cells, run_all(cells), strict=True):
-            best[cell.task, cell.options][cell.learning_rate] = score(report)
+            best[cell.task, cell.options][cell.learning_rate] = None if report is None else score(report)
     rates = {
-        place: max(found, key=lambda rate: np.nan_to_num(-np.inf if found[rate] is None else found[rate], nan=-np.inf))
+        place: max(found, key=lambda rate: np.nan_to_num(found[rate] if several else 0.0, nan=-np.inf))
         for place, found in best.items()
+        if not several or None not in found.values()
     }
-    cells = [Cell(*place, rates[place], seed, False) for place in wanted for seed in seeds]
-    reports = {}
+    cells = [Cell(*place, rate, seed, False) for place, rate in rates.items() for seed in seeds]
+    reports: dict[tuple, list[dict | None]] = {}
     for cell, report in zip(cells, run_all(cells), strict=True):
         reports.setdefault((cell.task, cell.options), []).append(report)
     found = {}
     for study, task, name, options in places:
-        runs = reports[task, options]
+        runs = reports.get((task, options), [None])
+        if None in runs:
+            continue
         simple = {name: runs[0][name] for name in ("majority", "BM25") if runs[0].get(name)}
         found.setdefault(study, {}).setdefault(task, {})[name] = {
             "learning_rate": rates[task, options],

@@ -118,6 +118,7 @@ def add_differences(
     standard error; None where a cell kept no predictions, the rows are one part, or a score is not a number.
 
     Args:
+        found: Where a variant may be missing, and is compared with nothing then.
         root: Where the cells' folders are.
         left_out: Task -> a cell's folder -> its score without each part of the rows, (parts,).
 
@@ -136,9 +137,11 @@ def add_differences(
         return None if any(known[cell] is None for cell in cells) else np.array([known[cell] for cell in cells])
 
     for name, study in studies.items():
-        for task, variants in found[name].items():
+        for task, variants in found.get(name, {}).items():
             for variant, of_variant in variants.items():
-                reference, of_variant["difference"] = variants[study.compared_with(variant)], None
+                reference, of_variant["difference"] = variants.get(study.compared_with(variant)), None
+                if reference is None:
+                    continue
                 ours, theirs = without(task, of_variant["cells"]), without(task, reference["cells"])
                 # Pairs have the same seed: the same order of rows, the same fresh head.
                 differences = np.subtract(of_variant["scores"], reference["scores"])

@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -25,7 +27,11 @@ class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class ScriptParser(HfArgumentParser):
-    """A parser of a script's dataclasses; an unknown flag ends the process with a line that names it."""
+    """A parser of a script's dataclasses; an unknown flag ends the process with a line that names it.
+
+    A process has one device. Upstream's Trainer would take all GPUs that it sees, by `torch.nn.DataParallel`: each with
+    a batch of its own, so that the same command would train something else on another machine.
+    """
 
     def __init__(self, types, description: str, formatter_class: type[Help] = Help):
         usage = "%(prog)s [flags, which --help lists]"
@@ -33,7 +39,12 @@ class ScriptParser(HfArgumentParser):
 
     def parse_args_into_dataclasses(self, args=None, **options) -> tuple:
         self.parse_args(args)  # upstream raises a ValueError
-        return super().parse_args_into_dataclasses(args, **options)
+        parsed = super().parse_args_into_dataclasses(args, **options)
+        for found in parsed:
+            if isinstance(found, TrainingArguments) and found.n_gpu > 1:
+                logger.warning_once(f"{found.n_gpu} GPUs are there and one is used: `accelerate launch` uses them all.")
+                found._n_gpu = 1
+        return parsed
 
 
 class RecipeParser(ScriptParser):
@@ -88,12 +99,6 @@ def as_word(value) -> str:
     return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
 
 
-def devices(use_cpu: bool) -> int:
-    """How many a run will have: its processes, or the GPUs that the Trainer gives a single process."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return processes if processes > 1 or use_cpu else max(1, torch.cuda.device_count())
-
-
 def says(words: list[str], flag: str) -> bool:
     """Whether a command line has the flag, perhaps abbreviated; argparse has refused what is ambiguous."""
     return any(len(word) > 2 and word.startswith("--") and flag.startswith(word.partition("=")[0]) for word in words)
@@ -106,7 +111,7 @@ def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int 
 
     Args:
         args: What is parsed; None: the command line.
-        count: Of the devices; None: those that are there.
+        count: Of the devices; None: of the processes that were launched.
 
     Raises:
         ValueError: it cannot be divided, or `--gradient_accumulation_steps` is given beside it.
@@ -116,7 +121,7 @@ def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int 
     total, most = given.total_batch_size, given.per_device_train_batch_size
     if total is None:
         return
-    count = count or devices(given.use_cpu)
+    count = count or int(os.environ.get("WORLD_SIZE", "1"))
     places = (parser.of_file, sys.argv[1:] if args is None else args)
     totals = [says(words, "--total_batch_size") for words in places]
     steps = [says(words, "--gradient_accumulation_steps") for words in places]

@@ -114,6 +114,9 @@ def test_means_and_errors_are_those_of_a_calculator():
     assert lines[3] == "| BM25 |  | 40.0 |  |  |"
     assert lines[4] == "| a | 40.0 ± 11.5 | 60.0 ± 5.8 | 50.0 ± 6.5 | 89.4 |"
     assert lines[0] == "| title | one (accuracy) | two (AP) | average | the paper's GLUE average, Gemma 2 2B |"
+    of_study["two"]["b"] = of_study["two"]["a"]  # a variant that one task lacks, and another that all lack
+    lines = score_table("title", Study({"a": {}, "b": {}, "c": {}}), of_study).splitlines()
+    assert lines[5:] == ["| b |  | 60.0 ± 5.8 |  |"]
     (first, *_, last) = score_table("title", Study({"a": {}}), {"one": of_study["one"]}).splitlines()
     assert first == "| title | one (accuracy) |" and last == "| a | 40.0 ± 11.5 |"
 
@@ -169,6 +172,10 @@ def test_differences_are_of_the_same_seeds_and_rows(tmp_path):
     assert lines[3].startswith("| c - b | +10.0 ±") and "seeds and rows" in lines[0]
     two = difference_table("s", study, {"t": found["s"]["t"], "u": found["s"]["t"]}).splitlines()
     assert two[0].endswith("| t | u | average |") and two[2] == "| b - a | +10.0 ± 10.0 | +10.0 ± 10.0 | +10.0 ± 7.1 |"
+    found["s"]["u"] = {name: found["s"]["t"][name] for name in ("b", "c")}  # without what `b` is compared with
+    add_differences({"s": study, "none": study}, found, tmp_path, {name: LeftOut(task, {"v": rows}) for name in "tu"})
+    assert found["s"]["u"]["b"]["difference"] is None and found["s"]["u"]["c"]["difference"] is not None
+    del found["s"]["u"]
     one = add_differences({"s": study}, found, tmp_path, {"t": LeftOut(task, {"v": rows.select([0])})})
     assert one == lacking and found["s"]["t"]["b"]["difference"] is None  # a single row
 
@@ -234,6 +241,10 @@ def test_a_study_runs_once_and_padding_is_equal(command, folder, tmp_path, capsy
 
     monkeypatch.setattr("modeling_gemma_encoder.runs.TrainerInOrder.train", never)
     assert command("--study", "padding", *flags) == found
+    assert command("--study", "padding", "attention", *flags, "--finished_only") == found
+    with pytest.raises(SystemExit):
+        command("--study", "attention", *flags, "--finished_only")
+    assert "no variant is finished" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command("--study", "padding", *flags, "--weight_decay", 0.5)
     assert "holds another run (weight_decay: 0.01 -> 0.5)" in capsys.readouterr().err
@@ -347,7 +358,7 @@ def test_a_users_table_is_a_task_of_its_own(command, tmp_path, labels, metrics):
     assert json.loads(report.read_text())["scores"]["validation"].keys() == metrics
 
 
-def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder):
+def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder, capsys):
     """It is trained by `msmarco.py`; rates are chosen on queries set aside, and BM25 stands beside it."""
     for name, size in (("train", 10), ("judged", 4)):
         (tmp_path / name).mkdir()
@@ -372,3 +383,11 @@ def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder):
     assert row["difference"] == [0, 0]
     assert row["simple"]["BM25"] == 1.0 and 0 < row["simple"]["majority"] <= 1
     assert command(*flags) == found
+    # The same flags in another order are the same run; values that changed places are not.
+    flags[-1] = "--list_size 2 --max_steps=1 --use_cpu True --save_strategy no"
+    assert command(*flags) == found
+    flags[-1] = "--list_size 1 --max_steps 2 --use_cpu True --save_strategy no"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command(*flags)
+    assert "holds another run (--max_steps: 1 -> 2, --list_size: 2 -> 1)" in capsys.readouterr().err

@@ -98,6 +98,18 @@ def test_the_batch_is_the_same_on_any_number_of_devices(processes, most, size, s
         assert size * steps * processes == 32
 
 
+def test_plain_python_uses_one_gpu(recipe, monkeypatch):
+    """The Trainer's own way, `torch.nn.DataParallel`, would read eight batches a step where there are eight GPUs."""
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 8, raising=False)
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
+    said = []
+    monkeypatch.setattr("modeling_gemma_encoder.recipes.logger.warning_once", said.append)
+    _, _, args = parsed(monkeypatch, "--config", recipe(), "--per_device_train_batch_size", "4")
+    assert (args.n_gpu, args.train_batch_size) == (1, 4)
+    assert "8 GPUs are there and one is used" in said[0]
+
+
 def test_the_command_line_wins_over_a_files_batch(recipe, monkeypatch):
     path = recipe(total_batch_size=32, per_device_train_batch_size=4)
     _, _, args = parsed(monkeypatch, "--config", path, "--gradient_accumulation_steps", "1")
