@@ -200,7 +200,7 @@ def run_studies(
 
     Args:
         run_all: Cells -> their reports, in order; where they run is its matter. None for a cell that is not to run: a
-            variant that needs it is left out, and a task or a study without any.
+            variant that needs it is left out, and so is a task or a study that then has nothing to compare.
     """
     tasks = list(tasks)
     places = [
@@ -239,4 +239,7 @@ def run_studies(
             "cells": [str(Cell(task, options, rates[task, options], seed, False).folder(Path())) for seed in seeds],
             "simple": {name: score({"scores": scores}) for name, scores in simple.items()},
         }
-    return found
+    for study, tasks in found.items():
+        least = min(2, len(studies[study].variants))
+        found[study] = {task: variants for task, variants in tasks.items() if len(variants) >= least}
+    return {study: tasks for study, tasks in found.items() if tasks}

@@ -100,6 +100,14 @@ def test_studies_share_the_cells_that_are_the_same():
     assert found["pooling"]["t"]["mean"]["scores"] == pytest.approx([0.51, 0.52])
     assert found["pooling"]["t"]["mean"]["simple"] == {"majority": pytest.approx(0.3)}
 
+    def but(missing):  # a variant without one of its cells is left out, and then the study has nothing to compare
+        return lambda cells: (None if missing(c) else r for c, r in zip(cells, run_all(cells), strict=True))
+
+    causal = ("attention", "causal")
+    for missing in (lambda c: c.choosing and causal in c.options and c.learning_rate == 0.1, lambda c: c.seed == 2):
+        kept = run_studies(studies, ["t"], given, [0.1, 0.2], [1, 2], but(missing))
+        assert kept == ({} if missing(final[-1]) else {"pooling": found["pooling"]})
+
 
 def test_means_and_errors_are_those_of_a_calculator():
     """0.2, 0.4, 0.6: mean 0.4, sample deviation 0.2, error 0.2 / sqrt(3) = 0.11547. 0.5, 0.7, 0.6: 0.6, error 0.057735.
