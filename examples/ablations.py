@@ -50,8 +50,8 @@ from modeling_gemma_encoder.differences import LeftOut, add_differences, split_i
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.metrics import pearson_and_spearman
-from modeling_gemma_encoder.recipes import RecipeParser
-from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run, fail, failing
+from modeling_gemma_encoder.recipes import RecipeParser, fail, failing
+from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run
 from modeling_gemma_encoder.tasks import Source, Task, by_label
 from modeling_gemma_encoder.training import provenance
 
@@ -377,9 +377,17 @@ class Workers:
             gpus, cores = ray.cluster_resources().get("GPU", 0), ray.cluster_resources()["CPU"]
             share = cores / self.count
             share = 0 if gpus else share if share < 1 else int(share)  # Ray takes parts of a core, or whole ones
-            actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=share)(Bench)
-            self.pool = ActorPool([actor.remote(*self.bench, os.getcwd()) for _ in range(self.count)])
+            actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=share)(BenchElsewhere)
+            self.pool = ActorPool([actor.remote(os.getcwd(), *self.bench) for _ in range(self.count)])
         return self.pool
+
+
+class BenchElsewhere(Bench):
+    """In a process of its own, where paths mean what they do here."""
+
+    def __init__(self, working_directory: str, *bench):
+        os.chdir(working_directory)
+        super().__init__(*bench)
 
 
 def main():
@@ -439,10 +447,8 @@ def main():
     runs = len(wanted) * (len(own.seeds) + (len(rates) if len(rates) > 1 else 0))
     kept = "alone " * own.finished_only
     print(f"{runs} runs, to choose rates and then of each seed; those finished in {root} are {kept}read", flush=True)
-    try:
+    with failing(parser):
         found = run_studies(studies, names, options, rates, own.seeds, workers)
-    except ValueError as error:
-        fail(parser, str(error))
     if not found:
         fail(parser, f"--finished_only: no variant is finished in {root} with these --learning_rates and --seeds")
     studies = {name: study for name, study in studies.items() if name in found}

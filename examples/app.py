@@ -28,6 +28,7 @@ from modeling_gemma_encoder import (
     verify_attention,
 )
 from modeling_gemma_encoder.ranking import score_pairs
+from modeling_gemma_encoder.recipes import failing
 
 MOST_TOKENS = 80  # of a text that is looked into: all layers' attention is held
 EXAMPLES = {
@@ -161,10 +162,8 @@ def main():
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=None, help="Default: the first that is free from 7860 on.")
     args = parser.parse_args()
-    try:
+    with failing(parser):
         model, tokenizer = load(args.model)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     font = ["system-ui", "sans-serif"]  # the default's would be fetched
     theme = gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
     blocks = build(model, tokenizer, "/".join(Path(args.model).parts[-2:]))

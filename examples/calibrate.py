@@ -16,26 +16,19 @@ import torch
 
 from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
 from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.ranking import load_ranker, rerank
-from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.ranking import ScoringArguments, load_ranker, rerank
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import read_collection
-from modeling_gemma_encoder.suites import fail
 
 
-@dataclass
-class CalibrationArguments:
-    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+@dataclass(kw_only=True)
+class CalibrationArguments(ScoringArguments):
     data: str = field(metadata={"help": "Judged data it was not trained on, as `evaluate_ranking.py` reads it."})
     output: str = field(metadata={"help": "A folder that is not there yet."})
     relevance_level: int = field(default=1, metadata={"help": "Least grade that counts as relevant."})
     pair_columns: list[str] = field(
         default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of a file of pairs."}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a pair. Default: as in training."})
-    tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
-    )
-    device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
     seed: int = field(default=0, metadata={"help": "Of the halves."})
 
 
@@ -45,12 +38,14 @@ def main():
     folder = Path(args.output)
     if folder.exists():
         fail(parser, f"--output {folder} is there already: delete it, or name another")
-    try:
+    if problem := args.problem():
+        fail(parser, problem)
+    with failing(parser):
         collection = read_collection(args.data, tuple(args.pair_columns))
         collection.run = None  # only what was judged has a label
         if len(collection.qrels) < 2:
             raise ValueError(f"{args.data} has {len(collection.qrels)} judged queries: two at least are needed.")
-        model, tokenizer = load_ranker(args.model, device=args.device)
+        model, tokenizer = load_ranker(args.model, args.dtype, args.device)
         run = rerank(model, tokenizer, collection, None, args.max_length, args.tokens_per_batch)
         queries = np.random.default_rng(args.seed).permutation(sorted(run))
         halves = []
@@ -59,8 +54,6 @@ def main():
             scores, grades = map(np.array, zip(*pairs, strict=True))
             halves.append((scores, (grades >= args.relevance_level).astype(int)))
         fitted = fit(*halves[0])
-    except (ValueError, OSError) as error:
-        fail(parser, str(error))
     model.config.update(fitted)
     scores, labels = halves[1]
     after = model.probabilities(torch.tensor(scores)).numpy()

@@ -28,8 +28,9 @@ from sklearn.metrics import r2_score
 
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, pearson_and_spearman
+from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions
-from modeling_gemma_encoder.suites import cannot_run, conclude, fail, make_parser, of_run, parse
+from modeling_gemma_encoder.suites import cannot_run, conclude, make_parser, of_run, parse
 from modeling_gemma_encoder.tasks import Task, by_label, read_file
 
 
@@ -195,7 +196,7 @@ def main():
     table = TableArguments(**{name: getattr(given, name) for name in TableArguments.__dataclass_fields__})
     if problem := table.complaint(given.do_predict):
         fail(parser, problem)
-    try:
+    with failing(parser):
         name, task, source = task_of(table)
         table, options, args = parse(parser, task)
         folder, seeds = Path(args.output_dir), table.seeds or [args.seed]
@@ -210,8 +211,6 @@ def main():
         answered = source.as_written("test") if data.test else None
         if answered and (taken := {"prediction", "probability"} & set(answered.column_names)):
             raise ValueError(f"{source.place('test')} has a column {taken.pop()!r} already; rename it.")
-    except (ValueError, OSError) as error:
-        fail(parser, str(error))
 
     for seed, run_args in runs.items():
         fine_tune(name, task, data, options, run_args)

@@ -16,16 +16,25 @@ irrelevant one, are left out.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from modeling_gemma_encoder.ranking import MEASURES, baselines, evaluate, load_ranker, parse_measures, rerank
-from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.ranking import (
+    MEASURES,
+    ScoringArguments,
+    baselines,
+    evaluate,
+    load_ranker,
+    parse_measures,
+    rerank,
+)
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import read_collection, read_run, retrieve
-from modeling_gemma_encoder.suites import fail
 
 
-@dataclass
-class EvaluationArguments:
-    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+@dataclass(kw_only=True)
+class EvaluationArguments(ScoringArguments):
+    COUNTS: ClassVar = (*ScoringArguments.COUNTS, "depth")
+
     data: str = field(metadata={"help": "What it is measured on."})
     run: str | None = field(default=None, metadata={"help": "A TREC run file to rerank, or `bm25`."})
     depth: int | None = field(default=None, metadata={"help": "Reranks the best so many of a run."})
@@ -36,12 +45,6 @@ class EvaluationArguments:
         default=1, metadata={"help": "Least grade that counts as relevant in measures that know no grades; TREC DL: 2."}
     )
     measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "As ir_measures calls them."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
-    )
-    tokens_per_batch: int = field(default=16384, metadata={"help": "More are faster and need more memory."})
-    dtype: str = field(default="float32", metadata={"help": "Or bfloat16, int8; the head computes in float32."})
-    device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
     seed: int = field(default=0, metadata={"help": "Of the random order."})
     output_dir: str | None = field(default=None, metadata={"help": "Default: runs/evaluation/<model>-<data>."})
 
@@ -49,12 +52,9 @@ class EvaluationArguments:
 def main():
     parser = ScriptParser(EvaluationArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
-    if len(args.pair_columns) != 3:
-        fail(parser, f"--pair_columns are three, of query, passage and label, got {' '.join(args.pair_columns)}")
-    for name in ("depth", "max_length", "tokens_per_batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            fail(parser, f"--{name} must be at least 1, got {value}")
-    try:
+    if problem := args.problem():
+        fail(parser, problem)
+    with failing(parser):
         measures = parse_measures(args.measures, args.relevance_level)
         collection = read_collection(args.data, tuple(args.pair_columns))
         if args.run:
@@ -62,11 +62,9 @@ def main():
             collection.check(args.run)
         if args.depth and collection.run is None:
             raise ValueError(f"--depth {args.depth} is of a run: give --run")
-        collection.comparable(args.data)
+        collection = collection.without_incomparable(args.data)
         model, tokenizer = load_ranker(args.model, args.dtype, args.device)
         ours = rerank(model, tokenizer, collection, args.depth, args.max_length, args.tokens_per_batch)
-    except (ValueError, OSError) as error:
-        fail(parser, str(error))
     runs = {"Gemma Encoder": ours, **baselines(collection, args.depth, args.seed)}
     facts = {
         "model": args.model,

@@ -18,14 +18,14 @@ long ones cost what the long ones do. Then, with onnxruntime and tokenizers alon
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import modeling_gemma_encoder  # noqa: F401  registers our classes
-from modeling_gemma_encoder.recipes import ScriptParser
-from modeling_gemma_encoder.suites import fail
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # of a logit
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # of a logit
 class ExportArguments:
     model: str = field(metadata={"help": "A classifier or ranker: a folder, or a repository on the Hub."})
     output: str = field(metadata={"help": "A folder that is not there yet."})
-    format: str = field(default="onnx", metadata={"help": "onnx, or torch for torch.export."})
+    format: Literal["onnx", "torch"] = field(default="onnx", metadata={"help": "torch is torch.export's."})
     max_batch: int = field(default=4096, metadata={"help": "The largest batch it will take."})
 
 
@@ -130,16 +130,12 @@ def difference(model: Logits, path: Path, kind: str) -> float:
 def main():
     parser = ScriptParser(ExportArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
-    if args.format not in FILES:
-        fail(parser, f"--format must be one of {', '.join(FILES)}, got {args.format}")
     folder = Path(args.output)
     path = folder / FILES[args.format]
     if folder.exists():
         fail(parser, f"--output {folder} is there already: delete it, or name another")
-    try:
+    with failing(parser):
         model = load(args.model)
-    except (ValueError, OSError) as error:
-        fail(parser, str(error))
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -25,11 +25,12 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
-from modeling_gemma_encoder import verify_attention
+from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
 from modeling_gemma_encoder.files import read, write
 from modeling_gemma_encoder.finetuning import build
 from modeling_gemma_encoder.lists import hub_lists, local_lists
+from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
 from modeling_gemma_encoder.ranking import (
     MEASURES,
     baselines,
@@ -39,18 +40,20 @@ from modeling_gemma_encoder.ranking import (
     parse_measures,
     rerank,
 )
+from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.retrieval import Collection, lists_of, read_collection, read_run
 from modeling_gemma_encoder.runs import RECIPE
-from modeling_gemma_encoder.suites import fail, make_parser, parse
+from modeling_gemma_encoder.suites import make_parser, parse
 from modeling_gemma_encoder.tasks import Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
 from modeling_gemma_encoder.training import (
     StepTimer,
+    checkpoint_to_resume,
     defaults_of,
-    last_checkpoint,
     plot_losses,
     provenance,
     refuse_another_run,
+    rows_per_step,
 )
 
 # Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.
@@ -65,7 +68,6 @@ DEFAULTS = {
     "save_strategy": "steps",
     "save_steps": 500,
 }
-TEACHERS = ("margin_mse", "kl")
 # What does not make another run.
 FREE = (
     "total_batch_size",
@@ -123,7 +125,7 @@ class RankingArguments:
 
 
 def judged(ranking: RankingArguments, held_out: Collection) -> dict[str, Collection]:
-    found = {"held-out": held_out.comparable("held-out")} if held_out.qrels else {}
+    found = {"held-out": held_out.without_incomparable("held-out")} if held_out.qrels else {}
     for number, source in enumerate(ranking.eval_data or ()):
         collection = read_collection(source, tuple(ranking.pair_columns))
         if ranking.eval_run:
@@ -132,7 +134,7 @@ def judged(ranking: RankingArguments, held_out: Collection) -> dict[str, Collect
         if ranking.eval_depth and collection.run is None:
             raise ValueError(f"--eval_depth {ranking.eval_depth} is of a run: give --eval_run")
         short = Path(source).name.replace(":", "-")
-        found[short if short not in found else f"{number}-{short}"] = collection.comparable(source)
+        found[short if short not in found else f"{number}-{short}"] = collection.without_incomparable(source)
     return found
 
 
@@ -164,17 +166,19 @@ def main():
     ranking, options, args = parse(parser, TASK)
     if problem := ranking.problem() or cannot_do(options, args):
         fail(parser, problem)
-    folder, from_teacher = Path(args.output_dir), options.ranking_loss in TEACHERS
+    folder = Path(args.output_dir)
     finished, held_out = folder / "training.json", Collection({}, {}, {})
     local = [source for source in ranking.train_data if is_local(source)]
-    try:
+    with failing(parser):
+        loss = options.ranking_loss or GemmaEncoderConfig.from_pretrained(options.model).ranking_loss
+        from_teacher = loss in DISTILLATION_LOSSES
         measures = parse_measures(ranking.measures, ranking.relevance_level)
         if local and len(local) < len(ranking.train_data):
             raise ValueError(
                 f"--train_data {' '.join(set(ranking.train_data) - set(local))}: there is no such folder or file"
             )
         if local and from_teacher:
-            raise ValueError(f"--ranking_loss {options.ranking_loss} needs a teacher's scores, which qrels are not.")
+            raise ValueError(f"--ranking_loss {loss} needs a teacher's scores, which qrels are not.")
         if not local and (len(ranking.train_data) > 1 or ranking.held_out or ranking.train_run):
             raise ValueError("--train_data of several places, --held_out and --train_run are for folders and files.")
         if local:
@@ -200,11 +204,10 @@ def main():
         tokenizer.model_max_length = max_length  # saved with the model: it is read as it was trained
         evaluated = [c.queries[qid] for c in collections.values() for qid in c.qrels]
         check_lengths(tokenizer, lists, [*queries, *evaluated], max_length)
-        given = args.resume_from_checkpoint
-        checkpoint = last_checkpoint(folder) if given in (None, True, "True", "true") else given
+        checkpoint = checkpoint_to_resume(args)
         run = {**asdict(ranking), **asdict(options), **{key: getattr(args, key) for key in RECIPE}}
         run = {key: value for key, value in run.items() if not key.startswith("eval_") and key not in FREE}
-        run["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        run["batch_size"] = rows_per_step(args)
         run |= {"lists": digest, "max_length": max_length}
         if args.do_train:
             done = str(finished) if finished.exists() else checkpoint
@@ -213,8 +216,6 @@ def main():
             )
         elif not finished.exists():
             load_ranker(options.model, device="cpu")  # or a random head would be measured
-    except (ValueError, OSError) as error:
-        fail(parser, str(error))
     seen = {name: trained_on(queries, collection) for name, collection in collections.items()}
     if args.process_index == 0:
         to_evaluate = ", ".join(collections) or "nothing"

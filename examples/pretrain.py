@@ -47,8 +47,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_gemma_encoder.recipes import ScriptParser
-from modeling_gemma_encoder.suites import fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.text import (
     TextArguments,
     collate_blocks,
@@ -62,10 +61,11 @@ from modeling_gemma_encoder.training import (
     READING,
     HelpOfReading,
     StepTimer,
+    checkpoint_to_resume,
     defaults_of,
-    last_checkpoint,
     plot_losses,
     refuse_another_run,
+    rows_per_step,
     say_how_long,
     set_steps,
 )
@@ -206,8 +206,7 @@ def main():
     with failing(parser):
         set_seed(args.seed)
         folder, is_main = Path(args.output_dir), args.process_index == 0
-        checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        checkpoint, batch_size = checkpoint_to_resume(args), rows_per_step(args)
         run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
         refuse_another_run(run, folder, checkpoint, is_main, defaults_of(options))
 

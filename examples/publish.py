@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from modeling_gemma_encoder.cards import add_ranking, masked, read_run
 from modeling_gemma_encoder.files import read
 from modeling_gemma_encoder.hub import publish, stage
-from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.recipes import ScriptParser, fail
 from modeling_gemma_encoder.verification import verify
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
@@ -73,12 +73,12 @@ def main():
     for folder in (args.model, *results, *([args.inputs] if args.inputs else [])):
         on_hub = folder == args.model and folder.count("/") == 1 and not folder.startswith((".", "/", "~"))
         if not on_hub and not Path(folder).exists():
-            parser.exit(2, f"{parser.prog}: error: there is no {folder}\n")
+            fail(parser, f"there is no {folder}")
     if not args.dry_run:
         try:
             HfApi().whoami()
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-            parser.exit(2, f"{parser.prog}: error: log in first, `hf auth login`: {error}\n")
+            fail(parser, f"log in first, `hf auth login`: {error}")
     run = read_run(Path(args.model))
     for folder in args.results:
         add_ranking(run, Path(folder).stem, read(Path(folder) / "results.json"))
@@ -121,7 +121,7 @@ def main():
                 device=args.device,
             )
     except (ValueError, OSError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        fail(parser, str(error))
     print(f"\n{commit.pr_url or commit.commit_url}\n\nCheck it from anywhere:")
     where = commit.pr_revision or commit.oid
     print(f"    python -m modeling_gemma_encoder.hub verify {args.repo_id} --revision {where}")

@@ -25,20 +25,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 from tqdm import tqdm
 
 from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.ranking import choose, load_ranker, score_pairs
-from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.ranking import DTYPE, Dtype, ScoringArguments, choose, load_ranker, score_pairs
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
-from modeling_gemma_encoder.suites import fail
 from modeling_gemma_encoder.templates import encode_pairs
 
 
-@dataclass
-class RerankArguments:
-    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+@dataclass(kw_only=True)
+class RerankArguments(ScoringArguments):
+    COUNTS: ClassVar = (*ScoringArguments.COUNTS, "rows_at_once", "depth")
+
+    dtype: Dtype = field(default="auto", metadata=DTYPE)
     query: str | None = field(default=None, metadata={"help": "One query, whose --passages are printed, best first."})
     passages: list[str] | None = field(default=None, metadata={"help": "Texts, for --query."})
     input: str | None = field(default=None, metadata={"help": "A .jsonl, .csv or .tsv file."})
@@ -49,18 +51,7 @@ class RerankArguments:
     pair_columns: list[str] = field(
         default_factory=lambda: ["query", "passage"], metadata={"help": "As a .csv or .jsonl file calls them."}
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
-    )
-    tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
-    )
     rows_at_once: int = field(default=1000, metadata={"help": "Rows scored together and then written."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "float32, bfloat16, int8, or what is fast here of the first two; the head is in float32."},
-    )
-    device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
 
     def problem(self) -> str | None:
         ways = {"--query": self.query, "--input": self.input, "--run": self.run}
@@ -90,10 +81,7 @@ class RerankArguments:
             return "--output is for --input and --run; what --query finds is printed"
         if self.depth is not None and not self.run:
             return f"--depth {self.depth} is of a run: give --run"
-        for name in ("max_length", "tokens_per_batch", "rows_at_once", "depth"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                return f"--{name} must be at least 1, got {getattr(self, name)}"
-        return None
+        return super().problem()
 
 
 # 1. Rows: their pairs, and what is written of them
@@ -287,15 +275,13 @@ def main():
     args = parser.parse_args_into_dataclasses()[0]
     if problem := args.problem():
         fail(parser, problem)
-    try:
+    with failing(parser):
         if args.query is None:
             print(f"Scores of {rerank(args):,} rows are in {args.output}")
             return
         model, tokenizer = load_ranker(args.model, args.dtype, args.device)
         pairs = [(args.query, passage) for passage in args.passages]
         scores = score_pairs(model, tokenizer, pairs, args.max_length, args.tokens_per_batch)
-    except (ValueError, OSError) as error:
-        fail(parser, str(error))
     for place in (-scores).argsort(kind="stable"):
         print(f"{scores[place]:9.4f}  {args.passages[place]}")
 

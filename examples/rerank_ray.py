@@ -14,21 +14,22 @@ import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pandas
 import ray
 import torch
 
-from modeling_gemma_encoder.ranking import load_ranker, score_pairs
-from modeling_gemma_encoder.recipes import ScriptParser
-from modeling_gemma_encoder.suites import fail
+from modeling_gemma_encoder.ranking import ScoringArguments, load_ranker, score_pairs
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 
 READERS = {".jsonl": "read_json", ".json": "read_json", ".parquet": "read_parquet"}
 
 
-@dataclass
-class RayArguments:
-    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+@dataclass(kw_only=True)
+class RayArguments(ScoringArguments):
+    COUNTS: ClassVar = (*ScoringArguments.COUNTS, "workers", "rows_per_batch")
+
     input: str = field(metadata={"help": "A .jsonl or .parquet file, or a folder of such."})
     output: str = field(metadata={"help": "A folder that is not there yet."})
     workers: int = field(default=2, metadata={"help": "Processes, each with the model."})
@@ -40,23 +41,15 @@ class RayArguments:
         metadata={"help": "Cores of each, and threads where there is no GPU. Reading and writing need one too."},
     )
     rows_per_batch: int = field(default=1000, metadata={"help": "Rows handed to a worker together."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
-    )
-    tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
-    )
-    dtype: str = field(default="float32", metadata={"help": "Or bfloat16, int8; the head computes in float32."})
 
     def problem(self) -> str | None:
         if Path(self.output).exists():
             return f"--output {self.output} is there already: delete it, or name another"
         if not Path(self.input).exists():
             return f"--input {self.input} does not exist"
-        for name in ("workers", "rows_per_batch", "max_length", "tokens_per_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                return f"--{name} must be at least 1, got {getattr(self, name)}"
-        return None
+        if self.device is not None:
+            return "--device: workers have the GPUs that --gpus_per_worker gives them, or none"
+        return super().problem()
 
 
 class Scorer:
@@ -111,10 +104,8 @@ def main():
             f"--workers {args.workers} of --gpus_per_worker {args.gpus_per_worker:g} are {needed:g} GPUs; the cluster "
             f"has {there:g}.",
         )
-    try:
+    with failing(parser):
         rows = read(Path(args.input))
-    except ValueError as error:
-        fail(parser, str(error))
     total = rows.count()
     # A batch is what a worker takes, loses when it dies, and is asked for again: smaller blocks than a file's.
     blocks = max(math.ceil(total / args.rows_per_batch), args.workers)

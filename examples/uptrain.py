@@ -41,18 +41,18 @@ from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, 
 from modeling_gemma_encoder.adapters import add_lora_alone
 from modeling_gemma_encoder.finetuning import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
-from modeling_gemma_encoder.recipes import RecipeParser
-from modeling_gemma_encoder.suites import fail, failing
+from modeling_gemma_encoder.recipes import RecipeParser, fail, failing
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 from modeling_gemma_encoder.training import (
     READING,
     HelpOfReading,
     StepTimer,
+    checkpoint_to_resume,
     defaults_of,
-    last_checkpoint,
     plot_losses,
     provenance,
     refuse_another_run,
+    rows_per_step,
     say_how_long,
     set_steps,
     under_fsdp,
@@ -179,8 +179,7 @@ def main():
         masks = mask_with(tokenizer, options.mask_token)
         set_seed(args.seed)
         folder, is_main = Path(args.output_dir), args.process_index == 0
-        checkpoint = args.resume_from_checkpoint or last_checkpoint(folder)
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        checkpoint, batch_size = checkpoint_to_resume(args), rows_per_step(args)
         run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
         refuse_another_run(run, folder, checkpoint, is_main, defaults_of(options))
 

@@ -6,7 +6,6 @@ learning rate that does best for it and the task on rows set aside from the trai
 """
 
 import copy
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
@@ -110,7 +109,6 @@ class Bench:
         others: Tasks that are no rows of a table: name -> what makes a cell's report in a folder.
         of_task: Of the number of epochs and the batch sizes those that every task has for itself, and not from `args`.
         keep_models: Keep the weights of every cell.
-        working_directory: Of one process among several, which was started elsewhere.
     """
 
     def __init__(
@@ -122,10 +120,7 @@ class Bench:
         others: dict[str, Callable[[Cell, Path], dict]],
         of_task: tuple[str, ...] = (),
         keep_models: bool = False,
-        working_directory: str | None = None,
     ):
-        if working_directory:
-            os.chdir(working_directory)
         self.tasks, self.options, self.args, self.root = tasks, options, args, root
         self.others, self.of_task, self.keep_models = others, of_task, keep_models
         self.loaded: dict[tuple, Data] = {}

@@ -89,7 +89,9 @@ def read_run(folder: Path) -> Run:
         "hardware": trained.get("hardware"),
     }
     run.training = [(name, str(value)) for name, value in recipe.items() if value not in (None, "")]
-    _add_classification(run, found, read(folder.parent.parent / "results.json").get("summary", []))
+    roots = folder.parent, folder.parent.parent  # of `classify.py`; of `glue.py`, which has a folder a task
+    summaries = [read(root / "results.json").get("summary") for root in roots]
+    _add_classification(run, found, next(filter(None, summaries), []))
     _add_uptraining(run, found.get("masked_perplexity", {}))
     for path in sorted(folder.glob("*/results.json")):
         add_ranking(run, Path(path.parent.name).stem, read(path))
@@ -176,7 +178,10 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
         card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False)
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
         card = None
-    of_base = card and ModelCard.load(card, ignore_metadata_errors=True).data.license
+    if card:
+        of_base = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    else:  # gated, or out of reach: what cannot be read allows nothing
+        of_base = OF_GOOGLE.get(decoder) if base.startswith("google/") else None
     holds = of_base and (of_base == "gemma" or of_base.startswith("llama"))
     if holds and given not in (None, of_base):
         name = "the Gemma Terms of Use" if of_base == "gemma" else of_base

@@ -192,7 +192,7 @@ def publish(
     if tag and create_pr:
         raise ValueError("`tag` and `create_pr` do not go together: tag the commit that is merged.")
     if exists:
-        refuse_conflicts(api, repo_id, names, private, tag, replace)
+        refuse_conflicts(api, repo_id, names, private, revision, tag, replace)
     checks = verify(staged.folder, device=device)
     if not all(check.passed for check in checks):
         raise NotVerified(checks)
@@ -221,14 +221,22 @@ def publish(
 
 
 def refuse_conflicts(
-    api: HfApi, repo_id: str, names: list[str], private: bool | None, tag: str | None, replace: bool
+    api: HfApi,
+    repo_id: str,
+    names: list[str],
+    private: bool | None,
+    revision: str | None,
+    tag: str | None,
+    replace: bool,
 ) -> None:
     """Raises ValueError where the repository is not what is asked for, before anything is done to it."""
-    info = api.model_info(repo_id)
+    refs = api.list_repo_refs(repo_id)
+    there = revision in [ref.name for ref in refs.branches]
+    info = api.model_info(repo_id, revision=revision if there else None)  # a new branch begins as the default one
     if private is not None and info.private != private:
         is_now = "private" if info.private else "public"
         raise ValueError(f"{repo_id} exists and is {is_now}: change it in its settings, or publish without `private`.")
-    if tag and tag in (ref.name for ref in api.list_repo_refs(repo_id).tags):
+    if tag and tag in [ref.name for ref in refs.tags]:
         raise ValueError(f"`tag` {tag} is there already, and stays what it is. Choose another.")
     others = [file.rfilename for file in info.siblings if file.rfilename not in (*names, KEPT)]
     others = [name for name in others if not (WEIGHTS.fullmatch(name) or name in CODE or name in OURS)]

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from .data import RankingDataset
+from .losses_gemma_encoder import DISTILLATION_LOSSES
 from .retrieval import Collection, Texts, lists_of, read_collection, read_run, retrieve
 
 CONFIGS = {"sentence-transformers/msmarco-bm25": "triplet-50", "sentence-transformers/msmarco": "labeled-list"}
@@ -80,7 +81,8 @@ def hub_lists(
         forms = "; ".join(", ".join(columns) for columns in READERS)
         raise ValueError(f"{source} has the columns {', '.join(rows.column_names)}. Lists have one of: {forms}.")
     if (read is of_margins) != from_teacher:
-        raise ValueError(f"{source}: a teacher's scores go with --ranking_loss margin_mse and kl, labels with others.")
+        names = " and ".join(DISTILLATION_LOSSES)
+        raise ValueError(f"{source}: a teacher's scores go with --ranking_loss {names}, labels with others.")
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=seed).select(range(limit))
     texts = {}

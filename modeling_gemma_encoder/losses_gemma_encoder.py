@@ -150,6 +150,8 @@ def pairs(scores: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> tu
     return better, scores[..., None] - scores[..., None, :]
 
 
+# Their labels are a teacher's scores, which may be any number, and not grades.
+DISTILLATION_LOSSES = ("margin_mse", "kl")
 RANKING_LOSSES = {
     "point_ce": point_ce_loss,
     "pair": pair_loss,

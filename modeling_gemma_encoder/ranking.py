@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal
 from zlib import crc32
 
 import ir_measures
@@ -24,6 +26,34 @@ from .verification_gemma_encoder import verify_attention
 
 AT_ONCE = 10_000  # pairs that are tokenized together
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")  # what `ir_measures` calls them
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "int8"]
+DTYPE = {"help": "auto is the faster of float32 and bfloat16 here; the head computes in float32."}
+
+
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """Flags of a script that scores with a trained ranker."""
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("max_length", "tokens_per_batch")  # at least 1
+
+    model: str = field(metadata={"help": "A trained reranker: a folder, or a repository on the Hub."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a pair; passages are cut, queries never. Default: as in training."}
+    )
+    tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
+    )
+    dtype: Dtype = field(default="float32", metadata=DTYPE)
+    device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
+
+    def problem(self) -> str | None:
+        """What cannot be, in the words of the command line."""
+        for name in self.COUNTS:
+            if (value := getattr(self, name)) is not None and value < 1:
+                return f"--{name} must be at least 1, got {value}"
+        return None
 
 
 def fast_dtype(device: str | torch.device) -> str:
@@ -103,20 +133,24 @@ def score_pairs(
     positions = model.config.get_text_config().max_position_embeddings
     ids = encode_pairs(tokenizer, pairs, min(max_length or tokenizer.model_max_length, positions))
     order, start = sorted(range(len(ids)), key=lambda i: -len(ids[i])), 0
-    scores, training = np.empty(len(ids), dtype=np.float32), model.training
+    scores = np.empty(len(ids), dtype=np.float32)
+    training = [module for module in model.modules() if module.training]
     model.eval()
     device = model.get_input_embeddings().weight.device
     if tokens_per_batch is None:
         tokens_per_batch = 2048 if device.type == "cpu" else 16384
-    while start < len(order):
-        batch = order[start : start + max(1, tokens_per_batch // max(1, len(ids[order[start]])))]
-        start += len(batch)
-        padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(device)
-        logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
-        scores[batch] = logits[:, 0].float().cpu().numpy()
-        if progress is not None:
-            progress.update(len(batch))
-    model.train(training)
+    try:
+        while start < len(order):
+            batch = order[start : start + max(1, tokens_per_batch // max(1, len(ids[order[start]])))]
+            start += len(batch)
+            padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(device)
+            logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+            scores[batch] = logits[:, 0].float().cpu().numpy()
+            if progress is not None:
+                progress.update(len(batch))
+    finally:
+        for module in training:
+            module.training = True
     if not np.isfinite(scores).all():
         wrong = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ValueError(

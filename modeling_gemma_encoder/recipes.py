@@ -1,18 +1,39 @@
-"""Recipes: flags in a YAML file, and a batch that stays the same on any number of devices."""
+"""Command lines: errors in one line, flags in a YAML file, and a batch that is the same on any number of devices."""
 
 import json
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import yaml
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+
+def fail(parser: ArgumentParser, message: str) -> NoReturn:
+    """Ends the process with a message, without the hundreds of lines of usage."""
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+@contextmanager
+def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
+    """What is wrong with what the user gave ends the process with its message after `begin`, see `fail`."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+        fail(parser, f"{begin}{error}")
+    except DatasetGenerationError as error:
+        fail(parser, f"{begin}{error}: {error.__cause__}")
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -65,10 +86,10 @@ class RecipeParser(ScriptParser):
             try:
                 self.of_file = self._read(Path(found.config))
             except (OSError, ValueError, yaml.YAMLError) as error:
-                self.exit(2, f"{self.prog}: error: --config {found.config}: {error}\n")
+                fail(self, f"--config {found.config}: {error}")
         namespace, rest = super().parse_known_args([*self.of_file, *words, *self.last], namespace)
         if vars(namespace).pop("config", None) is not None:  # otherwise it has become the flags it holds
-            self.exit(2, f"{self.prog}: error: --config cannot be abbreviated\n")
+            fail(self, "--config cannot be abbreviated")
         return namespace, rest
 
     def _read(self, path: Path) -> list[str]:

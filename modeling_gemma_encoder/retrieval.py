@@ -6,7 +6,7 @@ Read from a TREC-style folder, a BEIR-style one, a file of labelled pairs, or th
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -79,9 +79,9 @@ class Collection:
             check_ids("run", of_run, self.queries, self.passages, name)
         return self
 
-    def comparable(self, name: str) -> "Collection":
+    def without_incomparable(self, name: str) -> "Collection":
         """
-        Leaves out queries for which no ranking is better than another: without a relevant passage, or, in a judged
+        Without queries for which no ranking is better than another: without a relevant passage, or, in a judged
         pool, without an irrelevant one. Says how many, and how many the run has no passages for.
 
         Raises:
@@ -96,12 +96,12 @@ class Collection:
             if alike:
                 print(f"{name}: {len(alike)} of {number} queries have only relevant passages judged and are left out")
             useless |= alike
-        self.qrels = {qid: grades for qid, grades in self.qrels.items() if qid not in useless}
-        if not self.qrels:
+        kept = replace(self, qrels={qid: grades for qid, grades in self.qrels.items() if qid not in useless})
+        if not kept.qrels:
             raise ValueError(f"{name}: no query has both a relevant passage and another one; rerank a run, or `bm25`.")
-        if self.run is not None and (without := [qid for qid in self.qrels if not self.run.get(qid)]):
-            print(f"{name}: the run has no passages for {len(without)} of {len(self.qrels)} queries, which count 0")
-        return self
+        if kept.run is not None and (without := [qid for qid in kept.qrels if not kept.run.get(qid)]):
+            print(f"{name}: the run has no passages for {len(without)} of {len(kept.qrels)} queries, which count 0")
+        return kept
 
 
 def check_ids(what: str, table: dict, queries: Mapping, passages: Mapping, name: str) -> None:
@@ -132,12 +132,14 @@ def read_collection(source: str, pairs: tuple[str, str, str] | None = None) -> C
     Raises:
         ValueError: names what is missing or contradictory, and where.
     """
+    if len(pairs := pairs or PAIRS) != 3:
+        raise ValueError(f"Columns of pairs are three, of query, passage and label, got {' '.join(pairs)}.")
     name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
     path = Path(name)
     if path.is_dir():
         found = Collection(*read_texts(path), read_qrels(_file(path, "qrels", split)))
     elif path.suffix in FORMATS:
-        found = _pairs(read_file(path, (pairs or PAIRS)[:2]), name, pairs or PAIRS)
+        found = _pairs(read_file(path, pairs[:2]), name, pairs)
     elif path.exists() or name.startswith((".", "/", "~")):
         raise ValueError(f"{name} is neither a folder nor a file of {', '.join(FORMATS)}.")
     else:

@@ -33,7 +33,15 @@ from .files import write
 from .finetuning import FineTuningArguments, build
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of
-from .training import StepTimer, defaults_of, last_checkpoint, provenance, refuse_another_run, under_fsdp
+from .training import (
+    StepTimer,
+    checkpoint_to_resume,
+    defaults_of,
+    provenance,
+    refuse_another_run,
+    rows_per_step,
+    under_fsdp,
+)
 from .verification_gemma_encoder import verify_attention
 
 # What of TrainingArguments makes a run another one.
@@ -159,11 +167,10 @@ def claim(
     Raises:
         ValueError: it holds another run.
     """
-    folder, given = Path(args.output_dir), args.resume_from_checkpoint
+    folder, checkpoint = Path(args.output_dir), checkpoint_to_resume(args)
     finished = folder / "results.json"
-    checkpoint = last_checkpoint(folder) if given in (None, True, "True", "true") else given
     recipe = {key: getattr(args, key) for key in RECIPE}
-    recipe["batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    recipe["batch_size"] = rows_per_step(args)
     what = {key: getattr(task, key) for key in ("texts", "template", "labels", "problem")}
     chosen = {key: value for key, value in asdict(options).items() if key not in SAME_RUN}
     run = {"task": name, **what, **chosen, **recipe, "max_length": data.max_length}
@@ -210,7 +217,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
         callbacks=[timer],
     )
     if train and args.process_index == 0:
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = rows_per_step(args)
         long = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         rate = f"learning rate {args.learning_rate:g}, up to {data.max_length} tokens"
         print(f"{name}, seed {args.seed}: {len(data.train):,} rows, {long}, {batch} rows a step, {rate}", flush=True)

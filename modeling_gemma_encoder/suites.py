@@ -3,26 +3,22 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import numpy as np
 from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from .files import write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
-from .recipes import Help, RecipeParser, share_batch
+from .recipes import Help, RecipeParser, fail, failing, share_batch
 from .reports import average, markdown, summarize
 from .runs import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
-from .training import under_fsdp
+from .training import names_checkpoint, rows_per_step, under_fsdp
 
 # Name of the task, its row, split, rows and predictions -> the test server's file name and text.
 Submission = Callable[[str, Task, str, Dataset, np.ndarray], tuple[str, str]]
@@ -77,7 +73,7 @@ def run_suite(
         if problem := cannot_run(args, [tasks[name] for name in needed], seeds, options):
             fail(parser, problem)
         source = Source(dataset, task.config or name, Path(suite.data_dir) / name if suite.data_dir else None)
-        try:
+        with failing(parser, f"{name}: "):
             data = Data.load(name, task, source, options, args)
             runs = {}
             for seed in seeds:
@@ -85,8 +81,6 @@ def run_suite(
                 trained = folder / task.train_on / f"seed-{seed}" if task.train_on else None
                 runs[seed] = (name, task, data, options, run_args, trained)
                 claim(*runs[seed])
-        except (ValueError, OSError) as error:
-            fail(parser, f"{name}: {error}")
         plan[name] = (task, data, runs)
 
     for seed in seeds:
@@ -129,39 +123,19 @@ def make_parser(own: type, output_dir: str, description: str) -> RecipeParser:
     return parser
 
 
-def fail(parser: HfArgumentParser, message: str) -> NoReturn:
-    """Ends the process with a message, without the hundreds of lines of usage."""
-    parser.exit(2, f"{parser.prog}: error: {message}\n")
-
-
-@contextmanager
-def failing(parser: HfArgumentParser) -> Iterator[None]:
-    """What is wrong with what the user gave ends the process with its message, see `fail`."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
-        fail(parser, str(error))
-    except DatasetGenerationError as error:
-        fail(parser, f"{error}: {error.__cause__}")
-
-
 def parse(parser: RecipeParser, task: Task) -> tuple:
     """The command line, with the task's defaults for this size of decoder where it says nothing; checked."""
     given = parser.parse_args()
     if not Path(given.model).exists() and given.model.startswith((".", "/", "~")):
         fail(parser, f"--model: there is no folder {given.model}")
-    try:
+    with failing(parser, f"--model {given.model}: "):
         parser.set_defaults(**training_defaults(given.model, given.lora_r is not None, task))
-    except (ValueError, OSError) as error:
-        fail(parser, f"--model {given.model}: {error}")
-    try:
+    with failing(parser):
         share_batch(parser)
-    except ValueError as error:
-        fail(parser, str(error))
     if not parser.parse_args().do_eval:  # the Trainer would turn it on again
         parser.set_defaults(eval_strategy="no")
     own, options, args = parser.parse_args_into_dataclasses()
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = rows_per_step(args)
     if options.total_batch_size not in (None, batch):
         fail(parser, f"--total_batch_size {options.total_batch_size}: these devices would take {batch} a step")
     if under_fsdp(args) and args.gradient_accumulation_steps > 1:
@@ -170,10 +144,8 @@ def parse(parser: RecipeParser, task: Task) -> tuple:
         args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **kept}
     if problem := options.problem(args):
         fail(parser, problem)
-    try:
+    with failing(parser):
         check_model(task, options, args)
-    except Exception as error:  # strict configs raise errors of their own kinds
-        fail(parser, str(error))
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(args.output_dir) / ".writable").touch()
@@ -191,7 +163,7 @@ def cannot_run(
     if of_lists and tasks and all(task.problem != "choice" for task in tasks):
         return "--ranking_loss and --list_chunk_size are for tasks that choose among candidates, and for msmarco.py"
     several = len(tasks) * len(seeds) > 1
-    if several and args.resume_from_checkpoint not in (None, True, "True", "true"):
+    if several and names_checkpoint(args):
         return "--resume_from_checkpoint is of one run; without it each of them resumes its own last checkpoint"
     if several and (args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
         return "DeepSpeed runs one task and one seed a process: give one --task and one --seed"
@@ -205,7 +177,7 @@ def cannot_run(
 def of_run(args: TrainingArguments, folder: Path, seed: int, name: str) -> TrainingArguments:
     """The arguments of one of several runs: a folder and, when it is pushed to the Hub, a repository of its own."""
     args = copy.copy(args)
-    args.seed, args.output_dir = seed, str(folder)
     if args.push_to_hub:
-        args.hub_model_id = f"{args.hub_model_id or folder.parent.parent.name}-{name}-seed-{seed}"
+        args.hub_model_id = f"{args.hub_model_id or Path(args.output_dir).resolve().name}-{name}-seed-{seed}"
+    args.seed, args.output_dir = seed, str(folder)
     return args

@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 
 from .cards import masked
-from .recipes import Help, ScriptParser
+from .recipes import Help, ScriptParser, fail
 
 # Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
 READING = {
@@ -51,13 +51,13 @@ def set_steps(parser: ScriptParser) -> None:
     if steps is None:
         steps = READING["max_steps"] if epochs is None else -1
     if given.streaming and steps <= 0:
-        parser.exit(2, f"{parser.prog}: error: --streaming needs --max_steps: a stream has no known length\n")
+        fail(parser, "--streaming needs --max_steps: a stream has no known length")
     parser.set_defaults(num_train_epochs=3.0 if epochs is None else epochs, max_steps=steps)
 
 
 def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, block_size: int) -> None:
     """How much is read, and how often."""
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = rows_per_step(args)
     there = None if isinstance(blocks, IterableDataset) else len(blocks)
     if args.max_steps > 0:
         steps, blocks_read = args.max_steps, args.max_steps * batch
@@ -118,6 +118,21 @@ def last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end: the Trainer writes `trainer_state.json` last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def names_checkpoint(args: TrainingArguments) -> bool:
+    """Whether `--resume_from_checkpoint` is a folder. Upstream's Trainer takes True too; its flag makes it a text."""
+    return args.resume_from_checkpoint not in (None, True, "True", "true")
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint that is named, or the last whole one in the folder, where there is one."""
+    return args.resume_from_checkpoint if names_checkpoint(args) else last_checkpoint(Path(args.output_dir))
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Of an optimizer step, on all devices."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def under_fsdp(args: TrainingArguments) -> bool:

@@ -22,7 +22,7 @@ def verify_attention(model: nn.Module, trials: int = 4) -> None:
     Raises:
         RuntimeError: `model` holds no Gemma Encoder, or some layers do not attend as the config says.
     """
-    encoder = next((module for module in model.modules() if hasattr(type(module), "encode")), None)
+    encoder = next((module for module in model.modules() if is_encoder(module)), None)
     layers = [] if encoder is None else [module for module in encoder.modules() if hasattr(module, "reach")]
     if not layers:
         raise RuntimeError(f"{type(model).__name__} is not a Gemma Encoder: none of its attention layers is ours.")
@@ -41,6 +41,12 @@ def verify_attention(model: nn.Module, trials: int = 4) -> None:
             f"The model does not run attention={encoder.config.attention!r}, "
             f"attention_window={encoder.config.attention_window} as its config says:\n" + "\n".join(wrong)
         )
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Not by its class: one from a checkpoint's own code is another. Others' modules have an `encode` too."""
+    ours = getattr(getattr(module, "config", None), "model_type", None) == "gemma_encoder"
+    return ours and hasattr(type(module), "encode")
 
 
 def _probe(encoder: nn.Module, layers: list[nn.Module], trials: int) -> dict[nn.Module, tuple[bool, bool]]:

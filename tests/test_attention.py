@@ -318,6 +318,9 @@ def test_a_layer_that_says_one_thing_and_does_another_is_found():
 def test_wrappers_and_compiled_models_are_verified_too():
     model = build(GemmaEncoderModel, encoder_config("gemma2"))
     verify_attention(torch.nn.DataParallel(model))
+    stranger = torch.nn.Sequential(model)  # as sentence-transformers' models, which have an `encode` of their own
+    stranger.__class__ = type("Stranger", (torch.nn.Sequential,), {"encode": None})
+    verify_attention(stranger)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     compiled(**pad(BATCH))

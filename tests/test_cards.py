@@ -14,6 +14,7 @@ from yaml import safe_load
 
 from modeling_gemma_encoder.cards import GEMMA_NOTICE, Run, add_ranking, licence_of, make_card, masked, notice, read_run
 from modeling_gemma_encoder.finetuning import FineTuningArguments
+from modeling_gemma_encoder.suites import of_run
 from modeling_gemma_encoder.training import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,23 @@ def test_a_classifiers_card_says_what_the_run_left(classified):
     assert metadata["pipeline_tag"] == "text-classification" and metadata["license"] == "gemma"
     (result,) = metadata["model-index"][0]["results"]
     assert result["metrics"][0] == {"type": "accuracy", "value": 0.715} and result["dataset"]["split"] == "validation"
+
+
+def test_a_table_of_ones_own_has_the_recipes_mean_too(classified):
+    """`classify.py` has a folder a seed, and none a task."""
+    summary = json.loads((classified.parent.parent / "results.json").read_text())
+    (classified.parent.parent / "results.json").unlink()
+    (classified.parent / "results.json").write_text(json.dumps(summary))
+    assert "| accuracy | 71.5 | 71.0 ± 1.0, seeds 1, 2 | 52.7 |" in str(card_of(read_run(classified)))
+
+
+def test_every_run_has_a_repository_of_its_own(tmp_path):
+    args = TrainingArguments(str(tmp_path / "mine"), push_to_hub=True, report_to="none", use_cpu=True)
+    of_glue = of_run(args, tmp_path / "mine" / "cola" / "seed-1", 1, "cola")
+    of_table = of_run(args, tmp_path / "mine" / "seed-1", 1, "classify")
+    assert (of_glue.hub_model_id, of_table.hub_model_id) == ("mine-cola-seed-1", "mine-classify-seed-1")
+    args.hub_model_id = "me/it"
+    assert of_run(args, tmp_path / "mine" / "seed-1", 1, "classify").hub_model_id == "me/it-classify-seed-1"
 
 
 def test_a_split_of_unknown_size_has_a_table_too(classified):
@@ -129,6 +147,9 @@ def test_the_licence_is_the_bases(tmp_path):
     assert licence_of(str(NANO), "gemma2") == "apache-2.0"  # its card says
     assert licence_of(str(tmp_path), "gemma2") == licence_of(str(tmp_path), "gemma3_text") == "gemma"
     assert licence_of(str(tmp_path), "gemma4_text") == "apache-2.0"
+    assert licence_of("google/not-to-be-had", "gemma2") == "gemma"
+    with pytest.raises(ValueError, match="Gemma Terms"):  # a card that cannot be read allows nothing
+        licence_of("google/not-to-be-had", "gemma2", "mit")
     with pytest.raises(ValueError, match="decoders of llama have several: --license"):
         licence_of(str(tmp_path), "llama")
     assert licence_of(str(tmp_path), "llama", "llama3.2") == "llama3.2"

@@ -136,6 +136,9 @@ def test_a_pull_request_and_a_branch_leave_main_alone_and_old_files_go(hub, onli
     online(trained, "other/ranker", token="hf_other", revision="trial")
     assert repo.branches["main"] == first["main"]
     close(*strangers_scores(hub, "other/ranker@trial", "other/ranker@refs/pr/1"))
+    repo.branches["own"] = repo.add({**repo.commits[repo.branches["trial"]], "notes.txt": b"work"}, "a branch's own")
+    with pytest.raises(ValueError, match=r"holds other files: notes\.txt"):
+        online(trained, "other/ranker", token="hf_other", revision="own")
 
 
 def test_files_of_others_stay_unless_they_are_to_be_replaced(hub, online, trained):  # noqa: F811

@@ -11,6 +11,7 @@ from evaluate_ranking import main as evaluate_main
 from test_retrieval import PASSAGES, QRELS, QUERIES, jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder import lists as lists_module
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
@@ -150,6 +151,16 @@ def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypa
     assert trained | measured == set(queries.values()) and not trained & measured
     assert 4 <= len(measured) <= 16 and len(held_out.qrels) == 2 * len(measured)  # of each of the two folders
     held_out.check("held-out")
+
+
+def test_a_checkpoint_that_learned_from_a_teacher_is_not_given_grades(folder, decoder, tmp_path, monkeypatch, capsys):
+    model = GemmaEncoderForRanking.from_pretrained(decoder, ranking_loss="kl", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path / "student")
+    with pytest.raises(SystemExit):
+        required = ["--model", tmp_path / "student", "--train_data", folder, "--output_dir", tmp_path / "run"]
+        command(monkeypatch, msmarco.main, *required)
+    assert "--ranking_loss kl needs a teacher's scores" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(run, tmp_path, capsys):
     for name in ("checkpoint-8", "results.json", "model.safetensors"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    resumed = load_file(run() / "model.safetensors")
+    resumed = load_file(run("--resume_from_checkpoint", "True") / "model.safetensors")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert (folder / "results.json").exists()
     with pytest.raises(SystemExit):

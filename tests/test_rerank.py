@@ -265,7 +265,7 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "there.jsonl"], "is there already"),
         (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .csv nor .tsv"),
         (["--input", tmp_path / "no.jsonl", "--output", tmp_path / "x"], "no.jsonl"),
-        (["--query", "q", "--passages", "p", "--dtype", "float16"], "`dtype` must be"),
+        (["--query", "q", "--passages", "p", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["--query", "q", "--passages", "p", "--model", decoder], "is no trained ranker: classifier.norm.weight"),
     ):
         with pytest.raises(SystemExit):

@@ -65,7 +65,7 @@ def test_labelled_pairs_are_grouped_by_their_texts(tmp_path):
         for qid, grades in found.qrels.items()
     }
     assert texts == {"q": {"x": 1, "y": 0}, "other": {"y": 1, "z": 0}, "none": {"x": 0}}
-    assert len(found.comparable("it").qrels) == 2  # nothing is relevant to "none"
+    assert len(found.without_incomparable("it").qrels) == 2  # nothing is relevant to "none"
 
 
 def test_quotation_marks_of_tsv_are_only_that(tmp_path):
@@ -89,14 +89,14 @@ def test_a_beir_folder_with_several_splits_must_be_told_which(folder):
 
 def test_queries_for_which_all_rankings_are_equal_are_left_out(folder, capsys):
     (folder / "qrels.txt").write_text(QRELS.replace("2 0 d 0", "2 0 d 1"))
-    assert read_collection(str(folder)).comparable("it").qrels.keys() == {"1"}
+    assert read_collection(str(folder)).without_incomparable("it").qrels.keys() == {"1"}
     assert "1 of 2 queries have only relevant passages" in capsys.readouterr().out
     (folder / "qrels.txt").write_text("1 0 a 1\n2 0 b 1\n")  # as MS MARCO has them
     with pytest.raises(ValueError, match="rerank a run, or `bm25`"):
-        read_collection(str(folder)).comparable("it")
+        read_collection(str(folder)).without_incomparable("it")
     collection = read_collection(str(folder))
     collection.run = {"1": {"a": 1.0, "c": 0.5}}
-    assert len(collection.comparable("it").qrels) == 2
+    assert len(collection.without_incomparable("it").qrels) == 2
     assert "no passages for 1 of 2 queries, which count 0" in capsys.readouterr().out
     collection.run = {"other": {"a": 1.0}}
     with pytest.raises(ValueError, match="the run has none of the 2 queries"):
@@ -166,7 +166,7 @@ def test_unknown_ids_are_named(folder):
 def test_bad_judgements_are_named(folder, text, message):
     (folder / "qrels.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_collection(str(folder)).comparable("it")
+        read_collection(str(folder)).without_incomparable("it")
 
 
 def test_bad_texts_are_named(folder, tmp_path):
