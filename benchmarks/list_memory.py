@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder.files import write
@@ -106,10 +106,8 @@ def main():
     facts = {"model": args.model, "tokens": args.tokens, "sizes": args.sizes, "results": found}
     facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     write(args.output_dir / "list_memory.json", json.dumps(facts, indent=2))
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
     for panel, key, label in zip(
         panels, ("megabytes", "seconds"), ("peak memory of a step, MB", "time of a step, s"), strict=True
     ):

@@ -28,11 +28,11 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import sentence_transformers
 import torch
 import transformers
+from matplotlib.figure import Figure
 from sentence_transformers import CrossEncoder
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -336,17 +336,14 @@ def table(rows: list[dict], columns: list[str]) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     tokens, seconds = found["tokens"], found["seconds"]
     axes.plot(tokens, seconds, "o-", label="scoring, measured")
     axes.plot([0, tokens[-1]], [0, seconds[-1]], color="silver", label="linear")
     axes.set(xlabel="real tokens", ylabel="seconds", title="Time grows with the tokens")
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main():

@@ -18,15 +18,14 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import bm25s
-import matplotlib
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
 from datasets import Dataset
+from matplotlib.figure import Figure
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -40,6 +39,7 @@ from transformers import (
 )
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
+from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
 from modeling_gemma_encoder.data import RankingCollator
 from modeling_gemma_encoder.finetuning import parameters_of
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
@@ -58,8 +58,8 @@ LIST_SIZE = {"train": 8, "test": 10}  # documents of a ranking list, one of them
 class DemoArguments:
     model: str = field(default=str(NANO), metadata={"help": "A Gemma checkpoint."})
     tasks: list[str] = field(default_factory=lambda: ["classify", "rank"], metadata={"help": "classify, rank or both."})
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
-    pooling: Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"] = "mean"
+    attention: Attention = "bidirectional"
+    pooling: Pooling = "mean"
     passages: int = field(default=2000, metadata={"help": "Passages of each library, at most; about a tenth to test."})
     ranking_steps: int = field(default=40, metadata={"help": "As --max_steps, which is classification's."})
 
@@ -304,10 +304,8 @@ def main():
 
 
 def plot(done: dict, path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2 * len(done), figsize=(8 * len(done), 4.5), layout="constrained")
+    figure = Figure(figsize=(8 * len(done), 4.5), layout="constrained")
+    panels = figure.subplots(1, 2 * len(done))
     for left, right, (task, outcome) in zip(panels[::2], panels[1::2], done.items(), strict=True):
         left.plot(*zip(*outcome["losses"], strict=True), marker=".")
         left.set(xlabel="step", ylabel="training loss", title=f"Fine-tuning: {task}", ylim=(0, None))

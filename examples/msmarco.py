@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
-from modeling_gemma_encoder.files import read, write
+from modeling_gemma_encoder.files import is_local, read, write
 from modeling_gemma_encoder.finetuning import build
 from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
@@ -168,7 +168,7 @@ def main():
         fail(parser, problem)
     folder = Path(args.output_dir)
     finished, held_out = folder / "training.json", Collection({}, {}, {})
-    local = [source for source in ranking.train_data if is_local(source)]
+    local = [source for source in ranking.train_data if is_local(source) or Path(source.partition(":")[0]).is_dir()]
     with failing(parser):
         loss = options.ranking_loss or GemmaEncoderConfig.from_pretrained(options.model).ranking_loss
         from_teacher = loss in DISTILLATION_LOSSES
@@ -245,10 +245,6 @@ def main():
         )
     if args.process_index == 0:
         print(f"\nEverything is in {folder}")
-
-
-def is_local(source: str) -> bool:
-    return Path(source).exists() or Path(source.partition(":")[0]).is_dir() or source.startswith((".", "/", "~"))
 
 
 def cannot_do(options, args) -> str | None:

@@ -33,7 +33,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset, IterableDataset
 from ngrams import NGramModel, perplexity
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -63,6 +62,7 @@ from modeling_gemma_encoder.training import (
     StepTimer,
     checkpoint_to_resume,
     defaults_of,
+    leave_report,
     plot_losses,
     refuse_another_run,
     rows_per_step,
@@ -249,14 +249,7 @@ def main():
         for name, values in ngram_perplexities(train, held_out, len(tokenizer), options.ngram_tokens).items():
             perplexities[name] |= values
     report = {"perplexity": perplexities, "parameters": parameters, "parameters_beside_embedding": beside}
-    report |= {"tokens": trainer.state.num_input_tokens_seen, "steps": trainer.state.global_step, "seed": args.seed}
-    report |= {"tokens_per_second": timer.tokens_per_second(trainer.state), "learning_rate": args.learning_rate}
-    report |= {"batch_size": batch_size, "bf16": args.bf16, "torch_compile": args.torch_compile}
-    report |= {"device": str(args.device), "blocks": None if options.streaming else len(train)}
-    report["options"] = asdict(options)
-    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    leave_report(trainer, timer, options, {**report, "blocks": None if options.streaming else len(train)})
     levels = {
         name: {model: math.log(value) for model, value in values.items() if model != "decoder"}
         for name, values in perplexities.items()

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors import SafetensorError
 
 from modeling_gemma_encoder.cards import add_ranking, masked, read_run
-from modeling_gemma_encoder.files import read
+from modeling_gemma_encoder.files import is_local, read
 from modeling_gemma_encoder.hub import publish, stage
 from modeling_gemma_encoder.recipes import ScriptParser, fail
 from modeling_gemma_encoder.verification import verify
@@ -71,7 +71,7 @@ def main():
     (args,) = parser.parse_args_into_dataclasses()
     results = [str(Path(folder) / "results.json") for folder in args.results]
     for folder in (args.model, *results, *([args.inputs] if args.inputs else [])):
-        on_hub = folder == args.model and folder.count("/") == 1 and not folder.startswith((".", "/", "~"))
+        on_hub = folder == args.model and folder.count("/") == 1 and not is_local(folder)
         if not on_hub and not Path(folder).exists():
             fail(parser, f"there is no {folder}")
     if not args.dry_run:

@@ -16,7 +16,6 @@ it resumes from the last checkpoint.
 """
 
 import copy
-import json
 import math
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
 from transformers import (
     AutoTokenizer,
@@ -39,6 +37,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
 from modeling_gemma_encoder.adapters import add_lora_alone
+from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.recipes import RecipeParser, fail, failing
@@ -49,8 +48,8 @@ from modeling_gemma_encoder.training import (
     StepTimer,
     checkpoint_to_resume,
     defaults_of,
+    leave_report,
     plot_losses,
-    provenance,
     refuse_another_run,
     rows_per_step,
     say_how_long,
@@ -62,7 +61,7 @@ from modeling_gemma_encoder.training import (
 @dataclass(kw_only=True)
 class UptrainingArguments(TextArguments):
     model: str = field(metadata={"help": "A Gemma checkpoint, raw or up-trained."})
-    objective: Literal["mlm", "mntp"] = field(
+    objective: MaskedLMObjective = field(
         default="mlm", metadata={"help": "Masked LM, or masked next-token prediction."}
     )
     mask_rate: float = field(default=0.2, metadata={"help": "Share of the tokens that are predicted."})
@@ -71,7 +70,7 @@ class UptrainingArguments(TextArguments):
     mask_token: str | None = field(
         default=None, metadata={"help": 'Where the tokenizer has none: a token to use, as LLM2Vec uses "_".'}
     )
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    attention: Attention = "bidirectional"
     dropout: float = field(
         default=0.0, metadata={"help": "While up-training; the checkpoint's config asks for the paper's 0.1 again."}
     )
@@ -245,15 +244,9 @@ def main():
     if not is_main:
         return
     report = {"masked_perplexity": {name: {"before": before[name], "after": after[name]} for name in held_out}}
-    report |= {"tokens": trainer.state.num_input_tokens_seen, "steps": trainer.state.global_step, "seed": args.seed}
-    report |= {"tokens_per_second": timer.tokens_per_second(trainer.state), "learning_rate": args.learning_rate}
-    report |= {"batch_size": batch_size, "bf16": args.bf16, "device": str(args.device), "options": asdict(options)}
-    report |= provenance()
-    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     start = {f"eval_{name}_loss": math.log(before[name]) for name in held_out}
     history = [{"step": 0, "num_input_tokens_seen": 0, **start}, *trainer.state.log_history]
-    (folder / "training_log.json").write_text(json.dumps(history, indent=1) + "\n")
+    leave_report(trainer, timer, options, report, history)
     plot_losses(history, list(held_out), folder / "training.png")
     print("\n| perplexity of hidden tokens | before | after |\n| --- | ---: | ---: |")
     for name in held_out:

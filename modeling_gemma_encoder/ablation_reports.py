@@ -6,8 +6,8 @@ A place is empty where a variant was not run on a task, and so is an average ove
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from .ablations import Study
 from .differences import averages, mean_and_error
@@ -73,16 +73,14 @@ def difference_table(name: str, study: Study, of_study: dict) -> str:
 
 def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
     """A panel a task, and one of the averages: every seed a dot, means with standard errors, the majority a line."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = [name for name in study.variants if any(name in variants for variants in of_study.values())]
     everywhere = all(name in variants for variants in of_study.values() for name in names)
     panels = [*of_study, *(["average"] if len(of_study) > 1 and everywhere else [])]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     size = (2.5 + 2.6 * columns, 1.2 + rows * (1 + 0.3 * len(names)))
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     places = np.arange(len(names))
     for axes, panel in zip(grid.flat, panels, strict=False):
         if panel == "average":
@@ -112,4 +110,3 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend) if columns > 2 else 1)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

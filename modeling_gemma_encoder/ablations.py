@@ -25,7 +25,8 @@ Options = dict[str, object]  # fields of FineTuningArguments, and `kind`: "words
 
 @dataclass
 class Study:
-    """
+    """Variants of one choice, and what they are compared with.
+
     Args:
         variants: Name -> the options that it changes.
         paper: Name -> GLUE average of Gemma 2 2B in the paper (arXiv 2503.02656), where it is known.

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from torch.nn import functional as F
 
@@ -61,12 +61,8 @@ def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15
 
 def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path, bins: int = 15) -> None:
     """For each name, confidences and whether they were right: how often, in bins of equal width, and how many."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(6, 7), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
+    figure = Figure(figsize=(6, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     top.plot([0, 1], [0, 1], color="silver", label="equal")
     edges = np.linspace(0, 1, bins + 1)
     for name, (confidences, right) in curves.items():
@@ -80,4 +76,3 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Pat
     top.legend()
     bottom.set(xlabel="probability", ylabel="rows", xlim=(0, 1), yscale="log")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -328,7 +328,6 @@ def make_card(
         usage=usage(repo_id, revision, architecture, adapter, pair=run.of_pairs),
         repo_id=repo_id,
         revision=revision,
-        verify=True,
         adapter=adapter,
         transformers="5.20",
         facts=how_it_reads(config, tokenizer, parameters, dtypes),

@@ -69,6 +69,12 @@ def _of_decoder(name: str) -> property:
     return property(read, lambda self, value: setattr(self.text_config, name, value), doc=f"`text_config.{name}`.")
 
 
+Attention = Literal["bidirectional", "causal"]
+Pooling = Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"]
+RankingLoss = Literal["point_ce", "pair", "softmax", "poly1", "lambdarank", "margin_mse", "kl"]
+MaskedLMObjective = Literal["mlm", "mntp"]
+
+
 @strict
 class GemmaEncoderConfig(PreTrainedConfig):
     r"""
@@ -117,9 +123,9 @@ class GemmaEncoderConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gemma2")}
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    attention: Attention = "bidirectional"
     attention_window: int | None = radius(default=None)
-    pooling: Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"] = "mean"
+    pooling: Pooling = "mean"
     pooling_k: int = interval(min=1)(default=1)
     pooling_num_probes: int = interval(min=1)(default=8)
     pooling_num_heads: int = interval(min=1)(default=4)
@@ -128,11 +134,11 @@ class GemmaEncoderConfig(PreTrainedConfig):
     classifier_hidden_sizes: list[int] | tuple[int, ...] = layer_sizes(default=())
     classifier_activation: str = activation_name(default="gelu")
     classifier_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.0)
-    ranking_loss: Literal["point_ce", "pair", "softmax", "poly1", "lambdarank", "margin_mse", "kl"] = "softmax"
+    ranking_loss: RankingLoss = "softmax"
     list_chunk_size: int | None = chunk_size(default=None)
     calibration_temperature: int | float | None = temperature(default=None)
     calibration_bias: int | float = 0.0
-    masked_lm_objective: Literal["mlm", "mntp"] = "mlm"
+    masked_lm_objective: MaskedLMObjective = "mlm"
     int8_weights: bool = False
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 

@@ -11,6 +11,11 @@ def write(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def is_local(name: str) -> bool:
+    """Whether it names a place here, which may be missing, and nothing on the Hub."""
+    return Path(name).exists() or name.startswith((".", "/", "~"))
+
+
 def read(path: Path) -> dict:
     """A JSON file's content; {} where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments
 
-from .configuration_gemma_encoder import TASK_HEADS, GemmaEncoderConfig
+from .configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
 from .encoding_gemma_encoder import refuse_dropout
 from .fused_gemma_encoder import FUSED
 from .pretrained_gemma_encoder import find_adapter
@@ -22,12 +22,12 @@ class FineTuningArguments:
     """What is fine-tuned, and how; the first ones are options of `GemmaEncoderConfig`."""
 
     model: str = field(metadata={"help": "A checkpoint of Gemma, Llama or Qwen: raw, up-trained or fine-tuned."})
-    attention: Literal["bidirectional", "causal"] | None = field(
+    attention: Attention | None = field(
         default=None,
         metadata={"help": "This and the following: default as --model has it, or the config's."},
     )
     attention_window: int | None = field(default=None, metadata={"help": "Radius in tokens."})
-    pooling: Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"] | None = None
+    pooling: Pooling | None = None
     pooling_k: int | None = field(default=None, metadata={"help": "Of first_k and last_k."})
     pooling_num_probes: int | None = field(default=None, metadata={"help": "Of query_probe and kv_probe."})
     pooling_num_heads: int | None = field(default=None, metadata={"help": "Of query_probe and kv_probe."})
@@ -36,9 +36,7 @@ class FineTuningArguments:
     classifier_hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Hidden layers of the head."})
     classifier_activation: str | None = field(default=None, metadata={"help": "Between them, as `ACT2FN` has it."})
     classifier_dropout: float | None = field(default=None, metadata={"help": "Within the head."})
-    ranking_loss: Literal["point_ce", "pair", "softmax", "poly1", "lambdarank", "margin_mse", "kl"] | None = field(
-        default=None, metadata={"help": "Of rankers."}
-    )
+    ranking_loss: RankingLoss | None = field(default=None, metadata={"help": "Of rankers."})
     list_chunk_size: int | None = field(
         default=None, metadata={"help": "Candidates encoded at a time, to save memory."}
     )

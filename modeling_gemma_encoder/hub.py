@@ -24,7 +24,7 @@ from . import modeling_gemma_encoder
 from .cards import Run, code_licence, licence_of, make_card, notice
 from .checkpoint_gemma_encoder import WEIGHTS
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import write
+from .files import is_local, write
 from .pretrained_gemma_encoder import find_adapter
 from .verification import CODE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
 
@@ -134,7 +134,7 @@ def stage(
 
 
 def _stage_adapter(source: str, folder: Path, adapter: dict, base: str, revision: str | None, config) -> None:
-    if Path(base).exists() or base.startswith((".", "/", "~")):
+    if is_local(base):
         raise ValueError(
             f"The adapter was trained over {base}, which others do not have: publish that first, and give its "
             "repository as `base` (--base_model)."

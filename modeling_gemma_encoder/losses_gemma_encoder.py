@@ -28,6 +28,12 @@ def regression_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logits.float() - labels).where(labels != IGNORE, 0).square().sum()
 
 
+def mean_over(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """A summed loss over `num_items`, or over the labels of this batch where that is None; 0 where there are none."""
+    num_items = (labels != IGNORE).sum() if num_items is None else num_items
+    return loss / torch.as_tensor(num_items, device=loss.device).clamp(min=1)
+
+
 CLASSIFICATION_LOSSES = {
     "single_label_classification": single_label_loss,
     "multi_label_classification": multi_label_loss,

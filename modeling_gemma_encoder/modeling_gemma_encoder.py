@@ -27,7 +27,7 @@ from .encoding_gemma_encoder import (
     run_unpadded,
     to_padded,
 )
-from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, single_label_loss
+from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
 from .pooling_gemma_encoder import POOLERS
 from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
 from .quantization_gemma_encoder import hold_int8
@@ -237,10 +237,7 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
                     f"`labels` has classes from {lowest} to {highest}, but the model has {logits.shape[-1]}, counted "
                     f"from 0: is `num_labels` right? Rows to ignore are labelled {IGNORE}."
                 )
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels != IGNORE).sum()
-        num_items = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-        return CLASSIFICATION_LOSSES[problem_type](logits, labels) / num_items
+        return mean_over(CLASSIFICATION_LOSSES[problem_type](logits, labels), labels, num_items_in_batch)
 
 
 class GemmaEncoderForRanking(GemmaEncoderModel):
@@ -401,10 +398,8 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
                     f"`labels` has tokens from {lowest} to {highest}, but the model's vocabulary has "
                     f"{self.config.vocab_size}. Tokens not to be predicted are labelled {IGNORE}."
                 )
-        if num_items_in_batch is None:
-            num_items_in_batch = labelled.sum()
-        num_items = torch.as_tensor(num_items_in_batch, device=states.device).clamp(min=1)
-        return single_label_loss(self._predict(states[labelled]), labels[labelled]) / num_items
+        loss = single_label_loss(self._predict(states[labelled]), labels[labelled])
+        return mean_over(loss, labels, num_items_in_batch)
 
 
 GemmaEncoderModel.register_for_auto_class("AutoModel")

@@ -8,15 +8,16 @@ from typing import ClassVar, Literal
 from zlib import crc32
 
 import ir_measures
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import bootstrap, permutation_test
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import write
+from .files import is_local, write
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking
 from .quantization_gemma_encoder import quantize_int8
@@ -86,7 +87,7 @@ def load_ranker(
         ValueError: `dtype` is none of these, or the checkpoint has no trained head.
     """
     dtype, device = choose(dtype, device)
-    if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).exists():
+    if is_local(checkpoint) and not Path(checkpoint).exists():
         raise ValueError(f"There is no folder {checkpoint}.")
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"`dtype` must be auto, float32, bfloat16 or int8, got {dtype}")
@@ -309,12 +310,9 @@ def markdown(means: dict[str, dict[str, float]], compared: dict[str, dict], main
 
 def plot_queries(ours: dict[str, float], theirs: dict[str, float], names: tuple[str, str], main: str, path: Path):
     """Each query's difference as a bar, sorted."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
     differences = np.sort([ours[qid] - theirs[qid] for qid in ours])[::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not differences.any():
         axes.text(0.5, 0.6, "no query differs", transform=axes.transAxes, ha="center")
@@ -328,4 +326,3 @@ def plot_queries(ours: dict[str, float], theirs: dict[str, float], names: tuple[
     )
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

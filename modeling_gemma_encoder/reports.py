@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from datasets import Dataset
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -13,14 +13,12 @@ from .tasks import Task
 
 def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Dataset]], folder: Path) -> None:
     """`learning_curve.png`, and `predictions-<split>.png`: a confusion matrix, or predictions against labels."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     history = report.get("history", [])
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry]
     if losses or evaluations:
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
         marker = "." if len(losses) < 20 else None
         style = {"color": "silver", "marker": marker, "label": "training loss"}
         lines = axes.plot(*zip(*losses, strict=True), **style) if losses else []
@@ -37,14 +35,14 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
         figure.savefig(folder / "learning_curve.png", dpi=120)
-        pyplot.close(figure)
 
     for split, (predictions, rows) in predicted.items():
         if task.problem in ("choice", "multi_label_classification"):
             continue
         labels = np.array(rows["label"])
         side = max(6, 1 + 0.3 * len(task.labels))
-        figure, axes = pyplot.subplots(figsize=(side, side * 5 / 6), layout="constrained")
+        figure = Figure(figsize=(side, side * 5 / 6), layout="constrained")
+        axes = figure.subplots()
         if task.problem == "regression":
             axes.plot(labels, predictions, ".", alpha=0.4, label="row")
             axes.plot([labels.min(), labels.max()], [labels.min(), labels.max()], color="silver", label="equal")
@@ -69,7 +67,6 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
             axes.set(xlabel="predicted, as a share of the true", ylabel="true (rows)")
         axes.set_title(f"{report['task']}, {split}, {len(labels)} rows, seed {report['seed']}")
         figure.savefig(folder / f"predictions-{split}.png", dpi=120)
-        pyplot.close(figure)
 
 
 def summarize(runs: list[dict]) -> list[dict]:

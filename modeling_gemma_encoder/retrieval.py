@@ -14,6 +14,7 @@ import bm25s
 import numpy as np
 from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
 
+from .files import is_local
 from .tasks import FORMATS, read_file
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score
@@ -50,7 +51,8 @@ class Texts(Mapping[str, str]):
 
 @dataclass
 class Collection:
-    """
+    """Queries and passages by their ids, what was judged of them, and perhaps candidates to rerank.
+
     Args:
         qrels: Query id -> passage id -> grade, 0 for what was judged and found irrelevant.
         run: Candidates of each query to be reranked, with their first scores. None: what was judged.
@@ -140,7 +142,7 @@ def read_collection(source: str, pairs: tuple[str, str, str] | None = None) -> C
         found = Collection(*read_texts(path), read_qrels(_file(path, "qrels", split)))
     elif path.suffix in FORMATS:
         found = _pairs(read_file(path, pairs[:2]), name, pairs)
-    elif path.exists() or name.startswith((".", "/", "~")):
+    elif is_local(name):
         raise ValueError(f"{name} is neither a folder nor a file of {', '.join(FORMATS)}.")
     else:
         found = _hub(name, split)

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from .files import write
+from .files import is_local, write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from .recipes import Help, RecipeParser, fail, failing, share_batch
 from .reports import average, markdown, summarize
@@ -126,7 +126,7 @@ def make_parser(own: type, output_dir: str, description: str) -> RecipeParser:
 def parse(parser: RecipeParser, task: Task) -> tuple:
     """The command line, with the task's defaults for this size of decoder where it says nothing; checked."""
     given = parser.parse_args()
-    if not Path(given.model).exists() and given.model.startswith((".", "/", "~")):
+    if is_local(given.model) and not Path(given.model).exists():
         fail(parser, f"--model: there is no folder {given.model}")
     with failing(parser, f"--model {given.model}: "):
         parser.set_defaults(**training_defaults(given.model, given.lora_r is not None, task))

@@ -27,7 +27,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 
 @dataclass(frozen=True)
 class Task:
-    """
+    """What is learned of a data set's rows: which texts are read, how, and how predictions are scored.
+
     Args:
         texts: The one or two columns that are read.
         problem: One class a row, several, a number, or a choice among candidates (a ranker then picks the best).

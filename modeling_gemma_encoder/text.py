@@ -15,6 +15,8 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from tqdm import tqdm
 
+from .files import is_local
+
 STANDARD_LIBRARY = "python"
 FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 TEXT_HELP = (
@@ -119,7 +121,7 @@ def read_text(source: str, options: TextArguments, held_out: bool = False) -> Da
         rows = Dataset.from_dict({"text": [text for text, is_out in all_docstrings().items() if is_out == held_out]})
         return rows.to_iterable_dataset() if options.streaming else rows
     path, column = Path(source), options.text_column
-    if path.exists() or path.suffix in FILES or source.startswith((".", "/", "~")) or source.endswith("/"):
+    if is_local(source) or path.suffix in FILES or source.endswith("/"):
         files = sorted(file for file in path.rglob("*") if file.suffix in FILES) if path.is_dir() else [path]
         if not path.exists():
             raise FileNotFoundError(f"--text {source}: there is no such file or folder.")

@@ -8,17 +8,20 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import ClassVar
 
-import matplotlib
 import torch
+import transformers
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .cards import masked
+from .files import write
 from .recipes import Help, ScriptParser, fail
 
 # Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
@@ -162,9 +165,26 @@ def refuse_another_run(
             raise ValueError(f"{folder} holds another run ({differences}). Choose another --output_dir, or delete it.")
     elif is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        whole = folder / "run.json.part"
-        whole.write_text(json.dumps(run, indent=2) + "\n")
-        whole.replace(path)
+        write(path, json.dumps(run, indent=2))
+
+
+def leave_report(trainer: Trainer, timer: StepTimer, options, extra: dict, history: list[dict] | None = None) -> None:
+    """
+    `results.json` and `training_log.json` of a model that has read plain text, in the Trainer's folder.
+
+    Args:
+        options: What was asked for beside the Trainer's arguments.
+        extra: What the script found; `results.json` begins with it.
+        history: Default: the Trainer's.
+    """
+    args, state = trainer.args, trainer.state
+    report = {**extra, "tokens": state.num_input_tokens_seen, "steps": state.global_step, "seed": args.seed}
+    report |= {"tokens_per_second": timer.tokens_per_second(state), "learning_rate": args.learning_rate}
+    report |= {"batch_size": rows_per_step(args), "bf16": args.bf16, "torch_compile": args.torch_compile}
+    report |= {"device": str(args.device), "options": asdict(options), **provenance()}
+    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    write(Path(args.output_dir) / "results.json", json.dumps(report, indent=2))
+    write(Path(args.output_dir) / "training_log.json", json.dumps(history or state.log_history, indent=1))
 
 
 def plot_losses(
@@ -175,11 +195,8 @@ def plot_losses(
     ylabel: str = "loss (nats a token)",
 ):
     """Training and held-out loss over tokens; `levels` of each held-out text are drawn as horizontal lines."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
 
     def draw(key: str, label: str, **style):
         points = [(entry["num_input_tokens_seen"], entry[key]) for entry in history if key in entry]
@@ -197,4 +214,3 @@ def plot_losses(
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
