@@ -6,6 +6,8 @@
     python examples/classify.py ... --text_column question answer --template "Question: {first} Answer: {second}"
     python examples/classify.py ... --label_column toxic obscene insult     # several labels a row, columns of 0 and 1
     python examples/classify.py ... --label_column stars --problem regression
+    python examples/classify.py --model runs/classify/seed-42 --do_train false --do_eval false --do_predict \\
+        --test_file new.csv --output_dir runs/new                           # with a model that was trained before
 
 Names of the classes are those found in the training labels, and are kept in the model's config. Without validation rows
 a tenth of the training rows is held out. Every flag of `TrainingArguments` works. `<output_dir>/seed-<n>` holds the
@@ -15,6 +17,7 @@ reads what is there.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +29,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from scipy.special import softmax
 from sklearn.metrics import r2_score
 
+from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, pearson_and_spearman
 from modeling_gemma_encoder.recipes import fail, failing
@@ -70,10 +74,16 @@ class TableArguments:
     template: str = field(default="{first}\n{second}", metadata={"help": "How two texts are read as one."})
     seeds: list[int] | None = field(default=None, metadata={"help": "A run for each. Default: --seed alone."})
 
-    def complaint(self, do_predict: bool) -> str | None:
+    @property
+    def lacks_training(self) -> bool:
+        return self.train_file is None and self.dataset is None
+
+    def complaint(self, do_train: bool, do_eval: bool, do_predict: bool) -> str | None:
         """What cannot be, in the words of the command line."""
-        if (self.train_file is None) == (self.dataset is None):
+        if (do_train and self.lacks_training) or (self.train_file and self.dataset):
             return "give either --train_file or --dataset"
+        if self.lacks_training and do_eval and not self.validation_file:
+            return "--do_eval needs --validation_file; or give --do_eval false"
         if len(self.text_column) > 2:
             return f"--text_column takes one or two columns, got {', '.join(self.text_column)}"
         if do_predict and not (self.test_file or self.dataset):
@@ -81,20 +91,31 @@ class TableArguments:
         return None
 
 
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def is_number(value: str) -> bool:
+    """Whether a cell of a .csv or .tsv file is to be read as a number: "007" is a name, and "nan" is none."""
+    return bool(NUMBER.fullmatch(value.strip())) and not re.match(r"\s*[+-]?0\d", value)
+
+
 class Table:
     """The splits as a task's source: classes by their names, several columns of labels joined to one of lists.
 
+    Args:
+        model: A classifier, whose problem and classes these are. Default: those of the training labels.
+
     Raises:
-        ValueError: a file or a column is not what the command line says.
+        ValueError: a file, a column or the model is not what the command line says.
     """
 
-    def __init__(self, table: TableArguments):
+    def __init__(self, table: TableArguments, model: str | None = None):
         self.table = table
         self.files = {"train": table.train_file, "validation": table.validation_file, "test": table.test_file}
         self.splits = {"train": table.train_split, "validation": table.validation_split, "test": table.test_split}
         self.label = table.label_column[0] if len(table.label_column) == 1 else "label"
-        self.problem, self.names = self._describe(self._read("train"))
-        self.held_out = 0.0
+        self.numbers, self.held_out = False, 0.0
+        self.problem, self.names = self._describe(self._read("train")) if model is None else self._of_model(model)
 
     def place(self, split: str) -> str:
         return self.files[split] or f"{self.table.dataset}, split {self.splits[split]!r}"
@@ -110,21 +131,47 @@ class Table:
             rows = parts["train" if split == "train" else "test"]
         else:
             rows = self._read(split)
-        if self.problem == "regression" or self.label not in rows.column_names:
+        if self.label not in rows.column_names:
             return rows
-        names = [as_names(value, rows.features[self.label]) for value in rows[self.label]]
-        return rows.remove_columns(self.label).add_column(self.label, names)
+        labels = [self._value(value) for value in rows[self.label]]
+        if self.problem != "regression":
+            labels = [as_names(value, rows.features[self.label]) for value in labels]
+        return rows.remove_columns(self.label).add_column(self.label, labels)
 
     def as_written(self, split: str) -> Dataset:
+        """Every column of a .csv or .tsv file as text."""
+        return self._load(split, None)
+
+    def _load(self, split: str, texts: Sequence[str] | None) -> Dataset:
         if self.table.dataset:
             name, _, config = self.table.dataset.partition(":")
             return load_dataset(name, config or None, split=self.splits[split])
-        return read_file(Path(self.files[split]), self.table.text_column)
+        return read_file(Path(self.files[split]), texts)
+
+    def _value(self, value):
+        """Of a label's cell: None where it is empty, a number where it is to be one."""
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            return None
+        return float(value) if self.numbers and is_number(value) else value
+
+    def _of_model(self, model: str) -> tuple[str, list[str]]:
+        config = GemmaEncoderConfig.from_pretrained(model)
+        if GemmaEncoderForSequenceClassification.__name__ not in (config.architectures or ()):
+            raise ValueError(f"--model {model} is no trained classifier: give --train_file or --dataset.")
+        self.numbers = config.num_labels == 1
+        problem = "regression" if self.numbers else "single_label_classification"
+        return config.problem_type or problem, [] if self.numbers else list(config.id2label.values())
 
     def _read(self, split: str) -> Dataset:
-        rows = self.as_written(split)
         columns = self.table.label_column
-        if len(columns) == 1 or not set(columns) <= set(rows.column_names):
+        rows = self._load(split, [*self.table.text_column, *(columns if len(columns) == 1 else [])])
+        missing = [column for column in columns if column not in rows.column_names]
+        if 0 < len(missing) < len(columns) or (missing and len(columns) > 1 and split != "test"):
+            has = ", ".join(rows.column_names)
+            raise ValueError(f"{self.place(split)} has no column {', '.join(missing)}; it has {has}.")
+        if missing or len(columns) == 1:
             return rows
         if wrong := [column for column in columns if not set(rows[column]) <= {0, 1}]:
             raise ValueError(f"{self.place(split)}: column {wrong[0]!r} holds more than 0 and 1.")
@@ -138,9 +185,23 @@ class Table:
             missing = ", ".join(set(self.table.label_column) - set(rows.column_names))
             raise ValueError(f"{self.place('train')} has no column {missing}; it has {', '.join(rows.column_names)}.")
         values, kind = rows[self.label], rows.features[self.label]
-        problem = self.table.problem
+        problem, place = self.table.problem, f"{self.place('train')}: {self.label!r}"
         if not values:
             raise ValueError(f"{self.place('train')} has no rows.")
+        of_csv = self.table.train_file and Path(self.table.train_file).suffix in (".csv", ".tsv")
+        if of_csv and isinstance(values[0], str):
+            other = next((row for row, value in enumerate(values) if not is_number(value)), None)
+            self.numbers = other is None
+            if other is not None and values[other].strip():
+                is_now = f"{place} is {values[other]!r} in row {other}"
+                if problem == "regression":
+                    raise ValueError(f"{is_now}, which is no number.")
+                if problem is None and any(map(is_number, values)):
+                    raise ValueError(f"{is_now}, and a number elsewhere; --problem single_label_classification if not.")
+        self.numbers |= problem == "regression"
+        values = [self._value(value) for value in values]
+        if None in values:
+            raise ValueError(f"{place} is empty in row {values.index(None)}.")
         if isinstance(values[0], list) and problem not in (None, "multi_label_classification"):
             raise ValueError(f"{self.place('train')}: {self.label!r} holds lists, which are several labels a row.")
         if problem is None and isinstance(values[0], list):
@@ -172,9 +233,9 @@ def as_names(value, kind):
     return None if value is None else str(value)
 
 
-def task_of(table: TableArguments) -> tuple[str, Task, Table]:
-    """What results and cards call a table, what is to be learned of it, and its splits."""
-    source = Table(table)
+def task_of(table: TableArguments, model: str | None = None) -> tuple[str, Task, Table]:
+    """What results and cards call a table, what is to be learned of it, or was by `model`, and its splits."""
+    source = Table(table, model if table.lacks_training else None)
     metric = METRICS[source.problem]
     if metric is one_class:
         metric = partial(one_class, classes=len(source.names))
@@ -187,23 +248,26 @@ def task_of(table: TableArguments) -> tuple[str, Task, Table]:
         template=table.template,
         max_length=512,
     )
-    return table.dataset or Path(table.train_file).name, task, source
+    file = table.train_file or table.validation_file or table.test_file
+    return table.dataset or Path(file).name, task, source
 
 
 def main():
     parser = make_parser(TableArguments, "runs/classify", __doc__)
     given = parser.parse_args()
     table = TableArguments(**{name: getattr(given, name) for name in TableArguments.__dataclass_fields__})
-    if problem := table.complaint(given.do_predict):
+    if problem := table.complaint(given.do_train, given.do_eval, given.do_predict):
         fail(parser, problem)
     with failing(parser):
-        name, task, source = task_of(table)
+        name, task, source = task_of(table, given.model)
+        print(f"{name}: {task.problem}, " + (f"classes {', '.join(task.labels)}" if task.labels else task.label))
         table, options, args = parse(parser, task)
         folder, seeds = Path(args.output_dir), table.seeds or [args.seed]
         if problem := cannot_run(args, [task], seeds, options):
             fail(parser, problem)
-        task.load(source, "train")  # all of them, in the file's order, for messages that name a row
-        source.hold_out()
+        if not table.lacks_training:
+            task.load(source, "train")  # all of them, in the file's order, for messages that name a row
+            source.hold_out()
         data = Data.load(name, task, source, options, args)
         runs = {seed: of_run(args, folder / f"seed-{seed}", seed, "classify") for seed in seeds}
         for run_args in runs.values():
@@ -216,7 +280,9 @@ def main():
         fine_tune(name, task, data, options, run_args)
         if data.test and args.process_index == 0:
             rows = answered.to_pandas().assign(**answers(task, *predictions(folder / f"seed-{seed}", "test")))
-            write(folder / f"seed-{seed}" / "predictions.csv", rows.to_csv(index=False).rstrip())
+            written = folder / f"seed-{seed}" / "predictions.csv"
+            write(written, rows.to_csv(index=False).rstrip())
+            print(f"{len(rows):,} predictions are in {written}")
     if args.process_index == 0:
         conclude(folder, sorted(folder.glob("seed-*/results.json")), options.model, {})
 

@@ -44,11 +44,12 @@ from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.retrieval import Collection, lists_of, read_collection, read_run
 from modeling_gemma_encoder.runs import RECIPE
 from modeling_gemma_encoder.suites import make_parser, parse
-from modeling_gemma_encoder.tasks import Task
+from modeling_gemma_encoder.tasks import FORMATS, Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
 from modeling_gemma_encoder.training import (
     StepTimer,
     checkpoint_to_resume,
+    count_steps,
     defaults_of,
     plot_losses,
     provenance,
@@ -168,7 +169,7 @@ def main():
         fail(parser, problem)
     folder = Path(args.output_dir)
     finished, held_out = folder / "training.json", Collection({}, {}, {})
-    local = [source for source in ranking.train_data if is_local(source) or Path(source.partition(":")[0]).is_dir()]
+    local = [source for source in ranking.train_data if is_file_or_folder(source)]
     with failing(parser):
         loss = options.ranking_loss or GemmaEncoderConfig.from_pretrained(options.model).ranking_loss
         from_teacher = loss in DISTILLATION_LOSSES
@@ -219,7 +220,12 @@ def main():
     seen = {name: trained_on(queries, collection) for name, collection in collections.items()}
     if args.process_index == 0:
         to_evaluate = ", ".join(collections) or "nothing"
-        print(f"{len(lists):,} queries to train on, lists of up to {ranking.list_size}; to evaluate: {to_evaluate}")
+        if ranking.held_out and not held_out.qrels:
+            to_evaluate += f" (--held_out {ranking.held_out} of so few queries is none)"
+        steps = f"{count_steps(args, len(lists)):,} steps, " if args.do_train and not finished.exists() else ""
+        print(
+            f"{len(lists):,} queries to train on, {steps}lists of up to {ranking.list_size}; to evaluate: {to_evaluate}"
+        )
         for name, count in seen.items():
             if count and args.do_train:
                 print(f"WARNING: {count} of {len(collections[name].qrels)} queries of {name} are also trained on")
@@ -247,10 +253,17 @@ def main():
         print(f"\nEverything is in {folder}")
 
 
+def is_file_or_folder(source: str) -> bool:
+    """A data set on the Hub has no ending of a file; of a folder one of several qrels may be named, `folder:test`."""
+    return is_local(source) or Path(source).suffix in FORMATS or Path(source.partition(":")[0]).is_dir()
+
+
 def cannot_do(options, args) -> str | None:
     """Flags of other scripts, which would do nothing here."""
     if options.max_eval_samples is not None or options.preprocessing_num_workers is not None:
         return "--max_eval_samples and --preprocessing_num_workers do nothing here; see --eval_depth"
+    if args.label_smoothing_factor:
+        return "--label_smoothing_factor is for tasks with one class a row"
     if args.do_predict:
         return "--do_predict does nothing here: rerank.py writes scores"
     return None

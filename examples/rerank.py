@@ -22,6 +22,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -127,16 +128,24 @@ def write_row(row: dict | list, scores: list[float], columns: list[str]) -> str:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines that are not blank, and where they are."""
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open(encoding="utf-8", newline="\n") as file, in_utf8(path):
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield line.rstrip("\r\n"), f"{path}, line {number}"
 
 
+@contextmanager
+def in_utf8(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}): save it in that encoding") from error
+
+
 def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[dict, list[tuple[str, str]]]]:
     """Rows under a header, and their pairs; a text in quotes may have several lines."""
     csv.field_size_limit(2**31 - 1)  # or a text of more than 131,072 letters is an error
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, in_utf8(path):
         reader = csv.DictReader(file, strict=True)
         if missing := {*columns} - {*(reader.fieldnames or ())}:
             there = ", ".join(reader.fieldnames or ()) or "nothing"

@@ -4,6 +4,7 @@ LoRA: arXiv 2106.09685; on every linear layer and over 4-bit weights: QLoRA, arX
 tells PEFT which layers of a Gemma Encoder to adapt.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .checkpoint_gemma_encoder import all_or_nothing
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from .pretrained_gemma_encoder import find_adapter
+from .pretrained_gemma_encoder import find_adapter, quiet
 
 HEADS = {model.__name__: model for model in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
 
@@ -117,7 +118,8 @@ def add_lora_alone(model: PreTrainedModel, r: int, alpha: int | None = None, dro
 def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, **where) -> PreTrainedModel:
     """
     Writes a model without adapters into `folder`: its decoder, with what the adapter learned, head, pooler and
-    tokenizer. Over 4-bit weights the adapter was trained for those; here it is added to the whole ones.
+    tokenizer, and what our scripts left beside the adapter, for a card. Over 4-bit weights the adapter was trained for
+    those; here it is added to the whole ones.
 
     Args:
         adapter: A folder that training left, or a repository.
@@ -135,19 +137,26 @@ def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.fl
     config = GemmaEncoderConfig.from_pretrained(adapter, **where)
     if not (architecture := set(config.architectures or ()) & HEADS.keys()):
         raise ValueError(f"{adapter} says of no head of ours that it adapts it, but of {config.architectures}.")
+    quantized = getattr(config, "quantization_config", None) is not None
     for one in (config, config.text_config):
         vars(one).pop("quantization_config", None)
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, **where)
     base = PeftConfig.from_pretrained(adapter, **where)
     of_both = {name: value for name, value in where.items() if name not in ("revision", "subfolder")}
-    model = HEADS[architecture.pop()].from_pretrained(
-        base.base_model_name_or_path, revision=base.revision, config=config, dtype=torch.float32, **of_both
-    )
+    with quiet():
+        model = HEADS[architecture.pop()].from_pretrained(
+            base.base_model_name_or_path, revision=base.revision, config=config, dtype=torch.float32, **of_both
+        )
     model = PeftModel.from_pretrained(model, adapter, **where).merge_and_unload()
     model.model.to(dtype)
     model.pooler.to(dtype)  # and the head stays in fp32, as when a model is loaded
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    begun = Path(adapter) / "run.json"
+    if begun.exists() and not quantized:  # whole weights score otherwise than the 4-bit ones that were measured
+        for path in (begun, *Path(adapter).glob("training.json"), *Path(adapter).glob("**/results.json")):
+            (Path(folder) / path.relative_to(adapter).parent).mkdir(exist_ok=True)
+            shutil.copyfile(path, Path(folder) / path.relative_to(adapter))
     return model
 
 

@@ -191,12 +191,13 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
     raise ValueError(f"{base} has no card that names its licence, and decoders of {decoder} have several: --license.")
 
 
-def notice(base: str, licence: str) -> str | None:
+def notice(base: str | None, licence: str) -> str | None:
     """The NOTICE file that the Gemma Terms of Use (section 3.1) ask of derivatives, with the changes said."""
     if licence != "gemma":
         return None
+    origin = base or "a Gemma"
     return (
-        f"{GEMMA_NOTICE}\n\nModified files: the weights (*.safetensors) and config.json are derived from {base}: "
+        f"{GEMMA_NOTICE}\n\nModified files: the weights (*.safetensors) and config.json are derived from {origin}: "
         "attention was changed, a pooler and a head were added, and the weights were trained further. tokenizer.json "
         "may carry another template.\nThe code (*.py) is not derived from Gemma and is under the Apache License 2.0, "
         "see LICENSE."
@@ -244,7 +245,7 @@ def usage(repo_id: str, revision: str | None, architecture: str, adapter: bool, 
         return (
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline\n\n"
             f'{pinned}classify = pipeline("text-classification", {name})\n'
-            f"classify({text})\n\n# or\n{tokenizer}{classifier}"
+            f"classify({text}, truncation=True)\n\n# or\n{tokenizer}{classifier}"
         )
     if architecture == "GemmaEncoderForMaskedLM":
         return (
@@ -278,7 +279,7 @@ def how_it_reads(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase,
 def make_card(
     template: Path,
     repo_id: str,
-    base: str,
+    base: str | None,
     config: GemmaEncoderConfig,
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
@@ -294,13 +295,13 @@ def make_card(
     The card of a model, from `template` (Jinja).
 
     Args:
-        base: The checkpoint that was trained further.
+        base: The checkpoint that was trained further; None where it has no name.
         revision: Commit that the snippets pin.
         limits: What to say of limits and biases, besides what holds for all.
     """
     architecture = (config.architectures or ["GemmaEncoderModel"])[0]
-    local = Path(base).exists()
-    of_base = f"The local checkpoint `{Path(base).name}`" if local else base
+    local = base is None or Path(base).exists()
+    of_base = "A decoder" if base is None else f"The local checkpoint `{Path(base).name}`" if local else base
     data = ModelCardData(
         language=language,
         license=licence,

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArgumen
 from .configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
 from .encoding_gemma_encoder import refuse_dropout
 from .fused_gemma_encoder import FUSED
+from .modeling_gemma_encoder import GemmaEncoderHead
 from .pretrained_gemma_encoder import find_adapter
 from .tasks import Task
 
@@ -155,6 +156,11 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
             f"--model {options.model} has a head with {config.num_labels} outputs, the task needs {outputs}. "
             "--ignore_mismatched_sizes begins with a fresh one."
         )
+    if other_classes(config, task) and not options.ignore_mismatched_sizes:
+        raise ValueError(
+            f"--model {options.model} has a head for the classes {', '.join(config.id2label.values())}, the data has "
+            f"{', '.join(task.labels)}. --ignore_mismatched_sizes begins with a fresh one."
+        )
     with torch.device("meta"):  # what cannot run as asked says so
         task.head._from_config(config, attn_implementation=options.attn_implementation)
     if args.do_train:
@@ -165,6 +171,12 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
     layers = {name.rpartition(".")[2] for name, _ in decoder_of(options.model).named_modules()}
     if unknown := [name for name in options.lora_target_modules or () if name not in layers]:
         raise ValueError(f"--lora_target_modules: the decoder has no layers named {', '.join(unknown)}.")
+
+
+def other_classes(config: GemmaEncoderConfig, task: Task) -> bool:
+    """Whether a checkpoint's head is for as many classes, of other names."""
+    named = bool(set(config.architectures) & set(TASK_HEADS)) and config.id2label.get(0) != "LABEL_0"
+    return named and config.num_labels == len(task.labels) > 1 and list(config.id2label.values()) != list(task.labels)
 
 
 def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
@@ -180,8 +192,12 @@ def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
         from .adapters import four_bit
 
         encoder["quantization_config"] = four_bit()
-    fresh = options.ignore_mismatched_sizes
-    model = task.head.from_pretrained(options.model, ignore_mismatched_sizes=fresh, **encoder)
+    if options.ignore_mismatched_sizes:
+        encoder["ignore_mismatched_sizes"] = True
+    model = task.head.from_pretrained(options.model, **encoder)
+    if options.ignore_mismatched_sizes and other_classes(GemmaEncoderConfig.from_pretrained(options.model), task):
+        model.classifier = GemmaEncoderHead(model.config, model.config.num_labels).to(model.device)
+        model.classifier.apply(model._init_weights)
     if options.freeze_embeddings:
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):

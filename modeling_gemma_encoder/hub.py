@@ -73,21 +73,27 @@ def stage(
 
     Args:
         source: Folder of a training, or a repository: a model, or an adapter.
-        base: The checkpoint it was made of. Default: what an adapter names.
+        base: The checkpoint it was made of. Default: what an adapter names. None is known of a model that was trained
+            without our scripts: then the card names none, and `licence` is needed.
         base_revision: Commit of the base that an adapter is loaded over from now on.
         licence: Of the weights. Default: the base's.
         dtype: To publish in, as "bfloat16". Default: as saved.
         inputs: Golden inputs besides our own.
 
     Raises:
-        ValueError: `source` has no trained head or no tokenizer, an adapter's base is a local folder, `folder` is not
-            empty.
+        ValueError: `source` has no trained head or no tokenizer, neither base nor licence is known, an adapter's base
+            is a local folder, `folder` is not empty.
     """
     target, folder = Path(folder), Path(folder).with_name(f"{Path(folder).name}.part")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty. What is published is put together in a folder of its own.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        models = sorted(str(path.parent) for path in Path(source).glob("**/config.json"))
+        raise ValueError(
+            f"{source} has no config.json, so it is no model; below it are: {', '.join(models) or 'none'}."
+        )
     adapter = find_adapter(source, {})
     config = GemmaEncoderConfig.from_pretrained(source)
     if not config.architectures:
@@ -96,9 +102,14 @@ def stage(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} has no tokenizer: save it beside the model, the template is in it.") from error
+    base = base or (adapter or {}).get("base_model_name_or_path") or config.text_config._name_or_path or None
+    if base is None and licence is None:
+        raise ValueError(
+            f"{source} does not say which decoder it was made of: give `base` (--base_model), under whose licence it "
+            "is, or, for a decoder of your own, `licence` (--license)."
+        )
     model_class = getattr(modeling_gemma_encoder, config.architectures[0])
     if adapter:
-        base = base or adapter["base_model_name_or_path"]
         _stage_adapter(source, folder, adapter, base, base_revision, config)
     else:
         form = {"dtype": getattr(torch, dtype)} if dtype else {}
@@ -110,8 +121,7 @@ def stage(
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
-    base = base or config.text_config._name_or_path or "an unnamed decoder"
-    licence = licence_of(base, config.text_config.model_type, licence)
+    licence = licence_of(base, config.text_config.model_type, licence) if base else licence
     write(folder / "LICENSE", code_licence().rstrip("\n"))
     if text := notice(base, licence):
         write(folder / "NOTICE", text)

@@ -135,10 +135,8 @@ def local_lists(
         for row in lists:
             rows.append({**row, "query": mark + row["query"], "documents": [mark + pid for pid in row["documents"]]})
     if not rows:
-        raise ValueError(
-            f"{', '.join(sources)}: no query has both a relevant passage and another one; --train_run bm25 "
-            "finds others."
-        )
+        how = "" if run else "; --train_run bm25 finds others"
+        raise ValueError(f"{', '.join(sources)}: no query has both a relevant passage and another one{how}.")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
     rest.queries, rest.passages = queries, passages

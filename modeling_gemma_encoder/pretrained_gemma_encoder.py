@@ -37,6 +37,17 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
+@contextmanager
+def quiet():
+    """Without the report that a decoder has no head, which is to come from an adapter."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def find_adapter(path, where: dict) -> dict | None:
     """The PEFT config at `path`, unless that is a whole model's folder that also holds an adapter."""
     if not isinstance(path, str | Path):
@@ -157,16 +168,13 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         if quantization := given.__dict__.pop("quantization_config", None):  # what the base becomes, not what it is
             kwargs.setdefault("quantization_config", AutoQuantizationConfig.from_dict(quantization))
         base = {name: where[name] for name in where if name not in ("revision", "subfolder")}
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()  # the head that the decoder lacks, it has from the adapter
-        try:
-            revision = adapter.get("revision") or "main"
-            model = super().from_pretrained(
-                adapter["base_model_name_or_path"], *args, config=given, revision=revision, **base, **kwargs
-            )
+        revision, named = adapter.get("revision") or "main", adapter["base_model_name_or_path"]
+        with quiet():
+            try:
+                model = super().from_pretrained(named, *args, config=given, revision=revision, **base, **kwargs)
+            except OSError as error:
+                raise OSError(f"{path} is an adapter over {named}, which cannot be read from here: {error}") from error
             loaded = model.load_adapter(str(path), adapter_kwargs=where)
-        finally:
-            logging.set_verbosity(level)
         saved = load_state_dict(weights)
         heads = [name for name in ("pooler", "classifier") if list(getattr(model, name, nn.Identity()).parameters())]
         lost = [name for name in heads if not any(f".{name}." in key for key in saved)]

@@ -68,8 +68,10 @@ def fast_dtype(device: str | torch.device) -> str:
 
 def choose(dtype: str, device: str | None) -> tuple[str, str]:
     """What "auto" and None stand for here: what is fast on the device, and the accelerator where there is one."""
-    if device is None:
-        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    there = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    device = there if device is None else device
+    if str(device).partition(":")[0] not in ("cpu", there):
+        raise ValueError(f"`device` {device} is not on this machine, which has {there}.")
     return fast_dtype(device) if dtype == "auto" else dtype, device
 
 

@@ -266,13 +266,16 @@ def _pairs(rows: Dataset, where: str, columns: tuple[str, str, str]) -> Collecti
     for column in columns:
         _column(rows, (column,), where)
     queries, passages, qrels = {}, {}, defaultdict(dict)
-    for query, passage, label in zip(*(rows[column] for column in columns), strict=True):
+    for row, (query, passage, label) in enumerate(zip(*(rows[column] for column in columns), strict=True)):
         qid = queries.setdefault(query, f"q{len(queries)}")
         pid = passages.setdefault(passage, f"p{len(passages)}")
-        whole = isinstance(label, int | float) and label == int(label)
-        if not isinstance(query, str) or not isinstance(passage, str) or not whole:
-            raise ValueError(f"{where}: {query!r}, {passage!r}, {label!r} are not two texts and a grade.")
-        qrels[qid][pid] = max(int(label), qrels[qid].get(pid, 0))  # the same pair twice: once relevant is relevant
+        try:  # one that is no number makes a column of a .csv file text
+            grade = float(label)
+        except (TypeError, ValueError):
+            grade = math.nan
+        if not isinstance(query, str) or not isinstance(passage, str) or not grade.is_integer():
+            raise ValueError(f"{where}, row {row}: {query!r}, {passage!r}, {label!r} are not two texts and a grade.")
+        qrels[qid][pid] = max(int(grade), qrels[qid].get(pid, 0))  # the same pair twice: once relevant is relevant
     swapped = ({one: text for text, one in texts.items()} for texts in (queries, passages))
     return Collection(*swapped, dict(qrels))
 

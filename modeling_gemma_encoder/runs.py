@@ -36,6 +36,7 @@ from .tasks import Source, Task, most_frequent, predictions_of
 from .training import (
     StepTimer,
     checkpoint_to_resume,
+    count_steps,
     defaults_of,
     provenance,
     refuse_another_run,
@@ -92,10 +93,13 @@ class Data:
         positions = (
             AutoConfig.from_pretrained(options.model, trust_remote_code=False).get_text_config().max_position_embeddings
         )
-        max_length = min(options.max_length or task.max_length, positions)
+        known = tokenizer.model_max_length  # of a model that is not trained here: as it was, where it says so
+        as_trained = known if not args.do_train and known <= positions else None
+        max_length = min(options.max_length or as_trained or task.max_length, positions)
         template = tokenizer.num_special_tokens_to_add(pair=True)
         if max_length < template + 2:
             raise ValueError(f"--max_length {max_length} leaves no room beside the template's {template} tokens.")
+        tokenizer.model_max_length = max_length  # saved with the model: it is read as it was trained
         encoded = {}
         for split, rows in {**train, **validation, **test}.items():
             with args.main_process_first():
@@ -165,8 +169,13 @@ def claim(
         The checkpoint to go on from.
 
     Raises:
-        ValueError: it holds another run.
+        ValueError: it holds another run, or the Trainer was told of a checkpoint or a metric that is not there.
     """
+    best, first = args.metric_for_best_model, next(iter(data.validation.values()), None)
+    if best is not None and first is not None and data.train is not None:
+        known = ["loss", *task.metric(most_frequent(task, data.train, first), first)]
+        if best.removeprefix("eval_") not in known:
+            raise ValueError(f"--metric_for_best_model {best} is none of {', '.join(known)}")
     folder, checkpoint = Path(args.output_dir), checkpoint_to_resume(args)
     finished = folder / "results.json"
     recipe = {key: getattr(args, key) for key in RECIPE}
@@ -218,7 +227,8 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     )
     if train and args.process_index == 0:
         batch = rows_per_step(args)
-        long = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        long = f"{count_steps(args, len(data.train)):,} steps"
+        long += f" in {args.num_train_epochs:g} epochs" if args.max_steps <= 0 else ""
         rate = f"learning rate {args.learning_rate:g}, up to {data.max_length} tokens"
         print(f"{name}, seed {args.seed}: {len(data.train):,} rows, {long}, {batch} rows a step, {rate}", flush=True)
     if train:
@@ -240,7 +250,12 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     if train:
         report = describe(task, data, trainer, model, timer)
     evaluated = {**report.get("evaluated", {}), **wanted}
-    scores, majority = ({**report.get(key, {}), **new} for key, new in (("scores", scores), ("majority", majority)))
+    # Of splits that were predicted before on other rows nothing is kept, if these have no labels.
+    kept = {
+        key: {split: found for split, found in report.get(key, {}).items() if split not in predicted}
+        for key in ("scores", "majority")
+    }
+    scores, majority = kept["scores"] | scores, kept["majority"] | majority
     report = {"task": name, "seed": args.seed, **report, "scores": scores, "majority": majority, "evaluated": evaluated}
     report.setdefault("model", str(trained or options.model))
     report["rows"] = {**report.get("rows", {}), **{split: len(rows) for split, rows in data.encoded.items()}}

@@ -109,7 +109,7 @@ def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, t
     results = {"summary": summary, "model": model, "real_tokens_per_second": speeds}
     write(folder / "results.json", json.dumps(results, indent=2))
     write(folder / "results.md", table)
-    print(f"\n{table}\n\nModels, plots and results are in {folder}")
+    print("\n" + f"{table}\n\n" * bool(summary) + f"Models, plots and results are in {folder}")
 
 
 def run_of(results: Path) -> dict:

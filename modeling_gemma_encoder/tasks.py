@@ -195,10 +195,13 @@ class Source:
         raise ValueError(f"{self.folder / split}.jsonl does not exist; splits there: {found}.")
 
 
-def read_file(path: Path, texts: Sequence[str] = ()) -> Dataset:
+def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
     """
     Rows of a .jsonl, .json, .csv, .tsv or .parquet file. In .csv and .tsv nothing stands for a missing value, "NA" is a
     word, and the columns `texts` are text even where they hold numbers. In .tsv quotation marks are only that.
+
+    Args:
+        texts: None: all columns.
 
     Raises:
         ValueError: the file is missing, empty, of another kind, or cannot be read.
@@ -212,13 +215,15 @@ def read_file(path: Path, texts: Sequence[str] = ()) -> Dataset:
     try:
         if FORMATS[path.suffix] == "csv":
             separator = "\t" if path.suffix == ".tsv" else ","
-            kinds = dict.fromkeys(texts, str)
+            kinds = str if texts is None else dict.fromkeys(texts, str)
             quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
             table = pandas.read_csv(path, sep=separator, keep_default_na=False, dtype=kinds, quoting=quoting)
             return Dataset.from_pandas(table, preserve_index=False)
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+        if isinstance(cause := error.__cause__ or error, UnicodeDecodeError):
+            cause = f"byte {cause.start} is not UTF-8; save it in that encoding"
+        raise ValueError(f"{path} cannot be read: {cause}") from error
 
 
 def by_label(metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Metric:

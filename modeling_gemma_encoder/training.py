@@ -62,11 +62,8 @@ def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, blo
     """How much is read, and how often."""
     batch = rows_per_step(args)
     there = None if isinstance(blocks, IterableDataset) else len(blocks)
-    if args.max_steps > 0:
-        steps, blocks_read = args.max_steps, args.max_steps * batch
-    else:
-        steps = math.ceil(args.num_train_epochs * math.ceil(there / batch))
-        blocks_read = args.num_train_epochs * there
+    steps = count_steps(args, there or 0)
+    blocks_read = args.max_steps * batch if args.max_steps > 0 else args.num_train_epochs * there
     line = f"{steps:,} steps of {batch} blocks of {block_size} tokens: {blocks_read * block_size:,.0f} tokens"
     if there:
         line += f"; the text has {there * block_size:,}, to be read {blocks_read / there:.2g} times"
@@ -129,13 +126,32 @@ def names_checkpoint(args: TrainingArguments) -> bool:
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that is named, or the last whole one in the folder, where there is one."""
-    return args.resume_from_checkpoint if names_checkpoint(args) else last_checkpoint(Path(args.output_dir))
+    """The checkpoint that is named, or the last whole one in the folder, where there is one. Raises ValueError where
+    there is none of that name."""
+    if not names_checkpoint(args):
+        return last_checkpoint(Path(args.output_dir))
+    if not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():
+        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint of the Trainer")
+    return args.resume_from_checkpoint
 
 
 def rows_per_step(args: TrainingArguments) -> int:
     """Of an optimizer step, on all devices."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def count_steps(args: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of a training on so many rows; says so where none of them changes anything."""
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step(args)))
+    if 0 < steps <= args.get_warmup_steps(steps):
+        print(
+            f"WARNING: all {steps} steps warm up, the first with a learning rate of 0, so that little or nothing is "
+            "learned: give more --num_train_epochs, or --warmup_steps 0",
+            flush=True,
+        )
+    return steps
 
 
 def under_fsdp(args: TrainingArguments) -> bool:

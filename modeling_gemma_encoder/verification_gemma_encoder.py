@@ -20,7 +20,8 @@ def verify_attention(model: nn.Module, trials: int = 4) -> None:
     train mode, and must not run while another thread uses the model.
 
     Raises:
-        RuntimeError: `model` holds no Gemma Encoder, or some layers do not attend as the config says.
+        RuntimeError: `model` holds no Gemma Encoder, its weights are no numbers, or some layers do not attend as the
+            config says.
     """
     encoder = next((module for module in model.modules() if is_encoder(module)), None)
     layers = [] if encoder is None else [module for module in encoder.modules() if hasattr(module, "reach")]
@@ -61,6 +62,11 @@ def _probe(encoder: nn.Module, layers: list[nn.Module], trials: int) -> dict[nn.
 
     def compare(module, args, output):
         states = output[0].reshape(trials, 6, -1).float()
+        if not states.isfinite().all():
+            raise RuntimeError(
+                f"Layer {module.layer_idx} computes no finite numbers: its weights are broken, as by a training that "
+                "diverged; lower its learning rate."
+            )
         tolerance = 1e-4 + 2 * torch.finfo(output[0].dtype).eps
         first_reaches_last = (states[:, 1] - states[:, 5]).norm() > tolerance * states[:, 1].norm()
         last_reaches_first = (states[:, 0] - states[:, 2]).norm() > tolerance * states[:, 0].norm()

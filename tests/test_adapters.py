@@ -131,8 +131,13 @@ def test_a_saved_adapter_is_merged_in_one_call(name, nano_tokenizer, tmp_path):
     expected = scores(model)
     model.save_pretrained(tmp_path / "adapter")
     nano_tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "run.json").write_text('{"model": "google/gemma-2-2b"}')
+    (tmp_path / "adapter" / "held-out").mkdir()
+    (tmp_path / "adapter" / "held-out" / "results.json").write_text('{"means": {}}')
     merged = merge(tmp_path / "adapter", tmp_path / "merged")
     assert type(merged) is HEADS[name][0]
+    for file in ("run.json", "held-out/results.json"):  # for a card
+        assert (tmp_path / "merged" / file).read_text() == (tmp_path / "adapter" / file).read_text()
     torch.testing.assert_close(scores(merged.eval()), expected, atol=1e-5, rtol=0)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     torch.testing.assert_close(scores(again), expected, atol=1e-5, rtol=0)
@@ -141,6 +146,14 @@ def test_a_saved_adapter_is_merged_in_one_call(name, nano_tokenizer, tmp_path):
     small = merge(tmp_path / "adapter", tmp_path / "small", dtype=torch.bfloat16)
     assert small.dtype == torch.bfloat16 and small.classifier.out_proj.weight.dtype == torch.float32
     torch.testing.assert_close(scores(small.eval()), expected, atol=0.1, rtol=0)
+
+
+def test_a_base_that_is_not_where_it_was_is_named(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "runs/elsewhere"}))
+    with pytest.raises(OSError, match="is an adapter over runs/elsewhere, which cannot be read from here"):
+        GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_what_is_no_adapter_of_ours_is_not_merged(tmp_path):

@@ -330,6 +330,13 @@ def test_wrappers_and_compiled_models_are_verified_too():
         verify_attention(compiled)
 
 
+def test_weights_that_are_no_numbers_are_said_to_be_broken():
+    model = build(GemmaEncoderModel, encoder_config("gemma2"))
+    torch.nn.init.constant_(model.model.layers[1].self_attn.q_proj.weight, torch.nan)
+    with pytest.raises(RuntimeError, match="Layer 1 computes no finite numbers: its weights are broken"):
+        verify_attention(model)
+
+
 def test_a_config_changed_after_loading_is_found():
     model = build(GemmaEncoderModel, encoder_config("gemma2"))
     model.config.attention_window = 2

@@ -242,6 +242,21 @@ def test_a_finished_task_is_not_run_again_and_another_run_is_refused(run, tmp_pa
     assert "holds another run (learning_rate: 0.0005 -> 0.001)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--metric_for_best_model", "f1"), "--metric_for_best_model f1 is none of loss, accuracy"),
+        (("--resume_from_checkpoint", "not/there"), "--resume_from_checkpoint not/there is no checkpoint"),
+    ],
+)
+def test_what_the_trainer_would_look_for_in_vain_is_said_before_training(run, tmp_path, capsys, extra, message):
+    write_task(tmp_path / "data", "sst2", GLUE["sst2"], glue.TASKS["sst2"])
+    flags = ("--task", "sst2", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", *FEW)
+    with pytest.raises(SystemExit):
+        run(run_glue, *flags, *extra)
+    assert message in capsys.readouterr().err
+
+
 def test_a_finished_run_is_of_its_rows(run, tmp_path):
     rows = [{"text": f"text {number}", "label": "ab"[number % 2]} for number in range(10)]
     first, other = write_csv(tmp_path / "first.csv", rows), write_csv(tmp_path / "other.csv", rows[1:])

@@ -97,6 +97,7 @@ def close(found, expected):
 
 def test_a_published_ranker_comes_back_pinned_tagged_and_private(hub, trained):  # noqa: F811
     command = [sys.executable, "examples/publish.py", "--model", str(trained), "--repo_id", "me/ranker", "--tag", "v1"]
+    command += ["--base_model", "google/gemma-2-2b"]
     result = run(hub, *command, "--private", "--language", "en")
     assert result.returncode == 0, result.stderr
     repo = hub.repos["me/ranker"]

@@ -209,3 +209,14 @@ def test_what_is_not_trained_is_not_staged(tmp_path, decoder):
         stage(str(tmp_path / "bare"), tmp_path / "b", "me/b", TEMPLATE, Run())
     with pytest.raises(ValueError, match="not empty"):
         stage(str(decoder), tmp_path / "bare", "me/b", TEMPLATE, Run())
+    with pytest.raises(ValueError, match=r"no config\.json, so it is no model; below it are: .*bare"):
+        stage(str(tmp_path), tmp_path / "b", "me/b", TEMPLATE, Run())
+
+
+def test_where_a_model_comes_from_is_said_or_asked_for(tmp_path, trained):
+    with pytest.raises(ValueError, match="does not say which decoder it was made of"):
+        stage(str(trained), tmp_path / "a", "me/a", TEMPLATE, Run())
+    stage(str(trained), tmp_path / "own", "me/own", TEMPLATE, Run(), licence="mit")
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "license: mit" in card and "base_model" not in card and "A decoder as a bidirectional encoder" in card
+    assert not (tmp_path / "own" / "NOTICE").exists()

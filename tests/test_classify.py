@@ -1,0 +1,147 @@
+"""Laws of tables of one's own: cells mean what they say, and a trained model reads new rows as it read its own."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import classify
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+FEW = ("--max_steps", 3, "--per_device_train_batch_size", 4, "--use_cpu", "True", "--disable_tqdm", "True")
+
+
+@pytest.fixture
+def run(monkeypatch, decoder):
+    def run(*arguments, model=decoder):
+        words = ["classify.py", "--model", model, *FEW, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        classify.main()
+
+    return run
+
+
+def write_csv(path: Path, columns: dict[str, list]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def table(folder: Path, labels: list, **options) -> classify.Table:
+    file = write_csv(folder / "train.csv", {"text": [f"text {n}" for n in range(len(labels))], "label": labels})
+    return classify.Table(classify.TableArguments(train_file=str(file), **options))
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "names"),
+    [
+        (["pos", "neg"], "single_label_classification", ["neg", "pos"]),
+        (["1", "0", "10"], "single_label_classification", ["0", "1", "10"]),
+        (["1.0", "2.0"], "single_label_classification", ["1", "2"]),
+        (["001", "007"], "single_label_classification", ["001", "007"]),
+        (["NA", "None"], "single_label_classification", ["NA", "None"]),
+        (["0.5", "1", "-2e3"], "regression", []),
+    ],
+)
+def test_labels_are_what_they_look_like(tmp_path, labels, problem, names):
+    found = table(tmp_path, labels)
+    assert (found.problem, found.names) == (problem, names)
+    values = found.rows("train")["label"]
+    assert values == ([float(label) for label in labels] if problem == "regression" else values)
+    assert problem == "regression" or set(values) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (["pos", "", "neg"], {}, "'label' is empty in row 1"),
+        (["0.5", " ", "1.5"], {}, "'label' is empty in row 1"),
+        (["0.5", "1.5", "nan"], {}, "'label' is 'nan' in row 2, and a number elsewhere"),
+        (["0.5", "N/A"], {}, "'label' is 'N/A' in row 1, and a number elsewhere"),
+        (["0.5", "2,5"], {"problem": "regression"}, "'label' is '2,5' in row 1, which is no number"),
+    ],
+)
+def test_a_cell_that_is_no_label_is_named(tmp_path, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        table(tmp_path, labels, **options)
+
+
+def test_names_that_are_partly_numbers_are_names_when_that_is_said(tmp_path):
+    assert table(tmp_path, ["1", "2", "other"], problem="single_label_classification").names == ["1", "2", "other"]
+
+
+def test_a_column_of_several_that_is_missing_is_named(tmp_path):
+    train = write_csv(tmp_path / "train.csv", {"text": ["a", "b"], "toxic": [0, 1], "rude": [1, 0]})
+    other = write_csv(tmp_path / "dev.csv", {"text": ["a", "b"], "toxic": [0, 1]})
+    given = {"train_file": str(train), "validation_file": str(other), "label_column": ["toxic", "rude"]}
+    with pytest.raises(ValueError, match=r"dev\.csv has no column rude; it has text, toxic"):
+        classify.Table(classify.TableArguments(**given)).rows("validation")
+
+
+def test_another_encoding_is_said(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("text,label\nété,a\nhiver,b\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8; save it in that encoding"):
+        classify.Table(classify.TableArguments(train_file=str(tmp_path / "latin.csv")))
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    """A classifier of long texts, cut to 12 tokens, and its table."""
+    texts = [f"{'rain' if n % 2 else 'sun'} " + "and wind " * n for n in range(12)]
+    file = write_csv(tmp_path / "train.csv", {"text": texts, "label": ["wet" if n % 2 else "dry" for n in range(12)]})
+    run("--train_file", file, "--max_length", 12, "--learning_rate", 1e-2, "--output_dir", tmp_path / "out")
+    return file, tmp_path / "out" / "seed-42"
+
+
+def test_a_trained_model_needs_no_table_and_reads_as_in_training(run, trained, tmp_path, capsys):
+    """Rows come back as they were written; pipelines, cut as the tokenizer says, say the same as `predictions.csv`."""
+    texts = ["sun " + "and wind " * 30, "rain"]
+    new = write_csv(tmp_path / "new.csv", {"id": ["000", "001"], "price": ["1.50", ""], "text": texts})
+    flags = ("--do_train", "False", "--do_eval", "False", "--do_predict", "--test_file", new)
+    run(*flags, "--output_dir", tmp_path / "predicted", model=trained[1])
+    assert "classes dry, wet" in capsys.readouterr().out
+    with (tmp_path / "predicted" / "seed-42" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["price"], row["text"]) for row in rows] == list(
+        zip(("000", "001"), ("1.50", ""), texts, strict=True)
+    )
+    assert AutoTokenizer.from_pretrained(trained[1]).model_max_length == 12
+    answers = pipeline("text-classification", model=str(trained[1]))(texts, truncation=True)
+    assert [row["prediction"] for row in rows] == [answer["label"] for answer in answers]
+    assert [float(row["probability"]) for row in rows] == pytest.approx([a["score"] for a in answers], abs=1e-4)
+    with pytest.raises(SystemExit):
+        run(*flags, "--output_dir", tmp_path / "other")  # the decoder as it is
+    assert "is no trained classifier: give --train_file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--do_train", "False", "--output_dir", tmp_path / "other", model=trained[1])
+    assert "--do_eval needs --validation_file; or give --do_eval false" in capsys.readouterr().err
+
+
+def test_scores_are_of_the_rows_that_were_predicted_last(run, trained, tmp_path):
+    flags = ("--train_file", trained[0], "--max_length", 12, "--learning_rate", 1e-2, "--output_dir", tmp_path / "out")
+    run(*flags, "--do_predict", "--test_file", trained[0])
+    assert "test" in json.loads((trained[1] / "results.json").read_text())["scores"]
+    run(*flags, "--do_predict", "--test_file", write_csv(tmp_path / "new.csv", {"text": ["a", "b"]}))
+    found = json.loads((trained[1] / "results.json").read_text())
+    assert found["scores"].keys() == found["majority"].keys() == {"validation"}
+
+
+def test_a_head_for_other_classes_is_not_read_as_ours(run, trained, tmp_path, capsys):
+    other = write_csv(tmp_path / "other.csv", {"text": [f"text {n}" for n in range(12)], "label": ["bad", "good"] * 6})
+    flags = ("--train_file", other, "--output_dir", tmp_path / "fresh")
+    with pytest.raises(SystemExit):
+        run(*flags, model=trained[1])
+    assert "has a head for the classes dry, wet, the data has bad, good" in capsys.readouterr().err
+    run(*flags, "--ignore_mismatched_sizes", "--learning_rate", 0, model=trained[1])
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(folder)
+        for folder in (trained[1], tmp_path / "fresh/seed-42")
+    )
+    assert after.config.id2label == {0: "bad", 1: "good"}
+    assert not torch.equal(before.classifier.out_proj.weight, after.classifier.out_proj.weight)
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(before.get_parameter(weight), after.get_parameter(weight))
