@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForSequenceClassification, prepare_model_for_kbit_training
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .checkpoint_gemma_encoder import all_or_nothing
@@ -39,6 +39,9 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: pickled weights run code when they are loaded.")
         with all_or_nothing(save_directory) as part:
+            if (card := Path(save_directory) / "README.md").exists():  # which PEFT adds to
+                part.mkdir()
+                shutil.copyfile(card, part / "README.md")
             super().save_pretrained(str(part), selected_adapters=selected_adapters, **kwargs)
             if kwargs.get("is_main_process", True):
                 self._save_encoder(part, selected_adapters)
@@ -82,12 +85,19 @@ def add_lora(
         target_modules: Names of the layers. Default: every linear layer of the decoder.
 
     Raises:
-        ValueError: `model` has no layers of these names, or no head.
+        ValueError: `model` has no layers of these names, no head, or a vocabulary that its checkpoint does not have.
     """
     if not hasattr(model, "classifier"):
         raise ValueError(f"{type(model).__name__} has no head to train; adapt a classifier or a ranker.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("`model` has an adapter already: merge it first, or train that one with `PeftModel`.")
+    named = model.name_or_path
+    base = AutoConfig.from_pretrained(named, trust_remote_code=False) if named else model.config
+    if (size := base.get_text_config().vocab_size) != model.config.vocab_size:
+        raise ValueError(
+            f"`model` has {model.config.vocab_size} tokens and {named} has {size}, over which the adapter "
+            "would be loaded again: save the resized model first, and adapt that one."
+        )
     target_modules = list(target_modules or TARGET_MODULES)
     layers = {name.rpartition(".")[2] for name, _ in model.model.named_modules()}
     if unknown := [name for name in target_modules if name not in layers]:

@@ -239,6 +239,9 @@ def _as_decoder_config(config: PreTrainedConfig | dict | None) -> PreTrainedConf
         )
     if isinstance(config, dict):
         config = AutoConfig.for_model(model_type, **{name: config[name] for name in config if name != "model_type"})
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        raise ValueError("rope_type='longrope' rotates a text by the longest one beside it: its score would change.")
     return copy.deepcopy(config.get_text_config())  # it is ours to set a backend on, not the caller's decoder's
 
 

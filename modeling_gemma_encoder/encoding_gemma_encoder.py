@@ -103,6 +103,11 @@ def refuse_dropout(implementation: str, dropout: float, softcap: float | None = 
 def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     """Every layer sees (1, total_tokens, hidden)."""
     implementation = encoder.model.config._attn_implementation
+    if encoder.training and hasattr(encoder.get_input_embeddings(), "neftune_noise_alpha"):
+        raise ValueError(
+            "NEFTune scales its noise by the length of padded rows, and would take an unpadded batch for one: pass "
+            'attn_implementation="eager", or no `neftune_noise_alpha`.'
+        )
     # Returned weights are of one batch, and each number of buckets would be compiled anew.
     split = implementation == UNPADDED and not kwargs["output_attentions"] and not torch.compiler.is_compiling()
     unpadding = unpad(mask, longest_first=split)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
 from .encoding_gemma_encoder import refuse_dropout
@@ -12,6 +13,7 @@ from .fused_gemma_encoder import FUSED
 from .modeling_gemma_encoder import GemmaEncoderHead
 from .pretrained_gemma_encoder import find_adapter
 from .tasks import Task
+from .training import under_fsdp
 
 # Our choice, by the decoder's parameters, at most: learning rates of full fine-tuning and of adapters. A tenth of
 # the steps to warm up, then down to zero in a line; batches and passes over the data are the task's.
@@ -164,6 +166,13 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
     with torch.device("meta"):  # what cannot run as asked says so
         task.head._from_config(config, attn_implementation=options.attn_implementation)
     if args.do_train:
+        if config.list_chunk_size is not None and (under_fsdp(args) or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "--list_chunk_size encodes lists in as many parts as they need, and FSDP and DeepSpeed ZeRO-3 need as "
+                "many on every device: train without one of them."
+            )
+        if args.neftune_noise_alpha and options.attn_implementation not in ("eager", "sdpa", "flex_attention"):
+            raise ValueError("--neftune_noise_alpha needs padded rows: --attn_implementation eager")
         softcap = getattr(config.text_config, "attn_logit_softcapping", None)
         refuse_training(options.attn_implementation, config.attention_dropout, softcap, args)
     if options.classifier_activation and not config.classifier_hidden_sizes:

@@ -230,6 +230,12 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
                 f"{tuple(logits.shape)} for problem_type={problem_type!r}. One class a text is an integer, (batch,); "
                 "several labels a text are floats, (batch, num_labels)."
             )
+        if self.config.problem_type is None and problem_type == "multi_label_classification":
+            raise ValueError(
+                '`labels` are floats, several labels a text: load the model with problem_type="multi_label_'
+                'classification", or "regression" for several numbers. It is saved with the model, whose probabilities '
+                "would be those of one class of several."
+            )
         if problem_type == "single_label_classification" and not torch.compiler.is_compiling():
             lowest, highest = labels.where(labels != IGNORE, 0).aminmax()
             if lowest < 0 or highest >= logits.shape[-1]:
@@ -249,9 +255,12 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
     def __init__(self, config: GemmaEncoderConfig, **unknown):
         if config.num_labels > 2:  # 2 is every config's default
             raise ValueError(f"`num_labels` must be 1 for ranking, one score a document, got {config.num_labels}")
-        if config.num_labels != 1 or getattr(config, "sentence_transformers", None) is None:
+        others = config.num_labels != 1 or config.problem_type is not None  # a classifier's, which has other scores
+        if others or getattr(config, "sentence_transformers", None) is None:
             config = copy.deepcopy(config)
             config.num_labels = 1
+            if others:
+                config.problem_type, config.calibration_temperature, config.calibration_bias = None, None, 0.0
             config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}  # CrossEncoder: logits
         super().__init__(config, **unknown)
         self.classifier = GemmaEncoderHead(config, num_outputs=1)

@@ -131,7 +131,13 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
                 pretrained_model_name_or_path, adapter, where, *args, key_mapping=key_mapping, **kwargs
             )
         if isinstance(pretrained_model_name_or_path, str | Path):
-            refuse_paths(Path(pretrained_model_name_or_path) / where.get("subfolder", ""))
+            folder = Path(pretrained_model_name_or_path) / where.get("subfolder", "")
+            refuse_paths(folder)
+            if (folder / "adapter_config.json").exists():
+                raise ValueError(
+                    f"{folder} holds a whole model and an adapter, which upstream would apply to it: keep one of them, "
+                    "model.safetensors or adapter_config.json and adapter_model.safetensors."
+                )
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, key_mapping=key_mapping, output_loading_info=True, **kwargs
@@ -174,7 +180,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
                 model = super().from_pretrained(named, *args, config=given, revision=revision, **base, **kwargs)
             except OSError as error:
                 raise OSError(f"{path} is an adapter over {named}, which cannot be read from here: {error}") from error
-            loaded = model.load_adapter(str(path), adapter_kwargs=where)
+            loaded = model.load_adapter(str(path), adapter_kwargs=where, is_trainable=True)
+            model.eval()  # as any that is loaded
         saved = load_state_dict(weights)
         heads = [name for name in ("pooler", "classifier") if list(getattr(model, name, nn.Identity()).parameters())]
         lost = [name for name in heads if not any(f".{name}." in key for key in saved)]
@@ -199,8 +206,14 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
                 return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **hub, **kwargs)
             with all_or_nothing(save_directory) as part:
                 super().save_pretrained(part, *args, **kwargs)
+                if (part / "adapter_config.json").exists():
+                    self.config.save_pretrained(part)
         if push_to_hub:
             return self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def get_adapter_state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """As upstream, with what the stock causal class cannot load, see `adapters.refuse_stock_head`."""
+        return {**super().get_adapter_state_dict(*args, **kwargs), "score.weight": torch.empty(0)}
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         refuse_unknown_attention(attn_implementation or UNPADDED)  # upstream would look for a kernel of this name
@@ -223,12 +236,14 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         """As upstream, except where it would be silently wrong.
 
         Raises:
-            ValueError: `use_reentrant=True` on a Gemma 4 whose layers share keys and values: their gradient is lost.
+            ValueError: `use_reentrant` is not False on a Gemma 4 whose layers share keys and values: their gradient
+                would be lost.
         """
         shares = getattr(self.config.text_config, "num_kv_shared_layers", 0)
-        if enable and shares and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        given = getattr(gradient_checkpointing_func, "keywords", {"use_reentrant": False})
+        if enable and shares and given.get("use_reentrant") is not False:  # torch's own default is reentrant
             raise ValueError(
-                "`use_reentrant=True` loses gradients of a Gemma 4 whose layers share keys and values; pass "
+                "`use_reentrant`, unless False, loses gradients of a Gemma 4 whose layers share keys and values; pass "
                 '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)

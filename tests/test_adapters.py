@@ -148,6 +148,50 @@ def test_a_saved_adapter_is_merged_in_one_call(name, nano_tokenizer, tmp_path):
     torch.testing.assert_close(scores(small.eval()), expected, atol=0.1, rtol=0)
 
 
+def test_an_adapter_that_was_loaded_trains_on_and_is_saved_whole(tmp_path):
+    """All that was trained is trained again; what plain `save_pretrained` writes is ours, for AutoModel too."""
+    adapted().save_pretrained(tmp_path / "first")
+    model = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path / "first")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"lora_" in name for name in trained} == {True, False}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    before = scores(model.eval())
+    disturb(model).save_pretrained(tmp_path / "second")
+    assert not torch.allclose(scores(model), before)
+    for load in (GemmaEncoderForSequenceClassification, AutoModelForSequenceClassification):
+        again = load.from_pretrained(tmp_path / "second")
+        assert type(again) is GemmaEncoderForSequenceClassification
+        torch.testing.assert_close(scores(again.eval()), scores(model), atol=1e-6, rtol=0)
+
+
+def test_a_folder_is_a_model_or_an_adapter(tmp_path):
+    """Upstream would put the adapter on the whole weights, which may be merged with it already."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a whole model and an adapter"):
+        GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_resized_decoder_is_saved_before_it_is_adapted(tmp_path):
+    model = GemmaEncoderForSequenceClassification.from_pretrained(NANO, dtype=torch.float32)
+    model.resize_token_embeddings(8200)
+    with pytest.raises(ValueError, match=r"has 8200 tokens and .* has 8192"):
+        add_lora(model)
+    model.save_pretrained(tmp_path / "resized")
+    model = disturb(add_lora(GemmaEncoderForSequenceClassification.from_pretrained(tmp_path / "resized")))
+    model.save_pretrained(tmp_path / "adapter")
+    again = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(scores(again), scores(model), atol=1e-6, rtol=0)
+
+
+def test_a_card_stays_when_an_adapter_is_saved_beside_it(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n\n# Mine\n")
+    adapted().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# Mine" in card and "license: gemma" in card
+
+
 def test_a_base_that_is_not_where_it_was_is_named(tmp_path):
     adapted().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

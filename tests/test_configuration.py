@@ -144,6 +144,13 @@ def test_a_misspelt_field_is_refused(misspelt, meant, tmp_path):
             enter()
 
 
+def test_a_rotation_that_depends_on_the_batch_is_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope |= {"factor": 4.0, "original_max_position_embeddings": 16}
+    with pytest.raises(ValueError, match="rotates a text by the longest one beside it"):
+        encoder_config("llama", decoder={"rope_parameters": rope})
+
+
 def test_fields_assigned_together_are_checked_when_the_model_is_built():
     config = encoder_config(pooling="kv_probe")
     config.pooling_num_probes = 1

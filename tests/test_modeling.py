@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     Gemma3Config,
 )
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from modeling_gemma_encoder import (
     GemmaEncoderConfig,
@@ -180,6 +181,39 @@ def test_attention_dropout_equals_upstreams_under_the_same_random_state():
 # Heads
 
 
+def test_several_labels_a_text_are_said_when_the_model_is_loaded():
+    """Or pipelines and `probabilities` would take a saved model's logits for one class of several."""
+    model = build(GemmaEncoderForSequenceClassification, encoder_config("gemma2", num_labels=3))
+    with pytest.raises(ValueError, match='load the model with problem_type="multi_label_classification"'):
+        model(**BATCH, labels=torch.ones(3, 3))
+
+
+def test_a_ranker_made_of_a_classifier_is_saved_and_loaded(tmp_path):
+    fields = {"num_labels": 2, "problem_type": "single_label_classification", "calibration_temperature": 2.0}
+    ranker = build(GemmaEncoderForRanking, encoder_config("gemma2", **fields))
+    ranker.save_pretrained(tmp_path)
+    again = GemmaEncoderForRanking.from_pretrained(tmp_path)
+    assert (again.config.num_labels, again.config.problem_type) == (1, None)
+    assert again.config.calibration_temperature is None
+    torch.testing.assert_close(again(**BATCH).logits, ranker(**BATCH).logits)
+
+
+@pytest.mark.parametrize("implementation", [UNPADDED, "eager"])
+def test_noise_on_embeddings_is_that_of_rows(implementation):
+    """NEFTune's is scaled by the length of a row; an unpadded batch would be one long row."""
+    config = encoder_config("gemma2", attention_dropout=0.0, feedforward_dropout=0.0)
+    model = build(GemmaEncoderModel, config).train()
+    set_backend(model, implementation)
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    embeddings.register_forward_hook(neftune_post_forward_hook)
+    if implementation == "eager":
+        model(**BATCH)
+        return
+    with pytest.raises(ValueError, match='attn_implementation="eager", or no `neftune_noise_alpha`'):
+        model(**BATCH)
+
+
 def test_single_label_multi_label_and_regression_losses_equal_torch():
     def outputs(labels, **fields):
         model = build(GemmaEncoderForSequenceClassification, encoder_config(**fields))
@@ -194,7 +228,7 @@ def test_single_label_multi_label_and_regression_losses_equal_torch():
     loss, logits = outputs(labels, num_labels=3)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
     labels = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]])
-    loss, logits = outputs(labels, num_labels=3)
+    loss, logits = outputs(labels, num_labels=3, problem_type="multi_label_classification")
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, labels))
     loss, logits = outputs(labels, num_labels=3, problem_type="regression")
     torch.testing.assert_close(loss, F.mse_loss(logits, labels))
@@ -309,6 +343,8 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
         model = GemmaEncoderModel(encoder_config(family))
         with pytest.raises(ValueError, match="use_reentrant"):  # layers share keys and values past the checkpoint
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(ValueError, match="use_reentrant"):  # as PEFT asks for it; torch's default is reentrant
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={})
         return
     model = build(GemmaEncoderForSequenceClassification, encoder_config(family)).train()
     torch.manual_seed(0)
