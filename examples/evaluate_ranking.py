@@ -18,15 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from modeling_gemma_encoder.ranking import (
-    MEASURES,
-    ScoringArguments,
-    baselines,
-    evaluate,
-    load_ranker,
-    parse_measures,
-    rerank,
-)
+from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, parse_measures
+from modeling_gemma_encoder.ranking import ScoringArguments, load_ranker, rerank
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import read_collection, read_run, retrieve
 

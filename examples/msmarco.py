@@ -27,19 +27,12 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
+from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
 from modeling_gemma_encoder.files import is_local, read, write
 from modeling_gemma_encoder.finetuning import build
 from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
-from modeling_gemma_encoder.ranking import (
-    MEASURES,
-    baselines,
-    evaluate,
-    load_ranker,
-    measure_lists,
-    parse_measures,
-    rerank,
-)
+from modeling_gemma_encoder.ranking import load_ranker, rerank
 from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.retrieval import Collection, lists_of, read_collection, read_run
 from modeling_gemma_encoder.runs import RECIPE

@@ -26,7 +26,8 @@ from modeling_gemma_encoder.metrics import (
     span_f1_and_exact_match,
 )
 from modeling_gemma_encoder.suites import run_suite
-from modeling_gemma_encoder.tasks import Task, by_label, mark
+from modeling_gemma_encoder.tasks import Task, by_label
+from modeling_gemma_encoder.truncation import mark
 
 RTE = ("entailment", "not_entailment")
 PRONOUNS = re.compile(r"\b(he|she|him|her|his|hers|himself|herself)\b", re.IGNORECASE)

@@ -1,21 +1,17 @@
 """Model cards: what a run left in its folder, as tables a reader can check, and the Hub's metadata."""
 
-import importlib.metadata
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import read
+from .licences import GEMMA_NOTICE
 
-GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
-OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "apache-2.0"}
 PIPELINES = {
     "GemmaEncoderForRanking": "text-ranking",
     "GemmaEncoderForSequenceClassification": "text-classification",
@@ -164,53 +160,6 @@ def add_ranking(run: Run, name: str, found: dict) -> None:
 
 
 # Licences
-
-
-def licence_of(base: str, decoder: str, given: str | None = None) -> str:
-    """
-    Of the weights: what is given; or what the base model's card says; or what Google says of such decoders.
-
-    Raises:
-        ValueError: the base is under the Gemma Terms or a licence of Llama's, which hold for what is made of it, and
-            `given` is another; or none of these says anything.
-    """
-    try:
-        card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False)
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
-        card = None
-    if card:
-        of_base = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    else:  # gated, or out of reach: what cannot be read allows nothing
-        of_base = OF_GOOGLE.get(decoder) if base.startswith("google/") else None
-    holds = of_base and (of_base == "gemma" or of_base.startswith("llama"))
-    if holds and given not in (None, of_base):
-        name = "the Gemma Terms of Use" if of_base == "gemma" else of_base
-        raise ValueError(f"--license {given}: {base} is under {name}, and so is what is made of it.")
-    if found := given or of_base or OF_GOOGLE.get(decoder):
-        return found
-    raise ValueError(f"{base} has no card that names its licence, and decoders of {decoder} have several: --license.")
-
-
-def notice(base: str | None, licence: str) -> str | None:
-    """The NOTICE file that the Gemma Terms of Use (section 3.1) ask of derivatives, with the changes said."""
-    if licence != "gemma":
-        return None
-    origin = base or "a Gemma"
-    return (
-        f"{GEMMA_NOTICE}\n\nModified files: the weights (*.safetensors) and config.json are derived from {origin}: "
-        "attention was changed, a pooler and a head were added, and the weights were trained further. tokenizer.json "
-        "may carry another template.\nThe code (*.py) is not derived from Gemma and is under the Apache License 2.0, "
-        "see LICENSE."
-    )
-
-
-def code_licence() -> str:
-    """The text of the Apache License, as installed with this package."""
-    beside = Path(__file__).parent.parent / "LICENSE"
-    if beside.is_file():
-        return beside.read_text()
-    files = importlib.metadata.files("gemma-encoder") or []
-    return next(file for file in files if file.name == "LICENSE").read_text()
 
 
 # The card

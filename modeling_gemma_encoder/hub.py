@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from . import modeling_gemma_encoder
-from .cards import Run, code_licence, licence_of, make_card, notice
+from .cards import Run, make_card
 from .checkpoint_gemma_encoder import WEIGHTS
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import is_local, write
+from .licences import code_licence, licence_of, notice
 from .pretrained_gemma_encoder import find_adapter
 from .verification import CODE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
 

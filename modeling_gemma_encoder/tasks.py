@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from .templates import set_template
+from .truncation import truncate
 
 Metric = Callable[[np.ndarray, Dataset], dict[str, float]]
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -136,7 +137,7 @@ class Task:
 
     def fingerprint(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
         """What `encode` makes of rows has this name in the cache of `datasets`, which itself would hash for seconds."""
-        functions = [Task.encode, *([self.prepare] if self.prepare else [])]
+        functions = [Task.encode, truncate, *([self.prepare] if self.prepare else [])]
         code = [inspect.getsource(inspect.getmodule(function)) for function in functions]
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()  # as every call sets it anew, what the last one left is not part of the name
@@ -229,78 +230,6 @@ def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
 def by_label(metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Metric:
     """A metric of predictions and labels as one of predictions and rows."""
     return lambda predictions, rows: metric(predictions, np.array(rows["label"]))
-
-
-def mark(text: str, *spans: tuple[int, int]) -> tuple[str, tuple[int, int]]:
-    """The text with square brackets around its spans, (start, end) in characters, and the part they all are in.
-
-    Raises:
-        ValueError: a span is empty or outside of the text.
-    """
-    if wrong := [span for span in spans if not 0 <= span[0] < span[1] <= len(text)]:
-        raise ValueError(f"{wrong[0]} are not the first and last character of a part of {text!r}, {len(text)} long.")
-    marks = sorted([(start, 1, "[ ") for start, _ in spans] + [(end, 0, " ]") for _, end in spans])
-    marked, last = "", 0
-    for place, _, bracket in marks:
-        marked += text[last:place] + bracket
-        last = place
-    return marked + text[last:], (marks[0][0], len(marked))
-
-
-def truncate(
-    tokenizer: PreTrainedTokenizerBase,
-    first: str,
-    second: str | None,
-    max_length: int,
-    keep: dict[str, tuple[int, int]],
-) -> list[int]:
-    """As `tokenizer(first, second, truncation=True, max_length=max_length)`, except that `keep` is never cut.
-
-    The longer text is cut first, down to the length of the other, so neither is lost. A text with characters to keep
-    is cut at both ends.
-
-    Raises:
-        ValueError: what is to be kept does not fit.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    texts = {"first": first, **({} if second is None else {"second": second})}
-    encodings = {name: backend.encode(text, add_special_tokens=False) for name, text in texts.items()}
-    room = max_length - backend.num_special_tokens_to_add(second is not None)
-    shares = share(room, [len(encoding) for encoding in encodings.values()])
-    for (name, encoding), length in zip(encodings.items(), shares, strict=True):
-        start, end = kept_tokens(encoding, keep.get(name))
-        if end - start > length:
-            raise ValueError(
-                f"{texts[name]!r}: its marked part takes {end - start} tokens, of which {length} fit into the "
-                f"{max_length} that are read. Raise --max_length, if the decoder has more positions."
-            )
-        spare = length - (end - start)
-        begin = max(0, start - spare // 2)
-        stop = min(len(encoding), begin + length)
-        encoding.truncate(stop, direction="right")
-        encoding.truncate(min(length, stop), direction="left")
-    return backend.post_process(encodings["first"], encodings.get("second"), add_special_tokens=True).ids
-
-
-def share(room: int, lengths: Sequence[int]) -> list[int]:
-    """How many tokens of one or two texts fit: the longer is cut first."""
-    if sum(lengths) <= room:
-        return list(lengths)
-    if len(lengths) == 1:
-        return [room]
-    shorter = min(*lengths, room // 2)
-    return [shorter, room - shorter] if lengths[0] <= lengths[1] else [room - shorter, shorter]
-
-
-def kept_tokens(encoding, characters: tuple[int, int] | None) -> tuple[int, int]:
-    """First token of a span of characters, and the one after its last."""
-    if characters is None:
-        return 0, 0
-    start, end = characters
-    inside = [i for i, (left, right) in enumerate(encoding.offsets) if left < end and right > start]
-    return inside[0], inside[-1] + 1
 
 
 def most_frequent(task: Task, train: Dataset, rows: Dataset) -> np.ndarray:

@@ -9,18 +9,16 @@ from sklearn.metrics import ndcg_score
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.ranking import (
+from modeling_gemma_encoder.evaluation import (
     baselines,
     compare,
     evaluate,
-    load_ranker,
     measure,
     measure_lists,
     parse_measures,
     random_order,
-    rerank,
-    score_pairs,
 )
+from modeling_gemma_encoder.ranking import load_ranker, rerank, score_pairs
 from modeling_gemma_encoder.retrieval import Collection, read_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 

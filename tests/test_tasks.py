@@ -12,17 +12,8 @@ from transformers import AutoTokenizer
 
 from modeling_gemma_encoder.data import collate_lists
 from modeling_gemma_encoder.metrics import accuracy
-from modeling_gemma_encoder.tasks import (
-    Source,
-    Task,
-    by_label,
-    mark,
-    most_frequent,
-    predictions_of,
-    read_file,
-    share,
-    truncate,
-)
+from modeling_gemma_encoder.tasks import Source, Task, by_label, most_frequent, predictions_of, read_file
+from modeling_gemma_encoder.truncation import mark, share, truncate
 
 PAIR = Task(("first", "second"), by_label(accuracy), ("no", "yes"))
 

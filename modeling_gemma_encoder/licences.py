@@ -1,0 +1,59 @@
+"""Under which licence a model is: its decoder's, and what that asks of who publishes something made of it."""
+
+import importlib.metadata
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers.utils import cached_file
+
+GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+
+OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "apache-2.0"}
+
+
+def licence_of(base: str, decoder: str, given: str | None = None) -> str:
+    """
+    Of the weights: what is given; or what the base model's card says; or what Google says of such decoders.
+
+    Raises:
+        ValueError: the base is under the Gemma Terms or a licence of Llama's, which hold for what is made of it, and
+            `given` is another; or none of these says anything.
+    """
+    try:
+        card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False)
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
+        card = None
+    if card:
+        of_base = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    else:  # gated, or out of reach: what cannot be read allows nothing
+        of_base = OF_GOOGLE.get(decoder) if base.startswith("google/") else None
+    holds = of_base and (of_base == "gemma" or of_base.startswith("llama"))
+    if holds and given not in (None, of_base):
+        name = "the Gemma Terms of Use" if of_base == "gemma" else of_base
+        raise ValueError(f"--license {given}: {base} is under {name}, and so is what is made of it.")
+    if found := given or of_base or OF_GOOGLE.get(decoder):
+        return found
+    raise ValueError(f"{base} has no card that names its licence, and decoders of {decoder} have several: --license.")
+
+
+def notice(base: str | None, licence: str) -> str | None:
+    """The NOTICE file that the Gemma Terms of Use (section 3.1) ask of derivatives, with the changes said."""
+    if licence != "gemma":
+        return None
+    origin = base or "a Gemma"
+    return (
+        f"{GEMMA_NOTICE}\n\nModified files: the weights (*.safetensors) and config.json are derived from {origin}: "
+        "attention was changed, a pooler and a head were added, and the weights were trained further. tokenizer.json "
+        "may carry another template.\nThe code (*.py) is not derived from Gemma and is under the Apache License 2.0, "
+        "see LICENSE."
+    )
+
+
+def code_licence() -> str:
+    """The text of the Apache License, as installed with this package."""
+    beside = Path(__file__).parent.parent / "LICENSE"
+    if beside.is_file():
+        return beside.read_text()
+    files = importlib.metadata.files("gemma-encoder") or []
+    return next(file for file in files if file.name == "LICENSE").read_text()
