@@ -382,7 +382,10 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
 
     def _predict(self, states: torch.Tensor) -> torch.Tensor:
         if self.config.tie_word_embeddings:
-            logits = F.linear(states, self.model.embed_tokens.weight.to(states.device))
+            weight = self.model.embed_tokens.weight
+            if weight.is_meta and not states.is_meta:  # it was taken away again after the embedding's turn
+                raise ValueError('The head is the embedding, which cannot be offloaded: `device_map` has it on "disk".')
+            logits = F.linear(states, weight.to(states.device))
         else:
             logits = self.lm_head(states).to(states.device)
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)

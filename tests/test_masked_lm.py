@@ -24,6 +24,14 @@ def masked_labels(batch, every: int = 3) -> torch.Tensor:
     return batch["input_ids"].where(places & batch["attention_mask"].bool(), -100)
 
 
+def test_an_embedding_that_is_the_head_is_not_offloaded(tmp_path):
+    build(GemmaEncoderForMaskedLM, encoder_config("gemma2")).save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "disk", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    model = GemmaEncoderForMaskedLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match='`device_map` has it on "disk"'):
+        model(**BATCH)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_upstreams_causal_language_model(family, tmp_path):
     decoder = AutoModelForCausalLM.from_config(decoder_config(family)).eval()
