@@ -127,15 +127,10 @@ def stage(
     if text := notice(base, licence):
         write(folder / "NOTICE", text)
     model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    staged = Staged(
-        folder,
-        {
-            **{"template": template, "repo_id": repo_id, "base": base, "config": model.config, "tokenizer": tokenizer},
-            **{"run": run, "licence": licence, "parameters": model.num_parameters(), "dtypes": dtypes(folder)},
-            **{"adapter": bool(adapter), "language": language, "limits": limits},
-        },
-    )
-    staged.card["config"].architectures = config.architectures
+    model.config.architectures = config.architectures
+    card = {"template": template, "repo_id": repo_id, "base": base, "config": model.config, "tokenizer": tokenizer}
+    card |= {"run": run, "licence": licence, "parameters": model.num_parameters(), "dtypes": dtypes(folder)}
+    staged = Staged(folder, {**card, "adapter": bool(adapter), "language": language, "limits": limits})
     staged.write_card(None)
     write_golden(folder, model, tokenizer, inputs)
     if target.exists():
