@@ -23,7 +23,6 @@ from datasets import load_dataset
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -31,6 +30,7 @@ from transformers import (
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.metrics import accuracy, pearson_and_spearman
+from modeling_gemma_encoder.recipes import ScriptParser
 
 
 class Task(NamedTuple):
@@ -111,7 +111,7 @@ def fine_tune(
 
 
 def main():
-    parser = HfArgumentParser((BenchmarkArguments, TrainingArguments))
+    parser = ScriptParser((BenchmarkArguments, TrainingArguments), __doc__)
     parser.set_defaults(  # our choice
         output_dir="runs/pretraining",
         max_steps=400,

@@ -223,7 +223,7 @@ def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
     plain = classify.TableArguments(**files)
     if wrong := [key for key in vars(plain) if key not in own_flags and getattr(table, key) != getattr(plain, key)]:
         raise ValueError(f"--table_flags takes --{', --'.join(own_flags)}, and no --{', --'.join(wrong)}")
-    if problem := table.complaint(do_predict=False):
+    if problem := table.complaint(do_train=True, do_eval=True, do_predict=False):
         raise ValueError(f"--table_flags: {problem}")
     name, task, source = classify.task_of(table)
     source.hold_out()
@@ -359,8 +359,7 @@ class Workers:
     def __call__(self, cells: list[Cell]) -> Iterable[dict | None]:
         if self.count == 1:
             bench = Bench(*self.bench)
-            skipped = [self.finished_only and not (cell.folder(bench.root) / "results.json").exists() for cell in cells]
-            run_each = (None if skip else bench.run(cell) for cell, skip in zip(cells, skipped, strict=True))
+            run_each = map(bench.read if self.finished_only else bench.run, cells)
         else:
             run_each = self.on_ray().map(lambda actor, cell: actor.run.remote(cell), cells)
         yield from tqdm(run_each, total=len(cells), desc="Cells", unit=" cells")

@@ -23,6 +23,11 @@ from modeling_gemma_encoder.retrieval import read_collection
 
 @dataclass(kw_only=True)
 class CalibrationArguments(ScoringArguments):
+    def problem(self) -> str | None:
+        if self.dtype != "float32":
+            return f"--dtype {self.dtype}: the model is written as it was read, in float32"
+        return super().problem()
+
     data: str = field(metadata={"help": "Judged data it was not trained on, as `evaluate_ranking.py` reads it."})
     output: str = field(metadata={"help": "A folder that is not there yet."})
     relevance_level: int = field(default=1, metadata={"help": "Least grade that counts as relevant."})

@@ -71,7 +71,10 @@ class TableArguments:
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = field(
         default=None, metadata={"help": "Default: by the training labels; numbers with a fraction are regression."}
     )
-    template: str = field(default="{first}\n{second}", metadata={"help": "How two texts are read as one."})
+    template: str | None = field(
+        default=None,
+        metadata={"help": "How two texts are read as one. Default: {first}\n{second}, or as a trained --model does."},
+    )
     seeds: list[int] | None = field(default=None, metadata={"help": "A run for each. Default: --seed alone."})
 
     @property
@@ -88,6 +91,8 @@ class TableArguments:
             return f"--text_column takes one or two columns, got {', '.join(self.text_column)}"
         if do_predict and not (self.test_file or self.dataset):
             return "--do_predict needs --test_file"
+        if not (do_train or do_eval or do_predict):
+            return "there is nothing to do without --do_train, --do_eval and --do_predict"
         return None
 
 
@@ -134,7 +139,11 @@ class Table:
         if self.label not in rows.column_names:
             return rows
         labels = [self._value(value) for value in rows[self.label]]
-        if self.problem != "regression":
+        if self.problem == "regression":
+            wrong = next((row for row, value in enumerate(labels) if isinstance(value, str)), None)
+            if wrong is not None:
+                raise ValueError(f"{self.place(split)}, row {wrong}: {self.label!r} is {labels[wrong]!r}, no number.")
+        else:
             labels = [as_names(value, rows.features[self.label]) for value in labels]
         return rows.remove_columns(self.label).add_column(self.label, labels)
 
@@ -160,9 +169,13 @@ class Table:
         config = GemmaEncoderConfig.from_pretrained(model)
         if GemmaEncoderForSequenceClassification.__name__ not in (config.architectures or ()):
             raise ValueError(f"--model {model} is no trained classifier: give --train_file or --dataset.")
-        self.numbers = config.num_labels == 1
-        problem = "regression" if self.numbers else "single_label_classification"
-        return config.problem_type or problem, [] if self.numbers else list(config.id2label.values())
+        problem = "regression" if config.num_labels == 1 else "single_label_classification"
+        problem = config.problem_type or problem
+        if self.table.problem not in (None, problem):
+            raise ValueError(f"--problem {self.table.problem}: --model {model} was trained for {problem}.")
+        names = [] if problem == "regression" else list(config.id2label.values())
+        self.numbers = all(map(is_number, names))
+        return problem, names
 
     def _read(self, split: str) -> Dataset:
         columns = self.table.label_column
@@ -198,7 +211,6 @@ class Table:
                     raise ValueError(f"{is_now}, which is no number.")
                 if problem is None and any(map(is_number, values)):
                     raise ValueError(f"{is_now}, and a number elsewhere; --problem single_label_classification if not.")
-        self.numbers |= problem == "regression"
         values = [self._value(value) for value in values]
         if None in values:
             raise ValueError(f"{place} is empty in row {values.index(None)}.")
@@ -210,6 +222,7 @@ class Table:
             fractions = any(isinstance(value, float) and not value.is_integer() for value in values)
             problem = "regression" if fractions else "single_label_classification"
         if problem == "regression":
+            self.numbers = True
             return problem, []
         if len(self.table.label_column) > 1:
             return problem, self.table.label_column
@@ -219,6 +232,7 @@ class Table:
             raise ValueError(f"{self.place('train')}: {self.label!r} is empty in row {found.index(None)}.")
         if len(names) < 2:
             raise ValueError(f"{self.place('train')}: {self.label!r} holds nothing but {', '.join(names)!r}.")
+        self.numbers = all(map(is_number, names))  # so a table of text writes them too, "1.0" for 1
         return problem, sorted(names, key=lambda name: (float(name), name) if name.isdigit() else (math.inf, name))
 
 
@@ -245,7 +259,7 @@ def task_of(table: TableArguments, model: str | None = None) -> tuple[str, Task,
         tuple(source.names),
         problem=source.problem,
         label=source.label,
-        template=table.template,
+        template=table.template or (None if table.lacks_training else Task.template),
         max_length=512,
     )
     file = table.train_file or table.validation_file or table.test_file

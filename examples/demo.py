@@ -42,6 +42,7 @@ from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequen
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
 from modeling_gemma_encoder.data import RankingCollator
 from modeling_gemma_encoder.finetuning import parameters_of
+from modeling_gemma_encoder.recipes import ScriptParser
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
 
@@ -251,7 +252,7 @@ def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
 
 def main():
     demo, _ = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(return_remaining_strings=True)
-    parser = HfArgumentParser((DemoArguments, TrainingArguments))
+    parser = ScriptParser((DemoArguments, TrainingArguments), __doc__)
     parser.set_defaults(
         output_dir="demo_output",
         max_steps=100,

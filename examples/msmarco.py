@@ -164,7 +164,9 @@ def main():
     finished, held_out = folder / "training.json", Collection({}, {}, {})
     local = [source for source in ranking.train_data if is_file_or_folder(source)]
     with failing(parser):
-        loss = options.ranking_loss or GemmaEncoderConfig.from_pretrained(options.model).ranking_loss
+        loss = options.ranking_loss
+        if loss is None and args.do_train:
+            loss = GemmaEncoderConfig.from_pretrained(options.model).ranking_loss
         from_teacher = loss in DISTILLATION_LOSSES
         measures = parse_measures(ranking.measures, ranking.relevance_level)
         if local and len(local) < len(ranking.train_data):

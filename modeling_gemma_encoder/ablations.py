@@ -6,6 +6,7 @@ learning rate that does best for it and the task on rows set aside from the trai
 """
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
@@ -17,7 +18,7 @@ from transformers import TrainingArguments
 
 from .baselines import MAKERS, bag_of_words
 from .finetuning import FineTuningArguments
-from .runs import Data, digest, fine_tune
+from .runs import Data, claim, digest, fine_tune
 from .tasks import Source, Task
 
 Options = dict[str, object]  # fields of FineTuningArguments, and `kind`: "words" or one of `baselines.MAKERS`
@@ -126,6 +127,22 @@ class Bench:
         self.others, self.of_task, self.keep_models = others, of_task, keep_models
         self.loaded: dict[tuple, Data] = {}
 
+    def read(self, cell: Cell) -> dict | None:
+        """The report of a cell that is finished. Raises ValueError where it is of another run."""
+        folder = cell.folder(self.root)
+        if not (folder / "results.json").exists():
+            return None
+        if cell.task in self.others:
+            return self.run(cell)
+        if ("kind", "words") in cell.options:
+            return json.loads((folder / "results.json").read_text())
+        data, options, args = self.prepare(cell, folder)
+        claim(cell.task, self.tasks[cell.task][0], data, options, args, None)
+        report = json.loads((folder / "results.json").read_text())
+        if other := [split for split in data.validation if report["evaluated"].get(split) != data.digests[split]]:
+            raise ValueError(f"{folder} was evaluated on other rows of {', '.join(other)}: run it again.")
+        return report
+
     def run(self, cell: Cell) -> dict:
         """The cell's report, `results.json`; what else is said goes into `log.txt`."""
         folder = cell.folder(self.root)
@@ -134,10 +151,21 @@ class Bench:
             report = self.others[cell.task](cell, folder)
             self.tidy(folder)
             return report
+        task, kind = self.tasks[cell.task][0], dict(cell.options).get("kind")
+        data, options, args = self.prepare(cell, folder)
+        if kind == "words":
+            return bag_of_words(task, data, folder, cell.task, cell.seed)
+        with (folder / "log.txt").open("a") as log, redirect_stdout(log):
+            report = fine_tune(cell.task, task, data, options, args, make=MAKERS.get(kind))
+        self.tidy(folder)
+        return report
+
+    def prepare(self, cell: Cell, folder: Path) -> tuple[Data, FineTuningArguments, TrainingArguments]:
+        """What a cell trains and scores on, and how."""
         task, source = self.tasks[cell.task]
         options, args = copy.copy(self.options), copy.copy(self.args)
         changed = dict(cell.options)
-        kind = changed.pop("kind", None)
+        changed.pop("kind", None)
         for key, value in changed.items():
             setattr(options, key, value)
         if "num_train_epochs" in self.of_task:
@@ -152,13 +180,7 @@ class Bench:
         if key not in self.loaded:
             self.loaded[key] = Data.load(cell.task, task, source, options, args)
         choose, final = hold_out(self.loaded[key], rows, cell.seed, task.group)
-        data = choose if cell.choosing else final
-        if kind == "words":
-            return bag_of_words(task, data, folder, cell.task, cell.seed)
-        with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-            report = fine_tune(cell.task, task, data, options, args, make=MAKERS.get(kind))
-        self.tidy(folder)
-        return report
+        return choose if cell.choosing else final, options, args
 
     def tidy(self, folder: Path) -> None:
         """Leaves of a finished cell what it found out, and its model only if that is to be kept."""

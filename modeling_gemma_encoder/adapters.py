@@ -5,6 +5,7 @@ tells PEFT which layers of a Gemma Encoder to adapt.
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -91,8 +92,9 @@ def add_lora(
         raise ValueError(f"{type(model).__name__} has no head to train; adapt a classifier or a ranker.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("`model` has an adapter already: merge it first, or train that one with `PeftModel`.")
-    named = model.name_or_path
-    base = AutoConfig.from_pretrained(named, trust_remote_code=False) if named else model.config
+    named, base = model.name_or_path, model.config
+    with suppress(OSError, ValueError):  # it may not be where it was, or in a folder or revision of that name
+        base = AutoConfig.from_pretrained(named, trust_remote_code=False) if named else base
     if (size := base.get_text_config().vocab_size) != model.config.vocab_size:
         raise ValueError(
             f"`model` has {model.config.vocab_size} tokens and {named} has {size}, over which the adapter "
@@ -163,8 +165,9 @@ def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.fl
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     begun = Path(adapter) / "run.json"
+    results = [path for where in (".", "*") for path in Path(adapter).glob(f"{where}/results.json")]
     if begun.exists() and not quantized:  # whole weights score otherwise than the 4-bit ones that were measured
-        for path in (begun, *Path(adapter).glob("training.json"), *Path(adapter).glob("**/results.json")):
+        for path in (begun, *Path(adapter).glob("training.json"), *results):
             (Path(folder) / path.relative_to(adapter).parent).mkdir(exist_ok=True)
             shutil.copyfile(path, Path(folder) / path.relative_to(adapter))
     return model

@@ -142,6 +142,8 @@ def encoder_options(options: FineTuningArguments) -> dict:
 def refuse_training(implementation: str | None, dropout: float, softcap: float | None, args: TrainingArguments) -> None:
     """Raises ValueError where what computes attention cannot be trained so, or not here."""
     refuse_dropout(implementation or "", dropout, softcap)
+    if args.neftune_noise_alpha and implementation not in ("eager", "sdpa", "flex_attention"):
+        raise ValueError("--neftune_noise_alpha needs padded rows: --attn_implementation eager")
     if implementation in (FUSED, "flex_attention") and args.device.type == "cpu":
         raise ValueError(
             f"attn_implementation={implementation!r} trains on a GPU only: flex attention has no gradient on a CPU."
@@ -158,21 +160,22 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
             f"--model {options.model} has a head with {config.num_labels} outputs, the task needs {outputs}. "
             "--ignore_mismatched_sizes begins with a fresh one."
         )
-    if other_classes(config, task) and not options.ignore_mismatched_sizes:
+    if other_classes(config, task) and not (args.do_train and options.ignore_mismatched_sizes):
+        how = "If they are the same, write them alike, in the data or in `id2label` and `label2id` of its config.json"
+        how += "; --ignore_mismatched_sizes begins with a fresh head." if args.do_train else "."
         raise ValueError(
             f"--model {options.model} has a head for the classes {', '.join(config.id2label.values())}, the data has "
-            f"{', '.join(task.labels)}. --ignore_mismatched_sizes begins with a fresh one."
+            f"{', '.join(task.labels)}. {how}"
         )
     with torch.device("meta"):  # what cannot run as asked says so
         task.head._from_config(config, attn_implementation=options.attn_implementation)
     if args.do_train:
-        if config.list_chunk_size is not None and (under_fsdp(args) or is_deepspeed_zero3_enabled()):
+        in_parts = task.problem == "choice" and config.list_chunk_size is not None
+        if in_parts and (under_fsdp(args) or is_deepspeed_zero3_enabled()):
             raise ValueError(
-                "--list_chunk_size encodes lists in as many parts as they need, and FSDP and DeepSpeed ZeRO-3 need as "
-                "many on every device: train without one of them."
+                f"list_chunk_size={config.list_chunk_size}, by the flag or --model's config.json, encodes lists in as "
+                "many parts as they need, and FSDP and DeepSpeed ZeRO-3 need as many on every device."
             )
-        if args.neftune_noise_alpha and options.attn_implementation not in ("eager", "sdpa", "flex_attention"):
-            raise ValueError("--neftune_noise_alpha needs padded rows: --attn_implementation eager")
         softcap = getattr(config.text_config, "attn_logit_softcapping", None)
         refuse_training(options.attn_implementation, config.attention_dropout, softcap, args)
     if options.classifier_activation and not config.classifier_hidden_sizes:

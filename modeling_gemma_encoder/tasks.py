@@ -39,7 +39,7 @@ class Task:
             end)}, the characters that truncation must spare. Of a choice, `second`, `keep` and `label` are lists, one
             for each candidate, the label 1 where right.
         columns: What `prepare` asks of a row, besides `texts` and the label.
-        template: How two texts are read as one; saved in the tokenizer.
+        template: How two texts are read as one; saved in the tokenizer. None: as it has it.
         label: Name of the column with the label; none where `prepare` finds it.
         max_length: Tokens that are read, unless the user says otherwise.
         validation, test: Names of the splits.
@@ -58,7 +58,7 @@ class Task:
     )
     prepare: Callable[[dict], dict] | None = None
     columns: tuple[str, ...] = ()
-    template: str = "{first}\n{second}"
+    template: str | None = "{first}\n{second}"
     label: str | None = "label"
     group: str | None = None
     max_length: int = 128
@@ -126,7 +126,7 @@ class Task:
         )
 
     def set_template(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        return set_template(tokenizer, pair=self.template)
+        return tokenizer if self.template is None else set_template(tokenizer, pair=self.template)
 
     def read(self, row: dict) -> dict:
         """What of a row is read: `first`, perhaps `second` and `keep`, and the label where there is one."""
@@ -156,7 +156,7 @@ class Task:
         kept = read.get("keep") if chooses else [read.get("keep")]
         pairs = ([read["first"]] * len(seconds), *([seconds] if seconds[0] is not None else []))
         # An empty text has no token where the tokenizer begins with none, as Qwen's: it gets one.
-        whole = [ids or [tokenizer.pad_token_id] for ids in tokenizer(*pairs)["input_ids"]]
+        whole = [ids or [tokenizer.pad_token_id] for ids in tokenizer(*pairs, verbose=False)["input_ids"]]
         ids = [
             ids if len(ids) <= max_length else truncate(tokenizer, read["first"], second, max_length, keep or {})
             for ids, second, keep in zip(whole, seconds, kept or [{}] * len(seconds), strict=True)

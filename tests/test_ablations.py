@@ -254,6 +254,9 @@ def test_a_study_runs_once_and_padding_is_equal(command, folder, tmp_path, capsy
         command("--study", "attention", *flags, "--finished_only")
     assert "no variant is finished" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        command("--study", "padding", *flags, "--finished_only", "--max_eval_samples", 4)
+    assert "was evaluated on other rows of validation" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         command("--study", "padding", *flags, "--weight_decay", 0.5)
     assert "holds another run (weight_decay: 0.01 -> 0.5)" in capsys.readouterr().err
 

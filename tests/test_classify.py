@@ -117,8 +117,49 @@ def test_a_trained_model_needs_no_table_and_reads_as_in_training(run, trained, t
         run(*flags, "--output_dir", tmp_path / "other")  # the decoder as it is
     assert "is no trained classifier: give --train_file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        run(*flags, "--problem", "regression", "--output_dir", tmp_path / "other", model=trained[1])
+    assert "was trained for single_label_classification" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--do_train", "False", "--do_eval", "False", "--output_dir", tmp_path / "other", model=trained[1])
+    assert "there is nothing to do" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         run("--do_train", "False", "--output_dir", tmp_path / "other", model=trained[1])
     assert "--do_eval needs --validation_file; or give --do_eval false" in capsys.readouterr().err
+
+
+def test_pairs_are_read_as_the_trained_model_reads_them(run, tmp_path):
+    columns = {"q": [f"question {n}" for n in range(8)], "a": ["yes", "no"] * 4, "label": ["x", "y"] * 4}
+    file, template = write_csv(tmp_path / "pairs.csv", columns), "Question: {first} Answer: {second}"
+    flags = ("--text_column", "q", "a", "--learning_rate", 1e-2)
+    run("--train_file", file, "--template", template, *flags, "--output_dir", tmp_path / "out")
+    model = tmp_path / "out" / "seed-42"
+    flags += ("--do_train", "False", "--do_eval", "False", "--do_predict", "--test_file", file)
+    run(*flags, "--output_dir", tmp_path / "new", model=model)
+    with (tmp_path / "new" / "seed-42" / "predictions.csv").open() as rows:
+        found = [float(row["probability"]) for row in csv.DictReader(rows)]
+    pairs = [{"text": q, "text_pair": a} for q, a in zip(columns["q"], columns["a"], strict=True)]
+    answers = pipeline("text-classification", model=str(model))(pairs)
+    assert found == pytest.approx([answer["score"] for answer in answers], abs=1e-4)
+
+
+@pytest.mark.parametrize(("first", "other"), [([0.5, 2.0], ["0.5", "2"]), ([0, 1], ["0.0", "1"]), (["007"], ["007"])])
+def test_tables_of_other_kinds_have_the_same_labels(tmp_path, first, other):
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate([*first, *first, "x"][: 2 * len(first)])]
+    if len(first) == 1:
+        rows[1]["label"] = "x"
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dev = write_csv(tmp_path / "dev.csv", {"text": ["a"] * len(other), "label": other})
+    found = classify.Table(classify.TableArguments(train_file=str(train), validation_file=str(dev)))
+    assert found.rows("validation")["label"] == found.rows("train")["label"][: len(other)]
+
+
+def test_a_word_among_numbers_is_named_wherever_it_is(tmp_path):
+    train = write_csv(tmp_path / "train.csv", {"text": ["a", "b"], "label": ["0.5", "1"]})
+    dev = write_csv(tmp_path / "dev.csv", {"text": ["a", "b"], "label": ["0.5", "?"]})
+    found = classify.Table(classify.TableArguments(train_file=str(train), validation_file=str(dev)))
+    with pytest.raises(ValueError, match=r"dev\.csv, row 1: 'label' is '\?', no number"):
+        found.rows("validation")
 
 
 def test_scores_are_of_the_rows_that_were_predicted_last(run, trained, tmp_path):
@@ -136,6 +177,9 @@ def test_a_head_for_other_classes_is_not_read_as_ours(run, trained, tmp_path, ca
     with pytest.raises(SystemExit):
         run(*flags, model=trained[1])
     assert "has a head for the classes dry, wet, the data has bad, good" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # nothing is to be measured but what was trained
+        run(*flags, "--ignore_mismatched_sizes", "--do_train", "False", model=trained[1])
+    assert "in `id2label` and `label2id` of its config.json." in capsys.readouterr().err
     run(*flags, "--ignore_mismatched_sizes", "--learning_rate", 0, model=trained[1])
     before, after = (
         AutoModelForSequenceClassification.from_pretrained(folder)

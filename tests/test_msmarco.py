@@ -161,6 +161,8 @@ def test_a_checkpoint_that_learned_from_a_teacher_is_not_given_grades(folder, de
         required = ["--model", tmp_path / "student", "--train_data", folder, "--output_dir", tmp_path / "run"]
         command(monkeypatch, msmarco.main, *required)
     assert "--ranking_loss kl needs a teacher's scores" in capsys.readouterr().err
+    command(monkeypatch, msmarco.main, *required, "--do_train", "False", "--eval_data", folder, "--use_cpu")
+    assert (tmp_path / "run" / folder.name / "results.json").exists()
 
 
 @pytest.mark.parametrize(
