@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_gemma_encoder import UNPADDED, set_reach
 from .calibration_gemma_encoder import probabilities
-from .configuration_gemma_encoder import GemmaEncoderConfig
+from .configuration_gemma_encoder import TASK_HEADS, GemmaEncoderConfig
 from .encoding_gemma_encoder import (
     Encoded,
     check_inputs,
@@ -255,8 +255,9 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
     def __init__(self, config: GemmaEncoderConfig, **unknown):
         if config.num_labels > 2:  # 2 is every config's default
             raise ValueError(f"`num_labels` must be 1 for ranking, one score a document, got {config.num_labels}")
-        others = config.num_labels != 1 or config.problem_type is not None  # a classifier's, which has other scores
-        if others or getattr(config, "sentence_transformers", None) is None:
+        # A classifier has other scores, whose calibration is none of a ranker's.
+        others = config.problem_type is not None or TASK_HEADS[0] in (config.architectures or ())
+        if others or config.num_labels != 1 or getattr(config, "sentence_transformers", None) is None:
             config = copy.deepcopy(config)
             config.num_labels = 1
             if others:

@@ -60,7 +60,8 @@ CLASSIFIERS = [
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=["single-label", "some-ignored", "regression", "multi-label"])
 def test_accumulation_never_changes_a_step_of_a_classifier(case, tmp_path):
     data = [{"ids": ids, "label": label} for ids, label in zip(texts(LENGTHS), case["labels"], strict=True)]
-    config = encoder_config(num_labels=case["num_labels"], **NO_DROPOUT)
+    several = "multi_label_classification" if isinstance(case["labels"][0], list) else None
+    config = encoder_config(num_labels=case["num_labels"], problem_type=several, **NO_DROPOUT)
     results = [
         step(build(GemmaEncoderForSequenceClassification, config), data, collate_texts, tmp_path, batch, accumulation)
         for batch, accumulation in ((8, 1), (4, 2), (1, 8))
