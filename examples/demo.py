@@ -334,7 +334,7 @@ def plot(done: dict, path: Path) -> None:
             )
             right.bar_label(bars, fmt="%.3f")
             right.set(ylabel="mean reciprocal rank", title=outcome["title"].partition(", ")[2], ylim=(0, 1))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":
