@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quantize_int8
 from modeling_gemma_encoder.files import write
+from modeling_gemma_encoder.memory import keep_freed_memory
 from modeling_gemma_encoder.ranking import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
@@ -263,7 +264,9 @@ def others(family: str, dtype: torch.dtype, options) -> dict:
 
 
 def training(family: str, dtype: torch.dtype, options) -> dict:
-    """fp32 weights; with bfloat16, autocast, as `--bf16` does."""
+    """fp32 weights; with bfloat16, autocast, as `--bf16` does; freed memory kept for all, as our scripts do."""
+    if not options.give_memory_back:
+        keep_freed_memory()
     sizes = np.minimum(lengths(SENTENCES, BATCH, options.seed), 256)
     ids = [np.random.default_rng(n).integers(5, 8000, size=size) for n, size in enumerate(sizes)]
     batch = {name: torch.zeros(BATCH, int(sizes.max()), dtype=torch.long) for name in ("input_ids", "attention_mask")}
@@ -359,6 +362,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=None, help="Default: 100; 48 with --quick.")
     parser.add_argument("--rounds", type=int, default=None, help="Default: 5; 2 with --quick.")
     parser.add_argument("--vocab_size", type=int, default=None, help="Of training. Default: 262144; 8192 with --quick.")
+    parser.add_argument("--give_memory_back", action="store_true", help="In training, as the allocator does by itself.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/speed"))

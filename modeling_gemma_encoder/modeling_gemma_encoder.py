@@ -27,6 +27,8 @@ from .encoding_gemma_encoder import (
     run_unpadded,
     to_padded,
 )
+from .feedforward_gemma_encoder import with_fusing
+from .last_layer_gemma_encoder import take_in_last_layer
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
 from .pooling_gemma_encoder import POOLERS
 from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
@@ -53,6 +55,9 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         config.text_config._attn_implementation = config._attn_implementation
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         for layer in self.model.layers:
+            layer.mlp = with_fusing(layer.mlp)
+        take_in_last_layer(self.model.layers[-1])
+        for layer in self.model.layers:
             set_reach(layer.self_attn, config)
             layer.self_attn.attention_dropout = config.attention_dropout
             # The block ends with Gemma 2's second norm where there is one: dropped elements stay zero in the residual.
@@ -71,8 +76,10 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        for_pooling: bool = False,
     ) -> Encoded:
-        """Runs the decoder's layers on the real tokens of a batch."""
+        """Runs the decoder's layers on the real tokens of a batch. `for_pooling`: only states that `pool` reads are
+        sound, and the last layer may leave the others out."""
         mask = check_inputs(self.config, input_ids, attention_mask, inputs_embeds)
         if input_ids is not None and attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -92,6 +99,7 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             input_ids,
             inputs_embeds,
             mask,
+            for_pooling,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             use_cache=False,
@@ -201,7 +209,8 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         Returns:
             `logits` (batch, num_labels) in fp32, and `loss` with labels; zero when all of them are ignored.
         """
-        encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
+        wanted = (output_attentions, output_hidden_states)
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
         logits = self.classifier(self.pool(encoded))
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         return SequenceClassifierOutput(
@@ -296,7 +305,8 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
             )
         size, hidden_states, attentions = self.config.list_chunk_size, None, None
         if size is None or list_shape is None:
-            encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
+            wanted = (output_attentions, output_hidden_states)
+            encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
             logits = self.classifier(self.pool(encoded))  # (n, 1)
             hidden_states, attentions = encoded.hidden_states, encoded.attentions
         elif output_attentions or output_hidden_states:
@@ -315,7 +325,8 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         return probabilities(logits, self.config, one_of_several=False)
 
     def _score(self, input_ids, attention_mask, inputs_embeds) -> torch.Tensor:
-        return self.classifier(self.pool(self.encode(input_ids, attention_mask, inputs_embeds, False, False)))
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds, False, False, for_pooling=True)
+        return self.classifier(self.pool(encoded))
 
     def _loss(self, logits, labels, list_shape) -> torch.Tensor:
         check_labels(labels)

@@ -13,10 +13,14 @@ import torch
 from torch import nn
 
 
-def sequence_ids(token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """The sequence each token belongs to (total_tokens,); `batch` for tokens that belong to none."""
-    tokens = torch.arange(token_states.shape[0], device=token_states.device)
+def owners(tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The sequence that each place in `tokens` belongs to, of its shape; `batch` for those that belong to none."""
     return torch.searchsorted(offsets[1:].to(tokens), tokens, right=True)
+
+
+def sequence_ids(token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The sequence each token belongs to (total_tokens,)."""
+    return owners(torch.arange(token_states.shape[0], device=token_states.device), offsets)
 
 
 def segment_sum(values: torch.Tensor, sequences: torch.Tensor, batch: int) -> torch.Tensor:
@@ -44,24 +48,29 @@ def segment_softmax(scores: torch.Tensor, sequences: torch.Tensor, batch: int) -
     return exponentials / sums[sequences]
 
 
-class MeanPooler(nn.Module):
+class Pooler(nn.Module):
+    """What the encoder asks of every pooler beside its vectors."""
+
+    def takes(self, offsets: torch.Tensor, total: int) -> torch.Tensor | None:
+        """Which of `total` tokens it reads, (total,), of sequences at `offsets` (batch + 1,); None: all of them."""
+        return None
+
+
+class MeanPooler(Pooler):
     """The mean of all token states."""
 
     def __init__(self, config):
         super().__init__()
         self.k = config.pooling_k
 
-    def keep(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Which tokens are averaged (total_tokens,)."""
-        return torch.ones(token_states.shape[0], dtype=torch.bool, device=token_states.device)
-
     def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return segment_mean(token_states, offsets, self.keep(token_states, offsets))
+        return segment_mean(token_states, offsets, self.takes(offsets, token_states.shape[0]))
 
     def weights(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        keep, sequences = self.keep(token_states, offsets).float(), sequence_ids(token_states, offsets)
-        counts = segment_sum(keep, sequences, offsets.shape[0] - 1).clamp(min=1)
-        return keep / torch.cat([counts, counts.new_ones(1)])[sequences]
+        taken, sequences = self.takes(offsets, token_states.shape[0]), sequence_ids(token_states, offsets)
+        shares = token_states.new_ones(token_states.shape[0]) if taken is None else taken.float()
+        counts = segment_sum(shares, sequences, offsets.shape[0] - 1).clamp(min=1)
+        return shares / torch.cat([counts, counts.new_ones(1)])[sequences]
 
 
 class FirstKPooler(MeanPooler):
@@ -70,22 +79,21 @@ class FirstKPooler(MeanPooler):
     Averaging keeps the head's size independent of K and of the length; the paper does not say how K > 1 states combine.
     """
 
-    def keep(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        starts = offsets[sequence_ids(token_states, offsets)]
-        tokens = torch.arange(token_states.shape[0], device=token_states.device)
-        return tokens - starts < self.k
+    def takes(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
+        tokens = torch.arange(total, device=offsets.device)
+        return tokens - offsets[owners(tokens, offsets)] < self.k
 
 
 class LastKPooler(MeanPooler):
     """The mean of the last `pooling_k` token states, or of all in a shorter sequence."""
 
-    def keep(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        ends = torch.cat([offsets[1:], offsets[-1:]])[sequence_ids(token_states, offsets)]
-        tokens = torch.arange(token_states.shape[0], device=token_states.device)
+    def takes(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
+        tokens = torch.arange(total, device=offsets.device)
+        ends = torch.cat([offsets[1:], offsets[-1:]])[owners(tokens, offsets)]
         return ends - tokens <= self.k
 
 
-class ProbePooler(nn.Module):
+class ProbePooler(Pooler):
     """What the two attention poolers share: learned latents and four projections.
 
     Token states are RMS-normalised first, because a decoder's final states can be large (norms of 200 and more). The
