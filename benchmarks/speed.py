@@ -4,7 +4,7 @@
     python benchmarks/speed.py --quick                      # Gemma 2 alone, fewer layers, pairs and rounds
     python benchmarks/speed.py --only scoring --families gemma2 --dtypes bfloat16
     python benchmarks/speed.py --device cuda --shape 2b --families gemma2 --dtypes bfloat16 --pairs 1000 \
-        --attn_implementation gemma_encoder_fused
+        --attn_implementation gemma_encoder_fused --compile_layers
 
 Peers: `Gemma*ForSequenceClassification` with `is_causal=False` through sentence-transformers' `CrossEncoder.predict`,
 which sorts by length, in batches of 32, and in batches as they come; its training step as the Trainer makes it. Others,
@@ -111,6 +111,9 @@ def make_models(family: str, options, dtype: torch.dtype, vocab_size: int, folde
         attn_implementation=options.attn_implementation,
     ).eval()
     ours.classifier = StockHead(stock.score)
+    if options.compile_layers:
+        for layer in ours.model.layers:
+            layer.compile(dynamic=True)
     return stock.to(options.device), ours.to(options.device)
 
 
@@ -362,6 +365,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=None, help="Default: 100; 48 with --quick.")
     parser.add_argument("--rounds", type=int, default=None, help="Default: 5; 2 with --quick.")
     parser.add_argument("--vocab_size", type=int, default=None, help="Of training. Default: 262144; 8192 with --quick.")
+    parser.add_argument("--compile_layers", action="store_true", help="Ours; with gemma_encoder_fused on a GPU.")
     parser.add_argument("--give_memory_back", action="store_true", help="In training, as the allocator does by itself.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")

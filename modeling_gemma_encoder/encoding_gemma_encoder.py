@@ -136,7 +136,7 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **k
             kwargs["sliding_window"] = encoder.config.attention_window + 1  # these layers do not pass their own
     asked = kwargs["output_attentions"] or kwargs["output_hidden_states"]
     if for_pooling and not asked and implementation in (UNPADDED, FUSED) and not torch.compiler.is_compiling():
-        kwargs["taken"] = taken_tokens(encoder.pooler, unpadding.offsets, len(unpadding.indices))
+        kwargs["taken"] = taken_tokens(encoder, unpadding.offsets, len(unpadding.indices))
     outputs = encoder.model(
         input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=unpadding.positions[None], **kwargs
     )

@@ -2,14 +2,16 @@
 
 The layers are upstream's own, under their own names. Activation and product cost a fifth of the block on a CPU when
 they are passes of their own over (tokens, intermediate_size); oneDNN, which torch is built with, applies both to the
-outputs of a matrix product before they leave the caches. It has no gradient, so training runs upstream's formula, and
-so does every layer that is more than a plain linear one: adapted, quantised, sharded, offloaded, or with hooks.
+outputs of a matrix product before they leave the caches. It has no gradient, so whatever needs one runs upstream's
+formula, and so does every layer that is more than a plain linear one: adapted, quantised, sharded, offloaded, or with
+hooks. torch's `FlopCounterMode` does not count these products.
 """
 
 from platform import machine
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
 LAYERS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -47,11 +49,16 @@ def fused(block: FeedForward, states: torch.Tensor) -> torch.Tensor:
 
 def can_fuse(block: FeedForward, states: torch.Tensor) -> bool:
     """Whether that is possible here, and the same."""
-    if torch.compiler.is_compiling() or states.device.type != "cpu" or type(block.act_fn) not in FUSED_ACTIVATIONS:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
-    if torch.is_autocast_enabled("cpu") or not runs_here(states.dtype) or not states.numel():
+    if type(states) not in (torch.Tensor, nn.Parameter) or not states.numel() or states.device.type != "cpu":
         return False
-    return all(is_plain(layer, states) for layer in (block.gate_proj, block.up_proj, block.down_proj))
+    if torch.is_autocast_enabled("cpu") or not runs_here(states.dtype) or type(block.act_fn) not in FUSED_ACTIVATIONS:
+        return False
+    if torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in block.parameters())):
+        return False
+    linear = (block.gate_proj, block.up_proj, block.down_proj)
+    return is_unheard(block.act_fn) and all(is_plain(layer, states.dtype) and is_unheard(layer) for layer in linear)
 
 
 def runs_here(dtype: torch.dtype) -> bool:
@@ -66,11 +73,16 @@ def runs_here(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def is_plain(layer: nn.Module, states: torch.Tensor) -> bool:
-    """Whether a layer is torch's own, its weight an ordinary one of this dtype, and nobody waits for its call."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
-        return False
-    weight = layer.weight
-    if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
-        return False
-    return type(weight) is nn.Parameter and weight.dtype == states.dtype and weight.device == states.device
+def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a layer is torch's own, with ordinary parameters of this dtype on a CPU."""
+
+    def is_ordinary(p: nn.Parameter) -> bool:
+        return type(p) is nn.Parameter and p.layout == torch.strided and p.device.type == "cpu" and p.numel() > 0
+
+    return type(layer) is nn.Linear and all(is_ordinary(p) and p.dtype == dtype for p in layer.parameters())
+
+
+def is_unheard(module: nn.Module) -> bool:
+    """Whether nobody waits for a module's call."""
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return not (everywhere or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

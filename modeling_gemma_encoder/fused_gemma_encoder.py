@@ -116,6 +116,7 @@ def flex(query, key, value, mask: BlockMask, scaling: float, score_of: Callable)
     return output, getattr(sums, "lse", sums)
 
 
+@torch.compiler.disable(recursive=False)  # compiled layers leave attention to its own kernels
 def fused_attention(module, query, key, value, attention_mask, sequences: Sequences | None = None, **kwargs):
     """What `AttentionInterface` calls: (1, heads, tokens, head_dim) -> (1, tokens, heads, head_dim)."""
     if sequences is None:

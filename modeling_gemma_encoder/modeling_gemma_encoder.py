@@ -99,7 +99,7 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             input_ids,
             inputs_embeds,
             mask,
-            for_pooling,
+            for_pooling and type(self).pool is GemmaEncoderModel.pool,  # a subclass may pool what it likes
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             use_cache=False,

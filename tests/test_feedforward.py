@@ -62,16 +62,41 @@ def test_scoring_fuses_every_layer_and_training_none(monkeypatch):
 
 
 @fuses
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
-def test_a_layer_that_is_more_than_linear_is_called(name):
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj", "act_fn"])
+def test_a_layer_that_is_more_than_itself_is_called(name):
     block, states = with_fusing(upstreams_block("gemma2")), torch.randn(1, 3, 32)
     with torch.no_grad():
         assert can_fuse(block, states)
         handle = getattr(block, name).register_forward_hook(lambda module, args, output: output * 2)
         assert not can_fuse(block, states)
         handle.remove()
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+        assert not can_fuse(block, states)
+        handle.remove()
+        assert can_fuse(block, states)
         setattr(block, name, torch.nn.Sequential(getattr(block, name)))
         assert not can_fuse(block, states)
+
+
+@fuses
+def test_whatever_needs_a_gradient_gets_it():
+    """Of a bias alone, and forward: the derivative along a direction, by finite differences."""
+    block, states, direction = with_fusing(upstreams_block("llama", mlp_bias=True)), *torch.randn(2, 1, 3, 32).double()
+    block = block.requires_grad_(False).float()
+    block.up_proj.bias.requires_grad_(True)
+    block(states.float()).sum().backward()
+    assert block.up_proj.bias.grad.abs().sum() > 0
+    block.requires_grad_(False)
+    _, derivative = torch.func.jvp(block, (states.float(),), (direction.float(),))
+    exact = copy.deepcopy(block).double()
+    expected = (exact(states + 1e-6 * direction) - exact(states - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(derivative.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+@fuses
+def test_a_trace_has_upstreams_operations():
+    block, states = with_fusing(upstreams_block("gemma2")).requires_grad_(False), torch.randn(1, 3, 32)
+    torch.testing.assert_close(torch.jit.trace(block, states)(states), block(states), atol=1e-5, rtol=1e-5)
 
 
 def test_weights_keep_upstreams_names_and_other_blocks_are_left_alone():

@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import FAMILIES, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
+from conftest import FAMILIES, FUSED, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
@@ -466,6 +467,28 @@ def test_compiled_is_the_same(backend):
         for lengths in ((10, 6, 3), (4, 8)):
             batch = pad(texts(lengths))
             torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_layers_are_the_same_and_compiled_once_a_kind():
+    """Whatever lengths come, with fused attention; the last layer runs in whole."""
+    torch._dynamo.reset()
+    shape = {"max_position_embeddings": 512}
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(decoder=shape, pooling="last_k"))
+    model.set_attn_implementation(FUSED)
+    batches = [
+        pad(texts(lengths)) for lengths in [(5, 3, 9), (300, 10), (4,), (400, 280, 150, 70, 5), (7, 7), (350, 9)]
+    ]
+    compiled = CompileCounter()
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches]
+        for layer in model.model.layers:
+            layer.compile(backend=compiled, dynamic=True)
+        for batch, logits in zip(batches[:2], expected[:2], strict=True):
+            torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+        graphs = compiled.frame_count
+        for batch, logits in zip(batches, expected, strict=True):
+            torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    assert graphs > 0 and compiled.frame_count - graphs <= 4
 
 
 def test_the_padded_path_exports():
