@@ -267,7 +267,7 @@ def others(family: str, dtype: torch.dtype, options) -> dict:
 
 
 def training(family: str, dtype: torch.dtype, options) -> dict:
-    """fp32 weights; with bfloat16, autocast, as `--bf16` does; freed memory kept for all, as our scripts do."""
+    """fp32 weights; with bfloat16, autocast, as `--bf16` does; freed memory kept for all, as `KeepMemory` does."""
     if not options.give_memory_back:
         keep_freed_memory()
     sizes = np.minimum(lengths(SENTENCES, BATCH, options.seed), 256)

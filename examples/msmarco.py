@@ -32,7 +32,6 @@ from modeling_gemma_encoder.files import is_local, read, write
 from modeling_gemma_encoder.finetuning import build
 from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
-from modeling_gemma_encoder.memory import KeepMemory
 from modeling_gemma_encoder.ranking import load_ranker, rerank
 from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.retrieval import Collection, lists_of, read_collection, read_run
@@ -286,7 +285,7 @@ def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measu
         data_collator=RankingCollator(tokenizer, max_length),
         processing_class=tokenizer,
         compute_metrics=score,
-        callbacks=[FreshLists(lists), timer, KeepMemory()],
+        callbacks=[FreshLists(lists), timer],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -46,7 +46,6 @@ from transformers import (
     set_seed,
 )
 
-from modeling_gemma_encoder.memory import KeepMemory
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.text import (
     TextArguments,
@@ -231,7 +230,7 @@ def main():
         eval_dataset=held_out,
         data_collator=collate_blocks,
         processing_class=tokenizer,
-        callbacks=[timer, KeepMemory()],
+        callbacks=[timer],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
 

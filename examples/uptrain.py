@@ -39,7 +39,6 @@ from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, 
 from modeling_gemma_encoder.adapters import add_lora_alone
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning import refuse_training
-from modeling_gemma_encoder.memory import KeepMemory
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.recipes import RecipeParser, fail, failing
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
@@ -224,7 +223,7 @@ def main():
         eval_dataset=held_out,
         data_collator=masking,
         processing_class=tokenizer,
-        callbacks=[masking, timer, KeepMemory()],
+        callbacks=[masking, timer],
     )
     before = perplexities(trainer, held_out)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
 
     By default every large tensor is mapped when it is made and unmapped when it is freed, and its pages are fetched one
     by one in between. The gradient of a vocabulary of 262,144 tokens, 670 MB for Gemma 3 270M, goes that way in every
-    step; benchmarks/README.md says how long it takes. The process then stays as large as it once was.
+    step; benchmarks/README.md says how long it takes. The process then stays as large as it once was, and grows by what
+    lies unused between tensors of varying sizes: not for where memory is short.
     """
     if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False

@@ -31,7 +31,6 @@ from transformers import (
 from .data import collate_lists
 from .files import write
 from .finetuning import FineTuningArguments, build
-from .memory import KeepMemory
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of
 from .training import (
@@ -224,7 +223,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
         data_collator=collate,
         processing_class=tokenizer,
         compute_metrics=score if first else None,
-        callbacks=[timer, KeepMemory()],
+        callbacks=[timer],
     )
     if train and args.process_index == 0:
         batch = rows_per_step(args)
