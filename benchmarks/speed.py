@@ -9,9 +9,9 @@
 Peers: `Gemma*ForSequenceClassification` with `is_causal=False` through sentence-transformers' `CrossEncoder.predict`,
 which sorts by length, in batches of 32, and in batches as they come; its training step as the Trainer makes it. Others,
 in bf16 on a quarter of the pairs: the same model under `torch.compile`, and a causal decoder that is asked for its
-logit of a word, over the whole vocabulary, as FlagEmbedding's LLM rerankers do. The yardstick is the time of the layers'
-matrix products over the real tokens, nothing else. Scores are compared before anything is timed. All take turns, round
-after round; ratios are medians over the rounds. Run it alone.
+logit of a word, over the whole vocabulary, as FlagEmbedding's LLM rerankers do. The yardstick is the time of
+the layers' matrix products over the real tokens, nothing else. Scores are compared before anything is timed. All take
+turns, round after round; ratios are medians over the rounds. Run it alone.
 """
 
 import argparse
