@@ -1,8 +1,8 @@
 """The feed-forward block down(act(gate(x)) * up(x)) (GeGLU, arXiv 2002.05202), in fewer passes where a CPU scores.
 
-The layers are upstream's own, under their own names. Activation and product cost a fifth of the block on a CPU when
-they are passes of their own over (tokens, intermediate_size); oneDNN, which torch is built with, applies both to the
-outputs of a matrix product before they leave the caches. It has no gradient, so whatever needs one runs upstream's
+The layers are upstream's own, under their own names. Activation and product cost up to a fifth of the block on a CPU
+when they are passes of their own over (tokens, intermediate_size); oneDNN, which torch is built with, applies both to
+the outputs of a matrix product before they leave the caches. It has no gradient, so whatever needs one runs upstream's
 formula, and so does every layer that is more than a plain linear one: adapted, quantised, sharded, offloaded, or with
 hooks. torch's `FlopCounterMode` does not count these products.
 """
