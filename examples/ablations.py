@@ -41,11 +41,13 @@ import superglue
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
 from modeling_gemma_encoder.ablation_reports import difference_table, plot, score_table
 from modeling_gemma_encoder.ablations import Bench, Cell, Study, as_options, run_studies
+from modeling_gemma_encoder.checkpoints import load_tokenizer
+from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.differences import LeftOut, add_differences, split_in_parts
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
@@ -185,7 +187,7 @@ def cannot_ablate(own: AblationArguments, options, args, studies: dict[str, Stud
             return f"--study baselines: {', '.join(chooses)} choose among candidates, which stock classifiers do not"
         if options.lora_r or options.freeze_embeddings or options.dtype != "float32":
             return "--study baselines trains all weights: without --lora_r, --freeze_embeddings and --dtype"
-        if AutoConfig.from_pretrained(options.model, trust_remote_code=False).model_type == "gemma_encoder":
+        if GemmaEncoderConfig.from_pretrained(options.model).architectures:
             return f"--study baselines needs a decoder as --model: {options.model} is an encoder's checkpoint"
     if own.ranking:
         if len(own.ranking) != 2 or own.ranking[0] == own.ranking[1]:
@@ -235,6 +237,8 @@ def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
 def padded_on(side: str, model: str, root: Path) -> str:
     """The same checkpoint with a tokenizer that pads on this side, in a folder of where it is and when it changed."""
     source = Path(model).resolve()
+    if not source.is_dir():
+        raise ValueError(f"--study padding needs a folder as --model, got {model}: examples/convert_gguf.py makes one.")
     state = [str(source), *(f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(source.iterdir()))]
     folder = root / "padding" / sha256("\n".join(state).encode()).hexdigest()[:8] / side
     if not (folder / "tokenizer.json").exists():
@@ -244,7 +248,7 @@ def padded_on(side: str, model: str, root: Path) -> str:
                 (folder / path.name).symlink_to(path.resolve())
         for path in folder.glob("token*"):
             path.unlink()
-        AutoTokenizer.from_pretrained(model, padding_side=side, trust_remote_code=False).save_pretrained(folder)
+        load_tokenizer(model, padding_side=side).save_pretrained(folder)
     return str(folder)
 
 

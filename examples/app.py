@@ -27,7 +27,7 @@ from modeling_gemma_encoder import (
     GemmaEncoderForSequenceClassification,
     verify_attention,
 )
-from modeling_gemma_encoder.ranking import score_pairs
+from modeling_gemma_encoder.ranking import DTYPE, choose, score_pairs
 from modeling_gemma_encoder.recipes import failing
 
 MOST_TOKENS = 80  # of a text that is looked into: all layers' attention is held
@@ -38,15 +38,14 @@ EXAMPLES = {
 }
 
 
-def load(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Raises ValueError where there is no trained head."""
+def load(checkpoint: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model on the accelerator, where there is one, and its tokenizer; ValueError without a trained head."""
+    dtype, device = choose(dtype, None)
     config = GemmaEncoderConfig.from_pretrained(checkpoint)
     heads = {cls.__name__: cls for cls in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
     if not config.architectures or config.architectures[0] not in heads:
         raise ValueError(f"{checkpoint} is no trained classifier or ranker.")
-    model = heads[config.architectures[0]].from_pretrained(checkpoint, dtype=torch.float32).eval()
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+    model = heads[config.architectures[0]].from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval().to(device)
     verify_attention(model)
     return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
 
@@ -161,9 +160,10 @@ def main():
     parser.add_argument("--model", required=True, help="A trained classifier or ranker: folder or repository.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=None, help="Default: the first that is free from 7860 on.")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=DTYPE["help"])
     args = parser.parse_args()
     with failing(parser):
-        model, tokenizer = load(args.model)
+        model, tokenizer = load(args.model, args.dtype)
     font = ["system-ui", "sans-serif"]  # the default's would be fetched
     theme = gradio.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
     blocks = build(model, tokenizer, "/".join(Path(args.model).parts[-2:]))

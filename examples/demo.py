@@ -30,7 +30,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay
 from transformers import (
-    AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
     Trainer,
@@ -39,6 +38,7 @@ from transformers import (
 )
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
+from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
 from modeling_gemma_encoder.data import RankingCollator
 from modeling_gemma_encoder.finetuning import parameters_of
@@ -279,7 +279,7 @@ def main():
     print(
         f"{len(passages['train']):,} passages to learn from, {len(passages['test']):,} of other files to be tested on"
     )
-    tokenizer = AutoTokenizer.from_pretrained(demo.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(demo.model)
     done = {}
     for task in demo.tasks:
         print(f"\nFine-tuning {Path(demo.model).name} to {task}: {demo.attention} attention, {demo.pooling} pooling")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, parse_measures
-from modeling_gemma_encoder.ranking import ScoringArguments, load_ranker, rerank
+from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, rerank
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import read_collection, read_run, retrieve
 
@@ -56,12 +56,14 @@ def main():
         if args.depth and collection.run is None:
             raise ValueError(f"--depth {args.depth} is of a run: give --run")
         collection = collection.without_incomparable(args.data)
+        args.dtype, args.device = choose(args.dtype, args.device)
         model, tokenizer = load_ranker(args.model, args.dtype, args.device)
         ours = rerank(model, tokenizer, collection, args.depth, args.max_length, args.tokens_per_batch)
     runs = {"Gemma Encoder": ours, **baselines(collection, args.depth, args.seed)}
     facts = {
         "model": args.model,
         "data": args.data,
+        "dtype": args.dtype,
         "run": args.run or ("its own" if collection.run else "judged pool"),
     }
     folder = Path(

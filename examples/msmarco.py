@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
+from transformers import Trainer, set_seed
 
 from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
+from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
 from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
 from modeling_gemma_encoder.files import is_local, read, write
@@ -195,8 +196,9 @@ def main():
                     f"--eval_strategy {args.eval_strategy} needs --eval_data or --held_out to make lists of."
                 )
             lists_out = RankingDataset(rows, ranking.list_size, args.seed, first.passages, first.queries)
-        tokenizer = TASK.set_template(AutoTokenizer.from_pretrained(options.model, trust_remote_code=False))
-        max_length = min(options.max_length or TASK.max_length, check_positions(options.model))
+        tokenizer = TASK.set_template(load_tokenizer(options.model))
+        positions = GemmaEncoderConfig.from_pretrained(options.model).max_position_embeddings
+        max_length = min(options.max_length or TASK.max_length, positions)
         tokenizer.model_max_length = max_length  # saved with the model: it is read as it was trained
         evaluated = [c.queries[qid] for c in collections.values() for qid in c.qrels]
         check_lengths(tokenizer, lists, [*queries, *evaluated], max_length)
@@ -262,10 +264,6 @@ def cannot_do(options, args) -> str | None:
     if args.do_predict:
         return "--do_predict does nothing here: rerank.py writes scores"
     return None
-
-
-def check_positions(model: str) -> int:
-    return AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().max_position_embeddings
 
 
 def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measures, checkpoint, finished):

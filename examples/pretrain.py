@@ -46,6 +46,7 @@ from transformers import (
     set_seed,
 )
 
+from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.text import (
     TextArguments,
@@ -126,7 +127,7 @@ def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
 def make_tokenizer(options: PretrainingArguments, texts: dict, folder: Path, made: bool, args: TrainingArguments):
     """The tokenizer that was named, or that this run has made already, or a new one; saved with the decoder."""
     if named := options.tokenizer or options.model:
-        tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=False)
+        tokenizer = load_tokenizer(named)
     elif made:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     else:
@@ -146,7 +147,7 @@ def make_tokenizer(options: PretrainingArguments, texts: dict, folder: Path, mad
 def make_decoder(options: PretrainingArguments, tokenizer):
     form = {"dtype": torch.float32, "attn_implementation": options.attn_implementation}
     if options.model:
-        return AutoModelForCausalLM.from_pretrained(options.model, **form, trust_remote_code=False)
+        return load_upstream(AutoModelForCausalLM, options.model, **form)
     config = AutoConfig.from_pretrained(options.config, trust_remote_code=False).get_text_config()
     if config.model_type not in FAMILIES:
         raise ValueError(

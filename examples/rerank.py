@@ -31,7 +31,7 @@ from typing import ClassVar
 from tqdm import tqdm
 
 from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.ranking import DTYPE, Dtype, ScoringArguments, choose, load_ranker, score_pairs
+from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
 from modeling_gemma_encoder.templates import encode_pairs
@@ -41,7 +41,6 @@ from modeling_gemma_encoder.templates import encode_pairs
 class RerankArguments(ScoringArguments):
     COUNTS: ClassVar = (*ScoringArguments.COUNTS, "rows_at_once", "depth")
 
-    dtype: Dtype = field(default="auto", metadata=DTYPE)
     query: str | None = field(default=None, metadata={"help": "One query, whose --passages are printed, best first."})
     passages: list[str] | None = field(default=None, metadata={"help": "Texts, for --query."})
     input: str | None = field(default=None, metadata={"help": "A .jsonl, .csv or .tsv file."})

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainerCallback,
@@ -37,6 +36,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
 from modeling_gemma_encoder.adapters import add_lora_alone
+from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
@@ -174,7 +174,7 @@ def main():
     if options.lora_r is not None and (under_fsdp(args) or is_deepspeed_zero3_enabled()):
         fail(parser, "--lora_r merges adapters into whole weights, which FSDP and DeepSpeed ZeRO-3 hold in pieces")
     with failing(parser):
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        tokenizer = load_tokenizer(options.model)
         masks = mask_with(tokenizer, options.mask_token)
         set_seed(args.seed)
         folder, is_main = Path(args.output_dir), args.process_index == 0

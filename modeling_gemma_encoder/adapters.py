@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForSequenceClassification, prepare_model_for_kbit_training
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .checkpoint_gemma_encoder import all_or_nothing
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from .precision_gemma_encoder import computes_in_bf16
 from .pretrained_gemma_encoder import find_adapter, quiet
 
 HEADS = {model.__name__: model for model in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
@@ -94,7 +95,7 @@ def add_lora(
         raise ValueError("`model` has an adapter already: merge it first, or train that one with `PeftModel`.")
     named, base = model.name_or_path, model.config
     with suppress(OSError, ValueError):  # it may not be where it was, or in a folder or revision of that name
-        base = AutoConfig.from_pretrained(named, trust_remote_code=False) if named else base
+        base = GemmaEncoderConfig.from_pretrained(named) if named else base
     if (size := base.get_text_config().vocab_size) != model.config.vocab_size:
         raise ValueError(
             f"`model` has {model.config.vocab_size} tokens and {named} has {size}, over which the adapter "
@@ -174,10 +175,14 @@ def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.fl
 
 
 def four_bit() -> BitsAndBytesConfig:
-    """How QLoRA loads a decoder: NF4 with double quantisation, computing in bf16. Head and pooler stay as they are."""
+    """
+    Return how QLoRA loads a decoder: NF4 with double quantization, computing in bf16, or in fp32 on a device that is
+    slow in bf16. Head and pooler stay as they are.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if computes_in_bf16(device) else torch.float32,
     )

@@ -5,18 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse
+import torch
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     PreTrainedModel,
 )
 
+from .checkpoints import load_upstream
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import write
 from .finetuning import FineTuningArguments, decoder_of, encoder_options
@@ -35,12 +36,9 @@ def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint is an encoder's, which the stock class does not read.
     """
-    config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
-    if config.model_type == GemmaEncoderConfig.model_type:
+    if GemmaEncoderConfig.from_pretrained(options.model).architectures:
         raise ValueError(f"{options.model} is an encoder's checkpoint; the stock classifier reads a decoder's.")
-    model = AutoModelForSequenceClassification.from_pretrained(
-        options.model, trust_remote_code=False, dtype="float32", **head_of(task)
-    )
+    model = load_upstream(AutoModelForSequenceClassification, options.model, torch.float32, **head_of(task))
     model.config.pad_token_id = model.config.pad_token_id or 0
     return model
 
@@ -58,7 +56,7 @@ def bert(task: Task, options: FineTuningArguments) -> PreTrainedModel:
 
     A feed-forward block has two matrices in BERT and three in Gemma, and BERT's attention is as wide as its states.
     """
-    decoder = AutoConfig.from_pretrained(options.model, trust_remote_code=False).get_text_config()
+    decoder = GemmaEncoderConfig.from_pretrained(options.model).text_config
     width, layers = decoder.hidden_size, decoder.num_hidden_layers
     wanted = decoder_of(options.model).num_parameters() - decoder.vocab_size * width
     inner = (wanted // layers - 4 * width**2) // (2 * width)

@@ -14,6 +14,7 @@ from transformers.configuration_utils import SubConfigSpec, strict
 from transformers.utils.type_validators import as_validated_field, interval
 
 from .checkpoint_gemma_encoder import only_settings
+from .gguf_gemma_encoder import HUB_OPTIONS, gguf_config, split_gguf
 
 # The decoders whose layers we know how to run bidirectionally, by `model_type`: the paper's, and two other families.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "llama", "qwen2", "qwen3")
@@ -184,6 +185,12 @@ class GemmaEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the config of a checkpoint, a raw decoder or a GGUF file as an encoder's, and the other `kwargs`."""
+        source, gguf_file = split_gguf(pretrained_model_name_or_path, kwargs.pop("gguf_file", None))
+        if gguf_file is not None:
+            where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            kwargs = {name: value for name, value in kwargs.items() if name not in where and not name.startswith("_")}
+            return _adopt_decoder(gguf_config(source, gguf_file, where)), kwargs
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _adopt_decoder(only_settings(config_dict)), kwargs
 

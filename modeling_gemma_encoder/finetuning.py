@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments
+from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
@@ -126,7 +126,7 @@ def training_defaults(model: str, adapters: bool, task: Task) -> dict:
 def decoder_of(checkpoint: str) -> PreTrainedModel:
     """The decoder by its config, without weights."""
     with torch.device("meta"):
-        return AutoModel.from_config(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).get_text_config())
+        return AutoModel.from_config(GemmaEncoderConfig.from_pretrained(checkpoint).text_config)
 
 
 def parameters_of(checkpoint: str) -> int:

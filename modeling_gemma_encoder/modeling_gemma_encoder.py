@@ -31,6 +31,7 @@ from .feedforward_gemma_encoder import with_fusing
 from .last_layer_gemma_encoder import take_in_last_layer
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
 from .pooling_gemma_encoder import POOLERS
+from .precision_gemma_encoder import warn_of_slow_bf16
 from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
 from .quantization_gemma_encoder import hold_int8
 from .verification_gemma_encoder import verify_attention
@@ -81,6 +82,7 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         """Runs the decoder's layers on the real tokens of a batch. `for_pooling`: only states that `pool` reads are
         sound, and the last layer may leave the others out."""
         mask = check_inputs(self.config, input_ids, attention_mask, inputs_embeds)
+        warn_of_slow_bf16(self.get_input_embeddings().weight)
         if input_ids is not None and attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if output_attentions is None:

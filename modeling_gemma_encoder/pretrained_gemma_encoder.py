@@ -3,6 +3,8 @@
 import copy
 import json
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from .attention_gemma_encoder import UNPADDED
 from .checkpoint_gemma_encoder import all_or_nothing, refuse_incomplete, refuse_paths
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .fused_gemma_encoder import FUSED
+from .gguf_gemma_encoder import HUB_OPTIONS, read_decoder, split_gguf
 from .pooling_gemma_encoder import ProbePooler
 
 # Multimodal Gemma checkpoints keep the decoder in a text tower, under one of these names.
@@ -31,8 +34,6 @@ WHOLE = ("", ".index.json")
 # Options of an encoder that an adapter cannot do without.
 SHAPING = {"attention", "attention_window", "pooling", "pooling_k", "pooling_num_probes", "pooling_num_heads"}
 FIELDS = GemmaEncoderConfig.__dataclass_fields__.keys() - {"dtype"} | {"num_labels"}
-# Arguments of `from_pretrained` that say where a file is.
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 # Arguments of `push_to_hub`.
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
@@ -50,7 +51,7 @@ def quiet():
 
 def find_adapter(path, where: dict) -> dict | None:
     """The PEFT config at `path`, unless that is a whole model's folder that also holds an adapter."""
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | Path) or split_gguf(path)[1] is not None:
         return None
     folder = Path(path) / where.get("subfolder", "")
     if any((folder / f"model.safetensors{end}").exists() for end in WHOLE):
@@ -113,7 +114,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
         """
         As upstream. The text tower of a multimodal checkpoint is found by its parameter names, and an adapter comes
-        over the decoder it was trained on, with the options it was trained with, which its folder's config holds.
+        over the decoder it was trained on, with the options it was trained with, which its folder's config holds. A
+        GGUF file, by `gguf_file` or as a path that ends in .gguf, is dequantized into `dtype`, fp32 unless given.
 
         Raises:
             ValueError: weights of the decoder, or of the head or pooler that were saved, are missing; the weights are
@@ -124,6 +126,9 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors` must be True: pickled weights run code when they are loaded.")
         key_mapping = {**TEXT_TOWER, **(key_mapping or {})}
+        source, gguf_file = split_gguf(pretrained_model_name_or_path, kwargs.pop("gguf_file", None))
+        if gguf_file is not None:
+            return cls._from_gguf(source, *args, gguf_file=gguf_file, key_mapping=key_mapping, **kwargs)
         given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
         where = {name: given[name] for name in HUB_OPTIONS if name in given}
         if adapter := find_adapter(pretrained_model_name_or_path, where):
@@ -152,6 +157,28 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         return (model, info) if with_info else model
 
     @classmethod
+    def _from_gguf(cls, source, *args, gguf_file: str, config=None, **kwargs):
+        where = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
+        config = config or cls.config_class.from_pretrained(source, gguf_file=gguf_file, **where, **options)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        decoder = read_decoder(source, gguf_file, config.text_config, dtype, where)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            None,
+            *args,
+            config=config,
+            state_dict=decoder.state_dict(),
+            dtype=decoder.dtype,
+            output_loading_info=True,
+            **kwargs,
+        )
+        model.name_or_path = model.config.name_or_path = (
+            f"{source}/{gguf_file}"  # over which an adapter is loaded again
+        )
+        return (model, info) if with_info else model
+
+    @classmethod
     def _from_adapter(cls, path, adapter: dict, where: dict, *args, config=None, **kwargs):
         kwargs = {name: value for name, value in kwargs.items() if name not in (*where, "adapter_kwargs")}
         if (folder := Path(path) / where.get("subfolder", "")).is_dir():
@@ -177,7 +204,9 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         revision, named = adapter.get("revision") or "main", adapter["base_model_name_or_path"]
         with quiet():
             try:
-                model = super().from_pretrained(named, *args, config=given, revision=revision, **base, **kwargs)
+                source, gguf_file = split_gguf(named)
+                load = super().from_pretrained if gguf_file is None else partial(cls._from_gguf, gguf_file=gguf_file)
+                model = load(source, *args, config=given, revision=revision, **base, **kwargs)
             except OSError as error:
                 raise OSError(f"{path} is an adapter over {named}, which cannot be read from here: {error}") from error
             loaded = model.load_adapter(str(path), adapter_kwargs=where, is_trainable=True)
@@ -211,9 +240,20 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         if push_to_hub:
             return self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
-    def get_adapter_state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+    def active_adapters(self) -> list[str]:
+        """As upstream, whatever PEFT is installed: transformers 5.24 asks for a PEFT 0.22 that there is not yet."""
+        active = [layer.active_adapter for layer in self.modules() if hasattr(layer, "get_base_layer")]
+        if not active:
+            raise ValueError("No adapter loaded. Please load an adapter first.")
+        return [active[0]] if isinstance(active[0], str) else list(active[0])
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict | None = None
+    ) -> dict[str, torch.Tensor]:
         """As upstream, with what the stock causal class cannot load, see `adapters.refuse_stock_head`."""
-        return {**super().get_adapter_state_dict(*args, **kwargs), "score.weight": torch.empty(0)}
+        peft = import_module("peft")  # an import statement would make every checkpoint ask for it
+        state_dict = peft.get_peft_model_state_dict(self, state_dict, adapter_name or self.active_adapters()[0])
+        return {**state_dict, "score.weight": torch.empty(0)}
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         refuse_unknown_attention(attn_implementation or UNPADDED)  # upstream would look for a kernel of this name

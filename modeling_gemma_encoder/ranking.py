@@ -9,14 +9,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import is_local
 from .modeling_gemma_encoder import GemmaEncoderForRanking
+from .precision_gemma_encoder import computes_in_bf16
 from .quantization_gemma_encoder import quantize_int8
 from .retrieval import Collection, Run
 from .templates import encode_pairs
 from .verification_gemma_encoder import verify_attention
+
+logger = logging.get_logger(__name__)
 
 AT_ONCE = 10_000  # pairs that are tokenized together
 
@@ -38,7 +42,7 @@ class ScoringArguments:
     tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Default: 16384 on an accelerator, 2048 on a CPU, where more are no faster."}
     )
-    dtype: Dtype = field(default="float32", metadata=DTYPE)
+    dtype: Dtype = field(default="auto", metadata=DTYPE)
     device: str | None = field(default=None, metadata={"help": "Default: the accelerator, where there is one."})
 
     def problem(self) -> str | None:
@@ -51,11 +55,7 @@ class ScoringArguments:
 
 def fast_dtype(device: str | torch.device) -> str:
     """bfloat16 where `device` computes in it, float32 where it would be converted back and forth."""
-    kind = torch.device(device).type
-    if kind == "cpu":
-        can = torch.cpu.get_capabilities()
-        return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
-    return "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if computes_in_bf16(device) else "float32"
 
 
 def choose(dtype: str, device: str | None) -> tuple[str, str]:
@@ -64,6 +64,8 @@ def choose(dtype: str, device: str | None) -> tuple[str, str]:
     device = there if device is None else device
     if str(device).partition(":")[0] not in ("cpu", there):
         raise ValueError(f"`device` {device} is not on this machine, which has {there}.")
+    if dtype == "bfloat16" and not computes_in_bf16(device):
+        logger.warning_once(f"`dtype` bfloat16 is many times slower than float32 on this {device}: auto chooses.")
     return fast_dtype(device) if dtype == "auto" else dtype, device
 
 

@@ -4,18 +4,21 @@ import json
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
+import torch
 import yaml
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
+
+from .precision_gemma_encoder import computes_in_bf16
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +60,26 @@ class ScriptParser(HfArgumentParser):
     def __init__(self, types, description: str, formatter_class: type[Help] = Help):
         usage = "%(prog)s [flags, which --help lists]"
         super().__init__(types, usage=usage, description=description, formatter_class=formatter_class)
+
+        types = types if isinstance(types, Iterable) else [types]
+        if any(issubclass(kind, TrainingArguments) for kind in types):
+            help = "Train in bf16 also where the processor has no instructions for it, many times more slowly."
+            self.add_argument("--force_bf16", action="store_true", help=help)
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
+        """As argparse, but fp32 takes the place of bf16 on a processor without instructions for it, which is said."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        forced = vars(namespace).pop("force_bf16", True)
+        on_cpu = getattr(namespace, "use_cpu", False) or not torch.accelerator.is_available()
+        if not forced and on_cpu and not computes_in_bf16("cpu"):
+            for name, instead in (("bf16", False), ("bf16_full_eval", False), ("dtype", "float32")):
+                if getattr(namespace, name, instead) in (True, "bfloat16"):
+                    logger.warning_once(
+                        f"--{name}: this processor has no bf16 instructions and would be many times slower than in "
+                        "fp32, which is used instead. --force_bf16 insists."
+                    )
+                    setattr(namespace, name, instead)
+        return namespace, rest
 
     def parse_args_into_dataclasses(self, args=None, **options) -> tuple:
         self.parse_args(args)  # upstream raises a ValueError

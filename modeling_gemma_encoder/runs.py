@@ -17,8 +17,6 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
@@ -28,6 +26,8 @@ from transformers import (
     set_seed,
 )
 
+from .checkpoints import load_tokenizer
+from .configuration_gemma_encoder import GemmaEncoderConfig
 from .data import collate_lists
 from .files import write
 from .finetuning import FineTuningArguments, build
@@ -89,10 +89,8 @@ class Data:
         if limit := options.max_eval_samples:
             validation = {split: rows.select(range(min(limit, len(rows)))) for split, rows in validation.items()}
 
-        tokenizer = task.set_template(AutoTokenizer.from_pretrained(options.model, trust_remote_code=False))
-        positions = (
-            AutoConfig.from_pretrained(options.model, trust_remote_code=False).get_text_config().max_position_embeddings
-        )
+        tokenizer = task.set_template(load_tokenizer(options.model))
+        positions = GemmaEncoderConfig.from_pretrained(options.model).max_position_embeddings
         known = tokenizer.model_max_length  # of a model that is not trained here: as it was, where it says so
         as_trained = known if not args.do_train and known <= positions else None
         max_length = min(options.max_length or as_trained or task.max_length, positions)

@@ -25,7 +25,7 @@ TEXT, QUERY, DOCUMENTS = "A fine film.", "rain", ["It rains.", "The sun shines o
 
 def serve(folder: Path):
     """The process of the page, and its address."""
-    command = [sys.executable, "-u", "examples/app.py", "--model", str(folder)]
+    command = [sys.executable, "-u", "examples/app.py", "--model", str(folder), "--dtype", "float32"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if found := re.search(r"http://127\.0\.0\.1:\d+", line):

@@ -134,7 +134,9 @@ class Recipe:
 
 
 def decoder_config(model: str):
-    return AutoConfig.for_model("gemma2", **SHAPES[model]) if model in SHAPES else AutoConfig.from_pretrained(model)
+    if model in SHAPES:
+        return AutoConfig.for_model("gemma2", **SHAPES[model])
+    return GemmaEncoderConfig.from_pretrained(model).text_config
 
 
 class Kept:

@@ -1,0 +1,63 @@
+"""What scripts read of a checkpoint besides an encoder: tokenizers and upstream's own models, GGUF files included."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .configuration_gemma_encoder import GemmaEncoderConfig
+from .gguf_gemma_encoder import find_gguf, read_decoder, split_gguf
+
+# What upstream remembers in a tokenizer of how it was loaded.
+LOADING = ("gguf_file", "is_local", "local_files_only")
+
+
+def load_tokenizer(checkpoint: str | Path, **options) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder, a repository or a GGUF file; `options` are those of `AutoTokenizer`."""
+    source, gguf_file = split_gguf(checkpoint)
+    if gguf_file is None:
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options)
+    find_gguf(source, gguf_file, {})
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False, **options)
+    for name in LOADING:
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
+def load_upstream(auto_class: type, checkpoint: str | Path, dtype: torch.dtype, **options) -> PreTrainedModel:
+    """Return a model of upstream's own class for `auto_class`, such as `AutoModelForCausalLM`, GGUF files included."""
+    source, gguf_file = split_gguf(checkpoint)
+    options = {name: value for name, value in options.items() if value is not None}
+    if gguf_file is None:
+        return auto_class.from_pretrained(checkpoint, trust_remote_code=False, dtype=dtype, **options)
+    config = GemmaEncoderConfig.from_pretrained(checkpoint).text_config
+    weights = read_decoder(source, gguf_file, config, dtype, {}).state_dict()
+    config._attn_implementation = options.pop("attn_implementation", None)
+    for name, value in options.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model_class = type(auto_class.from_config(config))
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
+
+def convert_gguf(checkpoint: str | Path, folder: str | Path, dtype: torch.dtype) -> None:
+    """
+    Write a GGUF file's decoder and tokenizer into a new folder, as a checkpoint in safetensors.
+
+    Raises:
+        ValueError: `checkpoint` is not a GGUF file, or `folder` is not empty.
+    """
+    folder, (source, gguf_file) = Path(folder), split_gguf(checkpoint)
+    if gguf_file is None:
+        raise ValueError(f"{checkpoint} is not a GGUF file, whose name ends in .gguf.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: delete it, or name another.")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    config = GemmaEncoderConfig.from_pretrained(checkpoint).text_config
+    read_decoder(source, gguf_file, config, dtype, {}).save_pretrained(part)
+    load_tokenizer(checkpoint).save_pretrained(part)
+    if folder.exists():
+        folder.rmdir()
+    part.rename(folder)
