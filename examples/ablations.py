@@ -123,6 +123,7 @@ STUDIES = {
     ),
 }
 NAMES = "; ".join(f"{study}: {', '.join(found.variants)}" for study, found in STUDIES.items())
+RANDOM = ("bert", "scratch")  # kinds of variants whose embeddings have learned nothing yet
 # Made of the command line: `start` has a variant for each of --starts, `padding` one for each side.
 MADE = ("start", "padding")
 # What every task has for itself unless the command line says otherwise.
@@ -185,8 +186,11 @@ def cannot_ablate(own: AblationArguments, options, args, studies: dict[str, Stud
     if "baselines" in studies:
         if chooses := [name for name, (task, _) in tasks.items() if task.problem == "choice"]:
             return f"--study baselines: {', '.join(chooses)} choose among candidates, which stock classifiers do not"
-        if options.lora_r or options.freeze_embeddings or options.dtype != "float32":
-            return "--study baselines trains all weights: without --lora_r, --freeze_embeddings and --dtype"
+        if options.lora_r or options.dtype != "float32":
+            return "--study baselines trains all weights: without --lora_r and --dtype"
+        made = [name for name, found in studies["baselines"].variants.items() if found.get("kind") in RANDOM]
+        if options.freeze_embeddings and made:
+            return f"--freeze_embeddings would leave those of {' and '.join(made)} random: choose --variants"
         if GemmaEncoderConfig.from_pretrained(options.model).architectures:
             return f"--study baselines needs a decoder as --model: {options.model} is an encoder's checkpoint"
     if own.ranking:

@@ -1,21 +1,24 @@
 """Fine-tunes Gemma Encoders on real text in a few minutes on a CPU, without downloading a model or data.
 
     python examples/demo.py                                  # the same as `make demo`
-    python examples/demo.py --model google/gemma-3-270m      # the same as `make demo MODEL=...`
+    python examples/demo.py --model gemma-3-270m             # the same as `make demo MODEL=...`, after `make gemma`
     python examples/demo.py --tasks classify --max_steps 50 --attention causal --pooling last_k
 
 The text is documentation that is already on this machine: the docstrings of the Python standard library and of seven
 installed packages, their names blanked out. Two tasks: tell which of the eight a passage documents (classification),
 and find the passage that belongs to a summary line among look-alikes (ranking). Files are either for training or for
-testing, and the nano decoder, from which both start, has not read those for testing either. Every flag of
-`TrainingArguments` works too.
+testing, and the nano decoder, from which both start, has not read those for testing either. TF-IDF and BM25, which the
+encoder is compared with, read the same passages, cut to the same tokens. A larger decoder reads fewer and shorter ones
+(`SIZES`). Every flag of `TrainingArguments` works too.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,8 +44,9 @@ from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequen
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
 from modeling_gemma_encoder.data import RankingCollator
-from modeling_gemma_encoder.finetuning import parameters_of
-from modeling_gemma_encoder.recipes import ScriptParser
+from modeling_gemma_encoder.finetuning import freeze_embeddings, parameters_of
+from modeling_gemma_encoder.ranking import choose
+from modeling_gemma_encoder.recipes import ScriptParser, failing
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
 
@@ -51,8 +55,56 @@ LIBRARIES = ("python", "torch", "transformers", "numpy", "pandas", "scipy", "skl
 NAMES = re.compile(
     r"(?i)(py)?torch|transformers|hugging ?face|numpy|pandas|scipy|scikit-learn|sklearn|matplotlib|python"
 )
-MAX_LENGTH = {"passage": 64, "query": 20, "document": 40}  # tokens
-LIST_SIZE = {"train": 8, "test": 10}  # documents of a ranking list, one of them right
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a demo of a few minutes reads, and how; our choice."""
+
+    parameters: float  # of the decoders that it is for, at most
+    passage: int  # tokens that are read
+    query: int
+    document: int
+    rows: int | None  # passages that classification learns from; None: all
+    train_lists: tuple[int, int]  # ranking lists, and documents of each, one of them right
+    test_lists: tuple[int, int]
+    dropout: float  # on attention weights and feed-forward outputs
+    freeze_embeddings: bool
+    bf16: bool  # where the device has instructions for it
+    training: dict  # defaults of `TrainingArguments`
+    ranking: dict  # what ranking has instead
+
+
+SIZES = (
+    Size(
+        parameters=100e6,
+        passage=64,
+        query=20,
+        document=40,
+        rows=None,
+        train_lists=(2000, 8),
+        test_lists=(200, 10),
+        dropout=0.1,
+        freeze_embeddings=False,
+        bf16=False,
+        training={"max_steps": 100, "per_device_train_batch_size": 32, "learning_rate": 5e-4},
+        ranking={"max_steps": 40, "per_device_train_batch_size": 8},
+    ),
+    Size(
+        parameters=math.inf,
+        passage=32,
+        query=20,
+        document=40,
+        rows=1280,
+        train_lists=(64, 6),
+        test_lists=(100, 10),
+        dropout=0.0,
+        freeze_embeddings=True,
+        bf16=True,
+        training={"max_steps": 40, "per_device_train_batch_size": 32, "learning_rate": 1e-4},
+        ranking={"max_steps": 16, "per_device_train_batch_size": 4},
+    ),
+)
 
 
 @dataclass
@@ -62,7 +114,13 @@ class DemoArguments:
     attention: Attention = "bidirectional"
     pooling: Pooling = "mean"
     passages: int = field(default=2000, metadata={"help": "Passages of each library, at most; about a tenth to test."})
-    ranking_steps: int = field(default=40, metadata={"help": "As --max_steps, which is classification's."})
+    ranking_steps: int | None = field(
+        default=None, metadata={"help": "As --max_steps, which is classification's. Default: by the decoder's size."}
+    )
+
+    @property
+    def size(self) -> Size:
+        return next(size for size in SIZES if parameters_of(self.model) <= size.parameters)
 
 
 # 1. Data
@@ -86,22 +144,27 @@ def read_passages(limit: int) -> dict[str, dict[str, int]]:
     return splits
 
 
-def make_lists(passages: dict[str, int], tokenizer, size: int, limit: int, seed: int) -> tuple[Dataset, np.ndarray]:
+def cut(texts: Iterable[str], tokenizer, length: int) -> list[str]:
+    """The texts' first tokens, so that whatever reads them reads the same."""
+    texts = [" ".join(text.split()) for text in texts]
+    ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
+    return [text.strip() for text in tokenizer.batch_decode(ids)]
+
+
+def make_lists(
+    passages: dict[str, int], tokenizer, form: Size, how_many: tuple[int, int], seed: int
+) -> tuple[Dataset, np.ndarray]:
     """Ranking lists: a summary line, the passage it was cut off, and the passages of highest BM25 score for it.
 
     Both are cut to their first tokens, and passages that are then the same are one, so that BM25 and the encoder see
     the same text and every list has one right document. Where BM25 alone would not have found it, it is there all the
     same. Returns the lists, the right document first in each, and BM25's scores, (num_lists, size).
     """
-
-    def cut(texts: list[str], length: int) -> list[str]:
-        ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
-        return [text.strip() for text in tokenizer.batch_decode(ids)]
-
+    limit, size = how_many
     parts = [text.partition("\n\n") for text in passages]
     parts = [(summary, " ".join(rest.split())) for summary, _, rest in parts if len(summary) >= 20 and len(rest) >= 80]
-    summaries = cut([summary for summary, _ in parts], MAX_LENGTH["query"])
-    pairs = dict(zip(cut([rest for _, rest in parts], MAX_LENGTH["document"]), summaries, strict=True))
+    summaries = cut([summary for summary, _ in parts], tokenizer, form.query)
+    pairs = dict(zip(cut([rest for _, rest in parts], tokenizer, form.document), summaries, strict=True))
     documents, summaries = list(pairs), list(pairs.values())
     words = {"stopwords": None, "show_progress": False}
     bm25 = bm25s.BM25()
@@ -120,26 +183,31 @@ def make_lists(passages: dict[str, int], tokenizer, size: int, limit: int, seed:
 # 2. Fine-tuning
 
 
+def load(demo: DemoArguments, model_class: type, **options):
+    """The decoder with a fresh head."""
+    rate, frozen = demo.size.dropout, demo.size.freeze_embeddings
+    options |= {"attention_dropout": rate, "feedforward_dropout": rate, "dtype": torch.float32}
+    model = model_class.from_pretrained(demo.model, attention=demo.attention, pooling=demo.pooling, **options)
+    if frozen:
+        freeze_embeddings(model)
+    verify_attention(model)
+    return model
+
+
 def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
     data = {
-        split: Dataset.from_dict({"text": [" ".join(text.split()) for text in texts], "label": list(texts.values())})
+        split: Dataset.from_dict({"text": cut(texts, tokenizer, demo.size.passage), "label": list(texts.values())})
         for split, texts in passages.items()
     }
-    tokenized = {
-        split: rows.map(
-            lambda row: tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH["passage"]), batched=True
-        )
-        for split, rows in data.items()
-    }
-    model = GemmaEncoderForSequenceClassification.from_pretrained(
-        demo.model,
-        attention=demo.attention,
-        pooling=demo.pooling,
+    if demo.size.rows:
+        data["train"] = data["train"].shuffle(seed=args.seed).select(range(min(demo.size.rows, len(data["train"]))))
+    tokenized = {split: rows.map(lambda row: tokenizer(row["text"]), batched=True) for split, rows in data.items()}
+    model = load(
+        demo,
+        GemmaEncoderForSequenceClassification,
         id2label=dict(enumerate(LIBRARIES)),
         label2id={library: label for label, library in enumerate(LIBRARIES)},
-        dtype=torch.float32,
     )
-    verify_attention(model)
     trainer = Trainer(
         model,
         args,
@@ -174,21 +242,17 @@ def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: 
 
 
 def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
-    train, _ = make_lists(passages["train"], tokenizer, LIST_SIZE["train"], limit=2000, seed=args.seed)
-    test, bm25_scores = make_lists(passages["test"], tokenizer, LIST_SIZE["test"], limit=200, seed=args.seed)
+    size, of_test = demo.size, demo.size.test_lists[1]
+    train, _ = make_lists(passages["train"], tokenizer, size, size.train_lists, args.seed)
+    test, bm25_scores = make_lists(passages["test"], tokenizer, size, size.test_lists, args.seed)
 
     set_template(tokenizer, pair=RANKING_TEMPLATE)
-    model = GemmaEncoderForRanking.from_pretrained(
-        demo.model, attention=demo.attention, pooling=demo.pooling, dtype=torch.float32
-    )
-    args = replace(
-        args,
-        max_steps=demo.ranking_steps,
-        per_device_train_batch_size=max(args.per_device_train_batch_size // 4, 1),
-        per_device_eval_batch_size=max(args.per_device_eval_batch_size // LIST_SIZE["test"], 1),
-        remove_unused_columns=False,
-        eval_strategy="no",
-    )
+    model = load(demo, GemmaEncoderForRanking)
+    own = {**size.ranking, **({"max_steps": demo.ranking_steps} if demo.ranking_steps else {})}
+    if args.per_device_train_batch_size != size.training["per_device_train_batch_size"]:  # it was given
+        own["per_device_train_batch_size"] = max(args.per_device_train_batch_size // 4, 1)
+    own["per_device_eval_batch_size"] = max(args.per_device_eval_batch_size // of_test, 1)
+    args = replace(args, **own, remove_unused_columns=False, eval_strategy="no")
     trainer = Trainer(
         model, args, train_dataset=train, data_collator=RankingCollator(tokenizer), processing_class=tokenizer
     )
@@ -197,9 +261,9 @@ def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict
     verify_attention(model)
     trainer.save_model(Path(args.output_dir) / "ranker")
     return {
-        "title": f"mean reciprocal rank, {len(test):,} held-out lists of {LIST_SIZE['test']}",
+        "title": f"mean reciprocal rank, {len(test):,} held-out lists of {of_test}",
         "results": {
-            "random order": float(np.mean(1 / np.arange(1, LIST_SIZE["test"] + 1))),
+            "random order": float(np.mean(1 / np.arange(1, of_test + 1))),
             "BM25": mean_reciprocal_rank(bm25_scores),
             "Gemma Encoder": mean_reciprocal_rank(scores),
         },
@@ -234,7 +298,7 @@ with torch.no_grad():
 
 def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
     """The largest difference of a score between the model and its copy in `folder`, as a stranger loads it."""
-    form = {"padding": True, "truncation": True, "max_length": MAX_LENGTH["passage"]}
+    form = {"padding": True}
     command = [sys.executable, "-c", RELOAD, str(folder), json.dumps(texts), json.dumps(form)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     reloaded = torch.tensor(json.loads(printed.splitlines()[-1]))
@@ -253,12 +317,14 @@ def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
 def main():
     demo, _ = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(return_remaining_strings=True)
     parser = ScriptParser((DemoArguments, TrainingArguments), __doc__)
+    with failing(parser):
+        size = demo.size
     parser.set_defaults(
+        **size.training,
+        bf16=size.bf16 and choose("auto", None)[0] == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
         output_dir="demo_output",
-        max_steps=100,
-        per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
-        learning_rate=5e-4 if parameters_of(demo.model) < 100e6 else 2e-5,  # our choice; small models want more
         lr_scheduler_type="linear",
         warmup_steps=0.1,
         weight_decay=0.01,

@@ -20,7 +20,7 @@ from transformers import (
 from .checkpoints import load_upstream
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import write
-from .finetuning import FineTuningArguments, decoder_of, encoder_options
+from .finetuning import FineTuningArguments, decoder_of, encoder_options, freeze_embeddings
 from .runs import Data
 from .tasks import Task, most_frequent
 
@@ -40,6 +40,8 @@ def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:
         raise ValueError(f"{options.model} is an encoder's checkpoint; the stock classifier reads a decoder's.")
     model = load_upstream(AutoModelForSequenceClassification, options.model, torch.float32, **head_of(task))
     model.config.pad_token_id = model.config.pad_token_id or 0
+    if options.freeze_embeddings:
+        freeze_embeddings(model)
     return model
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import make_lists, mean_reciprocal_rank, read_passages
+from demo import SIZES, make_lists, mean_reciprocal_rank, read_passages
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
@@ -56,7 +56,7 @@ def test_ranking_lists_put_the_right_document_first_and_each_document_once(nano_
         for other in words
     }
     passages |= {f"{text} Only the end, which is cut off, differs.": 0 for text in passages}
-    lists, scores = make_lists(passages, nano_tokenizer, size=4, limit=100, seed=0)
+    lists, scores = make_lists(passages, nano_tokenizer, SIZES[0], how_many=(100, 4), seed=0)
     assert len(lists) == 25 and scores.shape == (25, 4)
     for row, of_bm25 in zip(lists, scores, strict=True):
         assert any(text.startswith(f"{row['query']}\n\n{row['documents'][0]}") for text in passages)
