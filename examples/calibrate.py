@@ -16,13 +16,15 @@ import torch
 
 from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
 from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.ranking import ScoringArguments, load_ranker, rerank
+from modeling_gemma_encoder.ranking import DTYPE, Dtype, ScoringArguments, load_ranker, rerank
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import read_collection
 
 
 @dataclass(kw_only=True)
 class CalibrationArguments(ScoringArguments):
+    dtype: Dtype = field(default="float32", metadata=DTYPE)
+
     def problem(self) -> str | None:
         if self.dtype != "float32":
             return f"--dtype {self.dtype}: the model is written as it was read, in float32"

@@ -65,7 +65,8 @@ class Size:
     passage: int  # tokens that are read
     query: int
     document: int
-    rows: int | None  # passages that classification learns from; None: all
+    passages: int  # of each library
+    rows: int | None  # of those to learn from, how many classification does; None: all
     train_lists: tuple[int, int]  # ranking lists, and documents of each, one of them right
     test_lists: tuple[int, int]
     dropout: float  # on attention weights and feed-forward outputs
@@ -81,6 +82,7 @@ SIZES = (
         passage=64,
         query=20,
         document=40,
+        passages=2000,
         rows=None,
         train_lists=(2000, 8),
         test_lists=(200, 10),
@@ -95,6 +97,7 @@ SIZES = (
         passage=32,
         query=20,
         document=40,
+        passages=1000,
         rows=1280,
         train_lists=(64, 6),
         test_lists=(100, 10),
@@ -113,7 +116,10 @@ class DemoArguments:
     tasks: list[str] = field(default_factory=lambda: ["classify", "rank"], metadata={"help": "classify, rank or both."})
     attention: Attention = "bidirectional"
     pooling: Pooling = "mean"
-    passages: int = field(default=2000, metadata={"help": "Passages of each library, at most; about a tenth to test."})
+    passages: int | None = field(
+        default=None,
+        metadata={"help": "Passages of each library, at most; about a tenth to test. Default: by the decoder's size."},
+    )
     ranking_steps: int | None = field(
         default=None, metadata={"help": "As --max_steps, which is classification's. Default: by the decoder's size."}
     )
@@ -341,7 +347,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
 
     print("Reading documentation on this machine")
-    passages = read_passages(demo.passages)
+    passages = read_passages(demo.passages or size.passages)
     print(
         f"{len(passages['train']):,} passages to learn from, {len(passages['test']):,} of other files to be tested on"
     )

@@ -20,7 +20,7 @@ import pandas
 import ray
 import torch
 
-from modeling_gemma_encoder.ranking import ScoringArguments, load_ranker, score_pairs
+from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 
 READERS = {".jsonl": "read_json", ".json": "read_json", ".parquet": "read_parquet"}
@@ -106,6 +106,7 @@ def main():
         )
     with failing(parser):
         rows = read(Path(args.input))
+        args.dtype, _ = choose(args.dtype, None if args.gpus_per_worker else "cpu")  # the same for all workers
     total = rows.count()
     # A batch is what a worker takes, loses when it dies, and is asked for again: smaller blocks than a file's.
     blocks = max(math.ceil(total / args.rows_per_batch), args.workers)

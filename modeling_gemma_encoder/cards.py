@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import read
-from .licences import GEMMA_NOTICE
+from .licences import GEMMA_NOTICE, origin_of
 
 PIPELINES = {
     "GemmaEncoderForRanking": "text-ranking",
@@ -249,15 +249,18 @@ def make_card(
         limits: What to say of limits and biases, besides what holds for all.
     """
     architecture = (config.architectures or ["GemmaEncoderModel"])[0]
-    local = base is None or Path(base).exists()
-    of_base = "A decoder" if base is None else f"The local checkpoint `{Path(base).name}`" if local else base
+    origin = origin_of(base)
+    of_base = origin or "A decoder"
+    if base is not None and Path(base).exists():
+        local = f"local checkpoint `{Path(base).name}`"
+        of_base = f"{origin}, by way of the {local}," if origin else f"The {local}"
     data = ModelCardData(
         language=language,
         license=licence,
         library_name="transformers",
         pipeline_tag=PIPELINES[architecture],
-        base_model=None if local else base,
-        base_model_relation=None if local else ("adapter" if adapter else "finetune"),
+        base_model=origin,
+        base_model_relation=None if origin is None else ("adapter" if adapter else "finetune"),
         datasets=run.datasets or None,
         metrics=sorted({score.metric_type for score in run.scores}) or None,
         tags=["gemma-encoder", *(["sentence-transformers", "reranker"] if "Ranking" in architecture else [])],

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .gguf_gemma_encoder import find_gguf, read_decoder, split_gguf
+from .gguf_gemma_encoder import HUB_OPTIONS, find_gguf, read_decoder, split_gguf
 
 # What upstream remembers in a tokenizer of how it was loaded.
 LOADING = ("gguf_file", "is_local", "local_files_only")
@@ -18,7 +18,7 @@ def load_tokenizer(checkpoint: str | Path, **options) -> PreTrainedTokenizerBase
     source, gguf_file = split_gguf(checkpoint)
     if gguf_file is None:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options)
-    find_gguf(source, gguf_file, {})
+    find_gguf(source, gguf_file, {name: options[name] for name in HUB_OPTIONS if name in options})
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False, **options)
     for name in LOADING:
         tokenizer.init_kwargs.pop(name, None)

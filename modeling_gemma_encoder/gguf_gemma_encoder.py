@@ -6,7 +6,9 @@ leaves out what some files say about rotary scaling, head sizes and the scale of
 Keys of a file's metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import copy
 import math
+import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,10 @@ def split_gguf(name: str | Path, gguf_file: str | None = None) -> tuple[str | Pa
     """Return the folder or repository and the GGUF file that `name` and `gguf_file` mean, None for no GGUF file."""
     if gguf_file is not None or not isinstance(name, str | Path) or Path(name).suffix != ".gguf":
         return name, gguf_file
-    path, parts = Path(name), str(name).split("/")
-    if path.is_absolute() or path.exists() or parts[0] in (".", "..", "~") or len(parts) < 3:
+    path, parts = Path(name).expanduser(), str(name).split("/")
+    if path.is_dir():
+        return name, None
+    if path.is_absolute() or path.exists() or parts[0] in (".", "..") or len(parts) < 3:
         return str(path.parent), path.name
     return "/".join(parts[:2]), "/".join(parts[2:])  # owner/repo/file
 
@@ -69,10 +73,14 @@ def find_gguf(folder: str | Path, gguf_file: str, where: dict[str, Any]) -> str:
     """
     if not (is_gguf_available() and is_accelerate_available()):
         raise ImportError(f"Reading {gguf_file} needs two packages: pip install gguf accelerate")
-    if Path(folder).is_dir() and not (Path(folder) / where.get("subfolder", "") / gguf_file).is_file():
-        there = ", ".join(sorted(path.name for path in Path(folder).glob("*.gguf"))) or "none"
-        raise OSError(f"{folder} has no file {gguf_file}; its GGUF files: {there}.")
-    return cached_file(str(folder), gguf_file, **where)
+    place = Path(folder) / (where.get("subfolder") or "")
+    if Path(folder).is_dir() and not (place / gguf_file).is_file():
+        there = ", ".join(sorted(path.name for path in place.glob("*.gguf"))) or "none"
+        raise OSError(f"{place} has no file {gguf_file}; its GGUF files: {there}.")
+    try:
+        return cached_file(str(folder), gguf_file, **where)
+    except OSError as error:
+        raise OSError(f"There is no file {folder}/{gguf_file} here, and on the Hub: {error}") from error
 
 
 def gguf_config(folder: str | Path, gguf_file: str, where: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +91,10 @@ def gguf_config(folder: str | Path, gguf_file: str, where: dict[str, Any]) -> di
         ValueError: it is not a GGUF file, or of an architecture that cannot be read.
     """
     path = Path(find_gguf(folder, gguf_file, where))
-    return dict(_config_of(str(path), path.stat().st_mtime_ns))
+    try:
+        return copy.deepcopy(_config_of(str(path), path.stat().st_mtime_ns))
+    except (KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is cut short, or its metadata lack {error}: download or make it again.") from error
 
 
 @lru_cache(maxsize=8)
@@ -97,6 +108,8 @@ def _config_of(path: str, changed: int) -> dict[str, Any]:
             f"{path} is of architecture {architecture!r}; {', '.join(ARCHITECTURES)} can be read. Use the original "
             "checkpoint in safetensors."
         )
+    if metadata.get(f"{architecture}.expert_count", 0) > 0:
+        raise ValueError(f"{path} is a mixture of experts, which no decoder here is.")
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"{path} is one of {metadata['split.count']} parts: join them with llama-gguf-split --merge.")
     config = {"model_type": ARCHITECTURES[architecture], "tie_word_embeddings": "output.weight" not in tensors}
@@ -104,7 +117,9 @@ def _config_of(path: str, changed: int) -> dict[str, Any]:
         if (value := metadata.get(f"{architecture}.{key}")) is not None:
             config[field] = float(f"{value:.7g}") if isinstance(value, float) else value  # 1e-06 as it was meant
     config |= {ours: metadata.get(f"tokenizer.ggml.{key}") for key, ours in TOKENS.items()}
-    config["vocab_size"] = metadata.get(f"{architecture}.vocab_size", metadata["tokenizer.ggml.tokens"])
+    config["vocab_size"] = metadata.get(f"{architecture}.vocab_size") or metadata["tokenizer.ggml.tokens"]
+    if architecture in ("llama", "qwen3"):
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if architecture in DEPTH_OF_27B:
         is_27b = config["num_hidden_layers"] == DEPTH_OF_27B[architecture]
         per_head = config["hidden_size"] // config["num_attention_heads"]
@@ -155,7 +170,8 @@ def read_decoder(
     folder: str | Path, gguf_file: str, config: PreTrainedConfig, dtype: torch.dtype | str | None, where: dict[str, Any]
 ) -> PreTrainedModel:
     """
-    Return upstream's causal language model with the weights of a GGUF file, dequantized, as if never quantized.
+    Return upstream's causal language model with the weights of a GGUF file, dequantized: to be saved, or for its
+    `state_dict`. It cannot run, since its buffers have no values.
 
     Args:
         config: The decoder's, as `gguf_config` reads it.
@@ -168,7 +184,13 @@ def read_decoder(
     dtype = torch.float32 if dtype in (None, "auto") else dtype
     try:
         read, info = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, config=config, dtype=dtype, output_loading_info=True
+            str(path.parent),
+            gguf_file=str(path.absolute()),  # a bare name would be looked for in the working directory first
+            config=config,
+            dtype=dtype,
+            device_map="cpu",
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except NotImplementedError as error:
         raise ValueError(f"{path} has weights in a format that cannot be read: {error}") from error

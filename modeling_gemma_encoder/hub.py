@@ -25,6 +25,7 @@ from .cards import Run, make_card
 from .checkpoint_gemma_encoder import WEIGHTS
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import is_local, write
+from .gguf_gemma_encoder import split_gguf
 from .licences import code_licence, licence_of, notice
 from .pretrained_gemma_encoder import find_adapter
 from .verification import CODE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
@@ -140,10 +141,11 @@ def stage(
 
 
 def _stage_adapter(source: str, folder: Path, adapter: dict, base: str, revision: str | None, config) -> None:
-    if is_local(base):
+    if is_local(base) or split_gguf(base)[1] is not None:
         raise ValueError(
-            f"The adapter was trained over {base}, which others do not have: publish that first, and give its "
-            "repository as `base` (--base_model)."
+            f"The adapter was trained over {base}, which others do not have or PEFT does not read: publish that "
+            "decoder first (examples/convert_gguf.py makes a checkpoint of a GGUF file), and give its repository as "
+            "`base` (--base_model). Or merge the adapter."
         )
     where = transformers.utils.cached_file(source, "adapter_model.safetensors")
     shutil.copyfile(where, folder / "adapter_model.safetensors")

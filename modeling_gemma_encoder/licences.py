@@ -7,6 +7,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.utils import cached_file
 
+from .files import is_local
+from .gguf_gemma_encoder import split_gguf
+
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 
 OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "apache-2.0"}
@@ -20,12 +23,8 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
         ValueError: the base is under the Gemma Terms or a licence of Llama's, which hold for what is made of it, and
             `given` is another; or none of these says anything.
     """
-    try:
-        card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False)
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
-        card = None
-    if card:
-        of_base = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    if card := _card_of(base):
+        of_base = card.data.license
     else:  # gated, or out of reach: what cannot be read allows nothing
         of_base = OF_GOOGLE.get(decoder) if base.startswith("google/") else None
     holds = of_base and (of_base == "gemma" or of_base.startswith("llama"))
@@ -37,11 +36,31 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
     raise ValueError(f"{base} has no card that names its licence, and decoders of {decoder} have several: --license.")
 
 
+def _card_of(base: str) -> ModelCard | None:
+    """The card of a repository, of a folder, or of where a GGUF file is; None where it cannot be read."""
+    source, _ = split_gguf(base)
+    try:
+        card = cached_file(str(source), "README.md", _raise_exceptions_for_missing_entries=False)
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
+        return None
+    return card and ModelCard.load(card, ignore_metadata_errors=True)
+
+
+def origin_of(base: str | None) -> str | None:
+    """Return the repository that a model is made of: for a local checkpoint, what its card names, None without one."""
+    source, _ = split_gguf(base)
+    if source is None or not is_local(str(source)):
+        return source
+    found = (card := _card_of(str(source))) and card.data.base_model
+    return found[0] if isinstance(found, list) else found or None
+
+
 def notice(base: str | None, licence: str) -> str | None:
     """The NOTICE file that the Gemma Terms of Use (section 3.1) ask of derivatives, with the changes said."""
     if licence != "gemma":
         return None
-    origin = base or "a Gemma"
+    by_way = f", by way of {Path(base).name}" if base and Path(base).exists() else ""
+    origin = (origin_of(base) or "a Gemma") + by_way
     return (
         f"{GEMMA_NOTICE}\n\nModified files: the weights (*.safetensors) and config.json are derived from {origin}: "
         "attention was changed, a pooler and a head were added, and the weights were trained further. tokenizer.json "

@@ -159,8 +159,12 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     @classmethod
     def _from_gguf(cls, source, *args, gguf_file: str, config=None, **kwargs):
         where = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-        options = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
-        config = config or cls.config_class.from_pretrained(source, gguf_file=gguf_file, **where, **options)
+        if config is None:
+            of_decoder = {name for name in kwargs if isinstance(getattr(cls.config_class, name, None), property)}
+            of_config = {name: kwargs.pop(name) for name in (FIELDS & kwargs.keys()) | of_decoder}
+            config = cls.config_class.from_pretrained(source, gguf_file=gguf_file, **where, **of_config)
+        if getattr(config, "model_type", None) != GemmaEncoderConfig.model_type:
+            raise ValueError("`config` must be a GemmaEncoderConfig: GemmaEncoderConfig(text_config=config), or none.")
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         decoder = read_decoder(source, gguf_file, config.text_config, dtype, where)
         with_info = kwargs.pop("output_loading_info", False)
@@ -173,9 +177,10 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             output_loading_info=True,
             **kwargs,
         )
-        model.name_or_path = model.config.name_or_path = (
-            f"{source}/{gguf_file}"  # over which an adapter is loaded again
-        )
+        place = "/".join(filter(None, (str(source), where.get("subfolder"), gguf_file)))
+        model.name_or_path = model.config.name_or_path = place  # over which an adapter is loaded again
+        if is_fsdp_enabled():
+            materialize(model)
         return (model, info) if with_info else model
 
     @classmethod

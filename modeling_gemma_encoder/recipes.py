@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 from .precision_gemma_encoder import computes_in_bf16
@@ -64,7 +65,7 @@ class ScriptParser(HfArgumentParser):
         types = types if isinstance(types, Iterable) else [types]
         if any(issubclass(kind, TrainingArguments) for kind in types):
             help = "Train in bf16 also where the processor has no instructions for it, many times more slowly."
-            self.add_argument("--force_bf16", action="store_true", help=help)
+            self.add_argument("--force_bf16", nargs="?", const=True, default=False, type=string_to_bool, help=help)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
         """As argparse, but fp32 takes the place of bf16 on a processor without instructions for it, which is said."""

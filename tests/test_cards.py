@@ -186,3 +186,19 @@ def test_commands_of_our_cards_have_only_flags_that_exist():
                     assert flag in shared or own, f"{card.name}: {script} has no --{flag}"
                     seen += 1
     assert seen > 30
+
+
+def test_a_local_bases_card_says_what_it_was_made_of(tmp_path):
+    """As `make gemma` leaves one: the licence holds, and the origin is not the folder's name."""
+    folder = tmp_path / "my-gemma"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: gemma\nbase_model: google/gemma-3-270m\n---\n")
+    (folder / "x.gguf").touch()
+    for base in (folder, folder / "x.gguf"):
+        assert licence_of(str(base), "gemma3_text") == "gemma"
+        with pytest.raises(ValueError, match="under the Gemma Terms of Use"):
+            licence_of(str(base), "gemma3_text", "mit")
+    card = str(card_of(Run(), base=str(folder)))
+    assert "base_model: google/gemma-3-270m" in card and "by way of the local checkpoint `my-gemma`" in card
+    text = notice(str(folder), "gemma")
+    assert "derived from google/gemma-3-270m, by way of my-gemma:" in text and str(tmp_path) not in text

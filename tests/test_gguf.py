@@ -289,3 +289,37 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises((ValueError, OSError)):
         load(tmp_path / "cut.gguf")
+
+
+def test_a_file_of_the_same_name_in_the_working_directory_is_not_read_instead(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    file, decoder = write("gemma3_text", tmp_path / "there")
+    other = make("gemma3_text")
+    other.model.norm.weight.data += 5
+    write_gguf(other, tmp_path / "here" / "x.gguf")
+    monkeypatch.chdir(tmp_path / "here")
+    torch.testing.assert_close(load(file).model.norm.weight, decoder.model.norm.weight, rtol=1e-4, atol=1e-4)
+
+
+def test_options_of_encoder_and_decoder_are_those_that_are_given(tmp_path):
+    file, _ = write("gemma3_text", tmp_path)
+    model = load(file, max_position_embeddings=99, pooling="last_k", attn_implementation="eager", dtype="bfloat16")
+    assert (model.config.max_position_embeddings, model.config.pooling) == (99, "last_k")
+    assert model.model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
+    config = GemmaEncoderConfig.from_pretrained(file, pooling="first_k")
+    assert load(file, config=config).config.pooling == "first_k"
+    with pytest.raises(ValueError, match="`config` must be a GemmaEncoderConfig"):
+        load(file, config=config.text_config)
+
+
+def test_a_header_that_is_cut_says_so(tmp_path):
+    file, _ = write("gemma3_text", tmp_path)
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(ValueError, match="cut short"):
+        load(file)
+
+
+def test_a_folder_that_is_called_like_a_file_is_a_folder(tmp_path):
+    (tmp_path / "model.gguf").mkdir()
+    assert split_gguf(tmp_path / "model.gguf") == (tmp_path / "model.gguf", None)

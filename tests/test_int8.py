@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, build, encoder_config, pad, texts
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderModel, quantize_int8, verify_attention
@@ -95,7 +95,7 @@ def test_int8_weights_are_not_trained_or_made_by_accident(tmp_path):
     with pytest.raises(ValueError, match="must be a Gemma Encoder, got Linear"):
         quantize_int8(nn.Linear(2, 2))
     adapted = build(GemmaEncoderModel, encoder_config("gemma2"))
-    adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)
     with pytest.raises(ValueError, match="Merge adapters"):
         quantize_int8(adapted)
 

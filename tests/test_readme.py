@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from conftest import NANO
-from transformers import AutoTokenizer
+from gguf_files import Q8_0, write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
@@ -22,9 +23,12 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     # What `examples/msmarco.py` leaves, untrained.
     GemmaEncoderForRanking.from_pretrained(NANO, dtype=torch.float32).save_pretrained(tmp_path / "my-ranker")
     set_template(AutoTokenizer.from_pretrained(NANO), pair=RANKING_TEMPLATE).save_pretrained(tmp_path / "my-ranker")
+    (tmp_path / "folder").mkdir()
+    decoder = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    write_gguf(decoder, tmp_path / "folder" / "gemma-3-1b-Q8_0.gguf", kind=Q8_0)
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in (block for block in blocks if "langchain" not in block):  # not installed here
         exec(re.sub("google/gemma-[23]-\\w+", "gemma", block), names)
     assert names["logits"].shape == (2, 3)

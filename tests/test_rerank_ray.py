@@ -43,7 +43,18 @@ def test_a_worker_is_killed_and_every_row_is_scored_once(decoder, tmp_path):
     (tmp_path / "in").mkdir()
     jsonl(tmp_path / "in" / "a.jsonl", rows[:1000])
     jsonl(tmp_path / "in" / "b.jsonl", rows[1000:])
-    words = ["--model", folder, "--input", tmp_path / "in", "--output", tmp_path / "out", "--workers", "2"]
+    words = [
+        "--model",
+        folder,
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+        "--workers",
+        "2",
+        "--dtype",
+        "float32",
+    ]
     words += ["--rows_per_batch", "50", "--tokens_per_batch", "200", "--max_length", "64", "--cpus_per_worker", "0.5"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], env=ENVIRONMENT, stdout=log, stderr=log)
