@@ -105,7 +105,7 @@ SIZES = (
         freeze_embeddings=True,
         bf16=True,
         training={"max_steps": 40, "per_device_train_batch_size": 32, "learning_rate": 1e-4},
-        ranking={"max_steps": 16, "per_device_train_batch_size": 4},
+        ranking={"max_steps": 16, "per_device_train_batch_size": 4, "logging_steps": 2},
     ),
 )
 

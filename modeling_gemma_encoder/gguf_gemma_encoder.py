@@ -180,6 +180,8 @@ def read_decoder(
     Raises:
         ValueError: the file lacks weights that its metadata promise, or has them in a format that cannot be read.
     """
+    from transformers.utils.quantization_config import GgufConfig
+
     path = Path(find_gguf(folder, gguf_file, where))
     dtype = torch.float32 if dtype in (None, "auto") else dtype
     try:
@@ -189,6 +191,7 @@ def read_decoder(
             config=config,
             dtype=dtype,
             device_map="cpu",
+            quantization_config=GgufConfig(dequantize=True),  # and no kernels are fetched for packed weights
             trust_remote_code=False,
             output_loading_info=True,
         )
