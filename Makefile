@@ -20,7 +20,7 @@ GEMMA := gemma-3-270m
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
-# A real checkpoint without a login. Its weights are under the Gemma Terms of Use, see LICENSE.html in its folder.
+# A real checkpoint without a login. Its weights are under the Gemma Terms of Use, see GEMMA_TERMS.html in its folder.
 gemma: $(GEMMA)/config.json
 
 $(GEMMA)/config.json: | $(READY)
@@ -70,4 +70,4 @@ $(INSTALLED): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .compat demo_output $(GEMMA)
+	rm -rf $(VENV) .compat demo_output $(GEMMA) $(GEMMA).making

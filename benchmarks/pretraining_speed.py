@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 
+from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
+
 
 @dataclass
 class SpeedArguments:
@@ -52,6 +54,8 @@ def make_step(options: SpeedArguments, device: torch.device, compiled: bool):
 def main():
     (options,) = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if options.bf16 and not computes_in_bf16(device):
+        raise SystemExit(f"--bf16: {device} has no bf16 instructions and would be many times slower than without it.")
     (eager, vocab_size), (compiled, _) = (make_step(options, device, compiled) for compiled in (False, True))
     blocks = torch.randint(vocab_size, (options.batch_size, options.block_size), device=device)
     compiling = compiled(blocks)

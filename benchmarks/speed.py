@@ -8,8 +8,8 @@
 
 Peers: `Gemma*ForSequenceClassification` with `is_causal=False` through sentence-transformers' `CrossEncoder.predict`,
 which sorts by length, in batches of 32, and in batches as they come; its training step as the Trainer makes it. Others,
-in bf16 on a quarter of the pairs: the same model under `torch.compile`, and a causal decoder that is asked for its
-logit of a word, over the whole vocabulary, as FlagEmbedding's LLM rerankers do. The yardstick is the time of
+on a quarter of the pairs in the last dtype: the same model under `torch.compile`, and a causal decoder that is asked
+for its logit of a word, over the whole vocabulary, as FlagEmbedding's LLM rerankers do. The yardstick is the time of
 the layers' matrix products over the real tokens, nothing else. Scores are compared before anything is timed. All take
 turns, round after round; ratios are medians over the rounds. Run it alone.
 """
@@ -40,6 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quantize_int8
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.memory import keep_freed_memory
+from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 from modeling_gemma_encoder.ranking import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
@@ -357,7 +358,7 @@ def main():
     parts = ["scoring", "others", "training", "growth"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--families", nargs="+", help="Default: gemma2 and gemma3_text; gemma2 with --quick.")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", help="Default: float32, and bfloat16 where the device computes in it.")
     parser.add_argument("--shape", choices=SHAPES, default="270m")
     parser.add_argument("--layers", type=int, default=None, help="Default: 6, 2 with --quick, all on an accelerator.")
     parser.add_argument("--device", default="cpu")
@@ -371,6 +372,10 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/speed"))
     options = parser.parse_args()
+    if options.dtypes is None:
+        options.dtypes = ["float32", "bfloat16"] if computes_in_bf16(options.device) else ["float32"]
+        if len(options.dtypes) == 1:
+            print("No bf16: this device has no instructions for it. --dtypes float32 bfloat16 insists.")
     if options.device != "cpu" and not options.quick:
         options.layers = options.layers or SHAPES[options.shape][2]
     quick = {"layers": (6, 2), "rounds": (5, 2), "pairs": (100, 48), "vocab_size": (262144, 8192)}
@@ -400,8 +405,8 @@ def main():
         if name in options.only:
             found[name] = []
             for family in options.families:
-                for dtype in [torch.bfloat16] if name == "others" else [getattr(torch, one) for one in options.dtypes]:
-                    found[name].append(measure(family, dtype, options))
+                for dtype in options.dtypes[-1:] if name == "others" else options.dtypes:
+                    found[name].append(measure(family, getattr(torch, dtype), options))
                     print(
                         json.dumps({key: value for key, value in found[name][-1].items() if key != "seconds"}),
                         flush=True,

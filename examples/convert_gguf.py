@@ -19,7 +19,7 @@ import torch
 
 from modeling_gemma_encoder.checkpoints import convert_gguf
 from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.licences import GEMMA_NOTICE
+from modeling_gemma_encoder.licences import GEMMA_NOTICE, GEMMA_TERMS
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 
 CARD = """---
@@ -54,12 +54,12 @@ def from_package(name: str, output: Path, dtype: torch.dtype) -> None:
     part = output.with_name(f"{output.name}.making")
     shutil.rmtree(part, ignore_errors=True)
     convert_gguf(package.assemble(part / package.MODEL_NAME), part / output.name, dtype)
-    shutil.copyfile(data / "GEMMA_TERMS.html", part / output.name / "LICENSE.html")
+    shutil.copyfile(data / GEMMA_TERMS, part / output.name / GEMMA_TERMS)
     write(part / output.name / "NOTICE", GEMMA_NOTICE)
     write(part / output.name / "README.md", CARD.format(notice=GEMMA_NOTICE, file=package.MODEL_NAME))
     (part / output.name).rename(output)
     shutil.rmtree(part)
-    print(f"{GEMMA_NOTICE}. Its terms hold for whatever is made of these weights: {output}/LICENSE.html")
+    print(f"{GEMMA_NOTICE}. Its terms hold for whatever is made of these weights: {output}/{GEMMA_TERMS}")
 
 
 def main():

@@ -128,6 +128,8 @@ def _config_of(path: str, changed: int) -> dict[str, Any]:
         config["rope_scaling"] = _llama3_scaling(path, config)
     elif (scaling := metadata.get(f"{architecture}.rope.scaling.type", "none")) != "none":
         config["rope_scaling"] = _scaling(path, scaling, metadata, architecture)
+    elif factor := metadata.get(f"{architecture}.rope.scale_linear"):  # files of 2023
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     return config
 
 

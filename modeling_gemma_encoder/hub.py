@@ -26,12 +26,12 @@ from .checkpoint_gemma_encoder import WEIGHTS
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import is_local, write
 from .gguf_gemma_encoder import split_gguf
-from .licences import code_licence, licence_of, notice
+from .licences import GEMMA_TERMS, code_licence, licence_of, notice
 from .pretrained_gemma_encoder import find_adapter
 from .verification import CODE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
 
 # Files of ours that another model may lack, and the one that is the Hub's.
-OURS = ("adapter_config.json", "NOTICE")
+OURS = ("adapter_config.json", "NOTICE", GEMMA_TERMS)
 KEPT = ".gitattributes"
 
 
@@ -127,6 +127,8 @@ def stage(
     write(folder / "LICENSE", code_licence().rstrip("\n"))
     if text := notice(base, licence):
         write(folder / "NOTICE", text)
+        if base and (terms := Path(base) / GEMMA_TERMS).is_file():
+            shutil.copyfile(terms, folder / GEMMA_TERMS)
     model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
     model.config.architectures = config.architectures
     card = {"template": template, "repo_id": repo_id, "base": base, "config": model.config, "tokenizer": tokenizer}

@@ -11,6 +11,7 @@ from .files import is_local
 from .gguf_gemma_encoder import split_gguf
 
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+GEMMA_TERMS = "GEMMA_TERMS.html"  # a copy of them, beside a checkpoint that `make gemma` made
 
 OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "apache-2.0"}
 

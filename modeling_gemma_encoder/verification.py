@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import read, write
+from .licences import GEMMA_TERMS
 from .stranger import observe
 from .version import __version__
 
@@ -32,7 +33,7 @@ CODE = sorted(path.name for path in PACKAGE.glob("*_gemma_encoder.py"))
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 # What a published folder may hold.
 KINDS = (".py", ".json", ".jsonl", ".safetensors", ".md", ".txt", ".model", ".jinja", ".png", ".gitattributes")
-KINDS += ("LICENSE", "NOTICE", ".gitignore")
+KINDS += ("LICENSE", "NOTICE", GEMMA_TERMS, ".gitignore")
 # Keys of a JSON file that have transformers load code, from here or elsewhere.
 OF_CODE = ("auto_map", "auto_mapping", "custom_pipelines", "configuration_files", "custom_generate")
 UNHASHED = (FILE, "README.md", ".gitattributes")  # the first says the hashes, people edit the second

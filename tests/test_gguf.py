@@ -97,6 +97,12 @@ def test_scaled_rotary_positions_are_read_where_upstream_leaves_them_out(family,
     )
 
 
+def test_an_old_files_linear_scaling_is_read(tmp_path):
+    file, decoder = write("llama", tmp_path, metadata={"arch__rope__scale_linear": 4.0})
+    rope = GemmaEncoderConfig.from_pretrained(file).text_config.rope_parameters
+    assert rope == decoder.config.rope_parameters | {"rope_type": "linear", "factor": 4.0}
+
+
 @pytest.mark.parametrize(("family", "depth", "scale"), [("gemma2", 46, 144), ("gemma3_text", 62, 168)])
 def test_27b_divides_attention_by_its_own_scale(family, depth, scale, tmp_path):
     """`query_pre_attn_scalar` of google/gemma-2-27b and gemma-3-27b-it: 4608 / 32 and 5376 / 32."""
