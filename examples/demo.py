@@ -9,7 +9,8 @@ installed packages, their names blanked out. Two tasks: tell which of the eight 
 and find the passage that belongs to a summary line among look-alikes (ranking). Files are either for training or for
 testing, and the nano decoder, from which both start, has not read those for testing either. TF-IDF and BM25, which the
 encoder is compared with, read the same passages, cut to the same tokens. A larger decoder reads fewer and shorter ones
-(`SIZES`). Every flag of `TrainingArguments` works too.
+(`SIZES`), and finds how a passage goes on, with causal attention, which takes fewer lists to learn. Every flag of
+`TrainingArguments` works.
 """
 
 import json
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import bm25s
 import numpy as np
@@ -65,10 +67,12 @@ class Size:
     passage: int  # tokens that are read
     query: int
     document: int
+    pairs: Literal["summaries", "continuations"]  # what a query and its right document are
     passages: int  # of each library
     rows: int | None  # of those to learn from, how many classification does; None: all
     train_lists: tuple[int, int]  # ranking lists, and documents of each, one of them right
     test_lists: tuple[int, int]
+    rank_attention: Attention  # unless --attention says it
     dropout: float  # on attention weights and feed-forward outputs
     freeze_embeddings: bool
     bf16: bool  # where the device has instructions for it
@@ -82,10 +86,12 @@ SIZES = (
         passage=64,
         query=20,
         document=40,
+        pairs="summaries",
         passages=2000,
         rows=None,
         train_lists=(2000, 8),
         test_lists=(200, 10),
+        rank_attention="bidirectional",
         dropout=0.1,
         freeze_embeddings=False,
         bf16=False,
@@ -96,16 +102,18 @@ SIZES = (
         parameters=math.inf,
         passage=32,
         query=20,
-        document=40,
+        document=20,
+        pairs="continuations",
         passages=1000,
-        rows=1280,
-        train_lists=(64, 6),
+        rows=1024,
+        train_lists=(288, 4),
         test_lists=(100, 10),
+        rank_attention="causal",
         dropout=0.0,
         freeze_embeddings=True,
         bf16=True,
-        training={"max_steps": 40, "per_device_train_batch_size": 32, "learning_rate": 1e-4},
-        ranking={"max_steps": 16, "per_device_train_batch_size": 4, "logging_steps": 2},
+        training={"max_steps": 32, "per_device_train_batch_size": 32, "learning_rate": 1e-4},
+        ranking={"max_steps": 72, "per_device_train_batch_size": 4, "logging_steps": 6},
     ),
 )
 
@@ -114,7 +122,9 @@ SIZES = (
 class DemoArguments:
     model: str = field(default=str(NANO), metadata={"help": "A Gemma checkpoint."})
     tasks: list[str] = field(default_factory=lambda: ["classify", "rank"], metadata={"help": "classify, rank or both."})
-    attention: Attention = "bidirectional"
+    attention: Attention | None = field(
+        default=None, metadata={"help": "Default: bidirectional, but a larger decoder ranks with causal attention."}
+    )
     pooling: Pooling = "mean"
     passages: int | None = field(
         default=None,
@@ -123,6 +133,9 @@ class DemoArguments:
     ranking_steps: int | None = field(
         default=None, metadata={"help": "As --max_steps, which is classification's. Default: by the decoder's size."}
     )
+
+    def attention_of(self, task: str) -> Attention:
+        return self.attention or (self.size.rank_attention if task == "rank" else "bidirectional")
 
     @property
     def size(self) -> Size:
@@ -157,31 +170,51 @@ def cut(texts: Iterable[str], tokenizer, length: int) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(ids)]
 
 
+def summaries(passages: Iterable[str], tokenizer, form: Size) -> dict[str, str]:
+    """Passages without their summary line, and that line, each cut to its first tokens."""
+    parts = [text.partition("\n\n") for text in passages]
+    parts = [(summary, " ".join(rest.split())) for summary, _, rest in parts if len(summary) >= 20 and len(rest) >= 80]
+    queries = cut([summary for summary, _ in parts], tokenizer, form.query)
+    return dict(zip(cut([rest for _, rest in parts], tokenizer, form.document), queries, strict=True))
+
+
+def continuations(passages: Iterable[str], tokenizer, form: Size) -> dict[str, str]:
+    """How passages go on after their first tokens, and these; parted at a space, which stays with what follows."""
+    texts = [" ".join(text.split()) for text in passages]
+    queries = [begin.rpartition(" ")[0] for begin in cut(texts, tokenizer, form.query)]
+    parts = zip(queries, texts, strict=True)
+    parts = [(query, text[len(query) :].strip()) for query, text in parts if query and text.startswith(query)]
+    documents = cut([rest for _, rest in parts], tokenizer, form.document)
+    found = zip(documents, parts, strict=True)
+    return {f" {document}": query for document, (query, rest) in found if len(rest) > len(document)}  # of full length
+
+
+PAIRS = {"summaries": summaries, "continuations": continuations}
+TEMPLATES = {"summaries": RANKING_TEMPLATE, "continuations": "{first}{second}"}
+
+
 def make_lists(
     passages: dict[str, int], tokenizer, form: Size, how_many: tuple[int, int], seed: int
 ) -> tuple[Dataset, np.ndarray]:
-    """Ranking lists: a summary line, the passage it was cut off, and the passages of highest BM25 score for it.
+    """Ranking lists: a query, its right document, and the documents of highest BM25 score for the query, see `PAIRS`.
 
-    Both are cut to their first tokens, and passages that are then the same are one, so that BM25 and the encoder see
-    the same text and every list has one right document. Where BM25 alone would not have found it, it is there all the
-    same. Returns the lists, the right document first in each, and BM25's scores, (num_lists, size).
+    Documents that are the same once they are cut are one, so that BM25 and the encoder see the same text and every list
+    has one right document. Where BM25 alone would not have found it, it is there all the same. Returns the lists, the
+    right document first in each, and BM25's scores, (num_lists, size).
     """
     limit, size = how_many
-    parts = [text.partition("\n\n") for text in passages]
-    parts = [(summary, " ".join(rest.split())) for summary, _, rest in parts if len(summary) >= 20 and len(rest) >= 80]
-    summaries = cut([summary for summary, _ in parts], tokenizer, form.query)
-    pairs = dict(zip(cut([rest for _, rest in parts], tokenizer, form.document), summaries, strict=True))
-    documents, summaries = list(pairs), list(pairs.values())
+    pairs = PAIRS[form.pairs](passages, tokenizer, form)
+    documents, queries = list(pairs), list(pairs.values())
     words = {"stopwords": None, "show_progress": False}
     bm25 = bm25s.BM25()
     bm25.index(bm25s.tokenize(documents, **words), show_progress=False)
     rows, scores = [], []
     for number in np.random.default_rng(seed).permutation(len(pairs))[:limit]:
-        found = bm25.get_scores(bm25s.tokenize(summaries[number], return_ids=False, **words)[0])
+        found = bm25.get_scores(bm25s.tokenize(queries[number], return_ids=False, **words)[0])
         alike = [other for other in np.argsort(-found, kind="stable")[: size + 1] if other != number]
         chosen = [number, *alike[: size - 1]]
         labels = [1] + [0] * (len(chosen) - 1)
-        rows.append({"query": summaries[number], "documents": [documents[i] for i in chosen], "labels": labels})
+        rows.append({"query": queries[number], "documents": [documents[i] for i in chosen], "labels": labels})
         scores.append(found[chosen])
     return Dataset.from_list(rows), np.array(scores)
 
@@ -189,11 +222,11 @@ def make_lists(
 # 2. Fine-tuning
 
 
-def load(demo: DemoArguments, model_class: type, **options):
+def load(demo: DemoArguments, task: str, model_class: type, **options):
     """The decoder with a fresh head."""
     rate, frozen = demo.size.dropout, demo.size.freeze_embeddings
     options |= {"attention_dropout": rate, "feedforward_dropout": rate, "dtype": torch.float32}
-    model = model_class.from_pretrained(demo.model, attention=demo.attention, pooling=demo.pooling, **options)
+    model = model_class.from_pretrained(demo.model, attention=demo.attention_of(task), pooling=demo.pooling, **options)
     if frozen:
         freeze_embeddings(model)
     verify_attention(model)
@@ -210,6 +243,7 @@ def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: 
     tokenized = {split: rows.map(lambda row: tokenizer(row["text"]), batched=True) for split, rows in data.items()}
     model = load(
         demo,
+        "classify",
         GemmaEncoderForSequenceClassification,
         id2label=dict(enumerate(LIBRARIES)),
         label2id={library: label for label, library in enumerate(LIBRARIES)},
@@ -252,8 +286,8 @@ def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict
     train, _ = make_lists(passages["train"], tokenizer, size, size.train_lists, args.seed)
     test, bm25_scores = make_lists(passages["test"], tokenizer, size, size.test_lists, args.seed)
 
-    set_template(tokenizer, pair=RANKING_TEMPLATE)
-    model = load(demo, GemmaEncoderForRanking)
+    set_template(tokenizer, pair=TEMPLATES[size.pairs])
+    model = load(demo, "rank", GemmaEncoderForRanking)
     own = {**size.ranking, **({"max_steps": demo.ranking_steps} if demo.ranking_steps else {})}
     if args.per_device_train_batch_size != size.training["per_device_train_batch_size"]:  # it was given
         own["per_device_train_batch_size"] = max(args.per_device_train_batch_size // 4, 1)
@@ -268,6 +302,7 @@ def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict
     trainer.save_model(Path(args.output_dir) / "ranker")
     return {
         "title": f"mean reciprocal rank, {len(test):,} held-out lists of {of_test}",
+        "pairs": size.pairs,
         "results": {
             "random order": float(np.mean(1 / np.arange(1, of_test + 1))),
             "BM25": mean_reciprocal_rank(bm25_scores),
@@ -354,9 +389,10 @@ def main():
     tokenizer = load_tokenizer(demo.model)
     done = {}
     for task in demo.tasks:
-        print(f"\nFine-tuning {Path(demo.model).name} to {task}: {demo.attention} attention, {demo.pooling} pooling")
+        attention = demo.attention_of(task)
+        print(f"\nFine-tuning {Path(demo.model).name} to {task}: {attention} attention, {demo.pooling} pooling")
         set_seed(args.seed)
-        done[task] = tasks[task](demo, args, tokenizer, passages)
+        done[task] = {**tasks[task](demo, args, tokenizer, passages), "attention": attention}
     seconds = time.time() - started
 
     for outcome in done.values():
@@ -369,7 +405,7 @@ def main():
     print(f"Everything took {seconds:.0f} s.")
     plot(done, folder / "results.png")
     report = {task: {name: v for name, v in outcome.items() if name != "labels"} for task, outcome in done.items()}
-    report |= {"checkpoint": demo.model, "attention": demo.attention, "pooling": demo.pooling, "seed": args.seed}
+    report |= {"checkpoint": demo.model, "pooling": demo.pooling, "seed": args.seed}
     report |= {"learning_rate": args.learning_rate, "batch_size": args.per_device_train_batch_size, "seconds": seconds}
     report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")

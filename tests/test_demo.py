@@ -61,3 +61,17 @@ def test_ranking_lists_put_the_right_document_first_and_each_document_once(nano_
     for row, of_bm25 in zip(lists, scores, strict=True):
         assert any(text.startswith(f"{row['query']}\n\n{row['documents'][0]}") for text in passages)
         assert len(set(row["documents"])) == 4 and list(of_bm25[1:]) == sorted(of_bm25[1:], reverse=True)
+
+
+def test_a_continuation_is_what_follows_and_begins_with_a_word(nano_tokenizer):
+    """A word that is cut in two would say by itself which document follows."""
+    passages = {
+        " ".join(f"{word}{place}" for place in range(60) for word in ("alpha", name)): 0 for name in ("beta", "gamma")
+    }
+    lists, _ = make_lists(passages, nano_tokenizer, SIZES[1], how_many=(9, 2), seed=0)
+    assert len(lists) == 2
+    for row in lists:
+        right, wrong = row["documents"]
+        (whole,) = (text for text in passages if text.startswith(row["query"] + right))
+        assert right[0] == " " and len(row["query"].split()) > 2 and not whole.startswith(row["query"] + wrong)
+        assert row["query"].split()[-1] in whole.split()
