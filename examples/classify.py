@@ -5,6 +5,7 @@
     python examples/classify.py --model google/gemma-3-270m --dataset stanfordnlp/imdb --validation_split test
     python examples/classify.py ... --text_column question answer --template "Question: {first} Answer: {second}"
     python examples/classify.py ... --label_column toxic obscene insult     # several labels a row, columns of 0 and 1
+    python examples/classify.py ... --train_file train.jsonl --class_names toxic obscene insult     # lists of 0 and 1
     python examples/classify.py ... --label_column stars --problem regression
     python examples/classify.py --model runs/classify/seed-42 --do_train false --do_eval false --do_predict \\
         --test_file new.csv --output_dir runs/new                           # with a model that was trained before
@@ -16,8 +17,10 @@ model, which `AutoModelForSequenceClassification.from_pretrained(..., trust_remo
 reads what is there.
 """
 
+import csv
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas
 from datasets import ClassLabel, Dataset, load_dataset
 from scipy.special import softmax
 from sklearn.metrics import r2_score
@@ -68,6 +72,9 @@ class TableArguments:
     label_column: list[str] = field(
         default_factory=lambda: ["label"], metadata={"help": "One column, or several of 0 and 1."}
     )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Of the classes, where labels are lists of 0 and 1. Default: 0, 1, 2, ..."}
+    )
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = field(
         default=None, metadata={"help": "Default: by the training labels; numbers with a fraction are regression."}
     )
@@ -89,6 +96,8 @@ class TableArguments:
             return "--do_eval needs --validation_file; or give --do_eval false"
         if len(self.text_column) > 2:
             return f"--text_column takes one or two columns, got {', '.join(self.text_column)}"
+        if self.class_names and (self.lacks_training or len(self.label_column) > 1):
+            return "--class_names is for training on one column of lists of 0 and 1"
         if do_predict and not (self.test_file or self.dataset):
             return "--do_predict needs --test_file"
         if not (do_train or do_eval or do_predict):
@@ -96,12 +105,29 @@ class TableArguments:
         return None
 
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+PLAIN = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,3})?")
+DECIMAL_COMMA = re.compile(r"\s*[+-]?[0-9]+,[0-9]+\s*")
 
 
 def is_number(value: str) -> bool:
     """Whether a cell of a .csv or .tsv file is to be read as a number: "007" is a name, and "nan" is none."""
     return bool(NUMBER.fullmatch(value.strip())) and not re.match(r"\s*[+-]?0\d", value)
+
+
+def is_plain(value: str) -> bool:
+    """Whether a class may be called by the number that is written: "1.0" is 1, but "1e5" and long ids are names."""
+    return bool(PLAIN.fullmatch(value)) and is_number(value)
+
+
+def are_flags(values: Sequence) -> bool:
+    """Whether lists of labels are as many zeros and ones, two or more, which say of each class whether it is one."""
+    same = all(isinstance(value, list) and len(value) == len(values[0]) > 1 for value in values)
+    return same and all(map(only_flags, values))
+
+
+def only_flags(value: list) -> bool:
+    return all(not isinstance(item, str) and item in (0, 1) for item in value)
 
 
 class Table:
@@ -119,7 +145,7 @@ class Table:
         self.files = {"train": table.train_file, "validation": table.validation_file, "test": table.test_file}
         self.splits = {"train": table.train_split, "validation": table.validation_split, "test": table.test_split}
         self.label = table.label_column[0] if len(table.label_column) == 1 else "label"
-        self.numbers, self.held_out = False, 0.0
+        self.numbers, self.held_out, self.flags = False, 0.0, None
         self.problem, self.names = self._describe(self._read("train")) if model is None else self._of_model(model)
 
     def place(self, split: str) -> str:
@@ -138,7 +164,10 @@ class Table:
             rows = self._read(split)
         if self.label not in rows.column_names:
             return rows
-        labels = [self._value(value) for value in rows[self.label]]
+        labels = [self._value(value, self.problem) for value in rows[self.label]]
+        if self._has_flags(split, labels):
+            labels = [[name for name, flag in zip(self.names, row, strict=True) if flag] for row in labels]
+            return rows.remove_columns(self.label).add_column(self.label, labels)
         if self.problem == "regression":
             wrong = next((row for row, value in enumerate(labels) if isinstance(value, str)), None)
             if wrong is not None:
@@ -157,13 +186,27 @@ class Table:
             return load_dataset(name, config or None, split=self.splits[split])
         return read_file(Path(self.files[split]), texts)
 
-    def _value(self, value):
+    def _has_flags(self, split: str, labels: list) -> bool:
+        """Whether a split's labels are lists of zeros and ones; ValueError if only the training's were."""
+        if self.problem != "multi_label_classification" or self.flags is False or len(self.table.label_column) > 1:
+            return False
+        given = are_flags(labels) and len(labels[0]) == len(self.names)
+        if self.flags and not given:
+            wrong = next(
+                row for row, value in enumerate(labels) if not only_flags(value) or len(value) != len(self.names)
+            )
+            found = f"{self.place(split)}, row {wrong}: {self.label!r} is {labels[wrong]}"
+            raise ValueError(f"{found}, not {len(self.names)} zeros and ones.")
+        return given
+
+    def _value(self, value, problem: str | None):
         """Of a label's cell: None where it is empty, a number where it is to be one."""
         if not isinstance(value, str):
             return value
         if not value.strip():
             return None
-        return float(value) if self.numbers and is_number(value) else value
+        is_one = is_number if problem == "regression" else is_plain
+        return float(value) if self.numbers and is_one(value) else value
 
     def _of_model(self, model: str) -> tuple[str, list[str]]:
         config = GemmaEncoderConfig.from_pretrained(model)
@@ -174,7 +217,7 @@ class Table:
         if self.table.problem not in (None, problem):
             raise ValueError(f"--problem {self.table.problem}: --model {model} was trained for {problem}.")
         names = [] if problem == "regression" else list(config.id2label.values())
-        self.numbers = all(map(is_number, names))
+        self.numbers = all(map(is_plain, names))
         return problem, names
 
     def _read(self, split: str) -> Dataset:
@@ -211,7 +254,7 @@ class Table:
                     raise ValueError(f"{is_now}, which is no number.")
                 if problem is None and any(map(is_number, values)):
                     raise ValueError(f"{is_now}, and a number elsewhere; --problem single_label_classification if not.")
-        values = [self._value(value) for value in values]
+        written, values = values, [self._value(value, "regression") for value in values]
         if None in values:
             raise ValueError(f"{place} is empty in row {values.index(None)}.")
         if isinstance(values[0], list) and problem not in (None, "multi_label_classification"):
@@ -226,14 +269,50 @@ class Table:
             return problem, []
         if len(self.table.label_column) > 1:
             return problem, self.table.label_column
+        if isinstance(values[0], list) and (names := self._of_flags(values, place)):
+            return problem, names
+        if self.table.class_names:
+            raise ValueError(f"--class_names is for lists of zeros and ones; {place} has names of its own.")
+        if of_csv and isinstance(written[0], str):
+            self.numbers = all(map(is_plain, written))
+            values = [self._value(value, problem) for value in written]
         found = [as_names(value, kind) for value in values]
         names = {name for row in found for name in row} if problem == "multi_label_classification" else set(found)
         if None in names:
             raise ValueError(f"{self.place('train')}: {self.label!r} is empty in row {found.index(None)}.")
         if len(names) < 2:
             raise ValueError(f"{self.place('train')}: {self.label!r} holds nothing but {', '.join(names)!r}.")
-        self.numbers = all(map(is_number, names))  # so a table of text writes them too, "1.0" for 1
+        self.numbers = all(map(is_plain, names))  # so a table of text writes them too, "1.0" for 1
+        if len(names) == len(found) > 2 and all(map(DECIMAL_COMMA.fullmatch, names)):
+            raise ValueError(
+                f"{place} holds {found[0]!r} and as many classes as rows: write 0.5 for --problem regression."
+            )
+        say_alike(names, place)
         return problem, sorted(names, key=lambda name: (float(name), name) if name.isdigit() else (math.inf, name))
+
+    def _of_flags(self, values: list[list], place: str) -> list[str] | None:
+        """The classes that lists of zeros and ones tell of; None where lists hold names."""
+        self.flags = are_flags(values)
+        if not self.flags:
+            repeated = [row for row, value in enumerate(values) if only_flags(value) and len(set(value)) < len(value)]
+            if repeated:
+                row = repeated[0]
+                raise ValueError(f"{place} is {values[row]} in row {row}, and not in all rows as many zeros and ones.")
+            return None
+        names = self.table.class_names or [str(number) for number in range(len(values[0]))]
+        if len(names) != len(values[0]):
+            raise ValueError(f"--class_names gives {len(names)} names; {place} holds {len(values[0])} zeros and ones.")
+        return names
+
+
+def say_alike(names: set[str], place: str) -> None:
+    """Say which classes differ by blanks or case alone; they stay what was written."""
+    groups = defaultdict(list)
+    for name in sorted(names):
+        groups[" ".join(name.split()).casefold()].append(name)
+    for group in groups.values():
+        if len(group) > 1:
+            print(f"{place}: {', '.join(map(repr, group))} are classes of their own, which differ by blanks or case.")
 
 
 def as_names(value, kind):
@@ -295,10 +374,18 @@ def main():
         if data.test and args.process_index == 0:
             rows = answered.to_pandas().assign(**answers(task, *predictions(folder / f"seed-{seed}", "test")))
             written = folder / f"seed-{seed}" / "predictions.csv"
-            write(written, rows.to_csv(index=False).rstrip())
+            write(written, as_csv(rows).removesuffix("\n"))
             print(f"{len(rows):,} predictions are in {written}")
     if args.process_index == 0:
         conclude(folder, sorted(folder.glob("seed-*/results.json")), options.model, {})
+
+
+def as_csv(rows: pandas.DataFrame) -> str:
+    """The rows as a .csv file; all cells in quotes where one holds a carriage return, which Python did not quote
+    by itself before 3.11.9."""
+    texts = rows.select_dtypes(exclude="number").to_numpy().ravel()
+    returns = any("\r" in text for text in texts if isinstance(text, str))
+    return rows.to_csv(index=False, quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL)
 
 
 def answers(task: Task, predicted: np.ndarray, logits: np.ndarray) -> dict[str, list]:

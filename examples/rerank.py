@@ -22,7 +22,6 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
-from modeling_gemma_encoder.files import write
+from modeling_gemma_encoder.files import read_lines, read_table, write
 from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
@@ -125,42 +124,19 @@ def write_row(row: dict | list, scores: list[float], columns: list[str]) -> str:
     return json.dumps({**row, **({"scores": scores} if many else {"score": scores[0]})}, ensure_ascii=False)
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, and where they are."""
-    with path.open(encoding="utf-8", newline="\n") as file, in_utf8(path):
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield line.rstrip("\r\n"), f"{path}, line {number}"
-
-
-@contextmanager
-def in_utf8(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}): save it in that encoding") from error
-
-
 def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[dict, list[tuple[str, str]]]]:
     """Rows under a header, and their pairs; a text in quotes may have several lines."""
-    csv.field_size_limit(2**31 - 1)  # or a text of more than 131,072 letters is an error
-    with path.open(encoding="utf-8-sig", newline="") as file, in_utf8(path):
-        reader = csv.DictReader(file, strict=True)
-        if missing := {*columns} - {*(reader.fieldnames or ())}:
-            there = ", ".join(reader.fieldnames or ()) or "nothing"
+    names = None
+    for row, where in read_table(path):
+        if names is not None:
+            yield pairs_of(dict(zip(names, row, strict=True)), where, columns)
+            continue
+        names = row
+        if missing := {*columns} - {*names}:
             raise ValueError(
-                f"{path}: the first line names {there}, and no {' and no '.join(sorted(missing))}: --pair_columns"
+                f"{path}: the first line names {', '.join(names)}, and no {' and no '.join(sorted(missing))}: "
+                "--pair_columns"
             )
-        if len({*reader.fieldnames}) < len(reader.fieldnames):
-            raise ValueError(f"{path}: the first line names a column twice: {', '.join(reader.fieldnames)}")
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{where}: not {len(reader.fieldnames)} columns, as the first line names")
-                yield pairs_of(row, where, columns)
-        except csv.Error as error:
-            raise ValueError(f"{path}, after line {reader.line_num}: {error}") from error
 
 
 def write_csv(part: Path, output: Path) -> None:

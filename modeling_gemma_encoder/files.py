@@ -1,7 +1,12 @@
-"""Small files that people and other programs read: written whole or not at all."""
+"""Files that people write and programs read: strict readers of lines and tables, small files written whole."""
 
+import codecs
+import csv
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 def write(path: Path, text: str) -> None:
@@ -19,3 +24,82 @@ def is_local(name: str) -> bool:
 def read(path: Path) -> dict:
     """A JSON file's content; {} where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@contextmanager
+def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
+    """Open a file in UTF-8, with or without a byte order mark. Any other encoding raises ValueError with its line."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError:
+        raise ValueError(_not_in_utf8(path)) from None
+
+
+def has_mark(path: Path) -> bool:
+    """Whether a file begins with UTF-8's byte order mark, as some editors and spreadsheets write."""
+    with path.open("rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
+
+
+def _not_in_utf8(path: Path) -> str:
+    place = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"{path}, line {number}: byte {place + error.start} is not UTF-8; save it in that encoding"
+            place += len(line)
+    return f"{path} is not UTF-8; save it in that encoding"
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines that are not blank, without their ends, and where each is; only a line feed ends one."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield line.rstrip("\r\n"), f"{path}, line {number}"
+
+
+def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
+    """
+    Yield the rows of a .csv or .tsv file and where each begins; the first has the columns' names.
+
+    A text in quotes may hold commas and line ends in .csv; in .tsv a tab parts fields, and quotes are only that.
+
+    Raises:
+        ValueError: a row has more or fewer fields than there are names, a name is there twice, or a quote is not
+            closed. The message has file and line, as an editor counts them.
+    """
+    names = None
+    for row, where in _tab_separated(path) if path.suffix == ".tsv" else _comma_separated(path):
+        if names is None:
+            names = row = [name or f"Unnamed: {number}" for number, name in enumerate(row)]
+            if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+                raise ValueError(f"{where}: names the column {twice[0]!r} twice; rename one.")
+        elif len(row) != len(names):
+            hint = "" if path.suffix == ".tsv" else "; a text with a comma needs quotes"
+            raise ValueError(f"{where}: {len(row)} fields, and the first line names {len(names)}: {names}{hint}.")
+        yield row, where
+
+
+def _tab_separated(path: Path) -> Iterator[tuple[list[str], str]]:
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line := line.rstrip("\r\n"):
+                yield line.split("\t"), f"{path}, line {number}"
+
+
+def _comma_separated(path: Path) -> Iterator[tuple[list[str], str]]:
+    csv.field_size_limit(2**31 - 1)  # or a text of more than 131,072 letters is an error
+    begins = 1
+    with open_text(path, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for row in reader:
+                where, begins = f"{path}, line {begins}", reader.line_num + 1
+                if row:
+                    yield row, where
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {begins}: {error}") from error

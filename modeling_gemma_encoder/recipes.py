@@ -82,6 +82,15 @@ class ScriptParser(HfArgumentParser):
                     setattr(namespace, name, instead)
         return namespace, rest
 
+    def parse_args(self, args=None, namespace=None) -> Namespace:
+        """As argparse, and a flag that does not exist is answered with the one it is most like."""
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest:
+            unknown = next((word.partition("=")[0] for word in rest if word.startswith("--")), "")
+            close = get_close_matches(unknown, self._option_string_actions, 1)
+            self.error(f"unrecognized arguments: {' '.join(rest)}" + (f". Did you mean {close[0]}?" if close else ""))
+        return namespace
+
     def parse_args_into_dataclasses(self, args=None, **options) -> tuple:
         self.parse_args(args)  # upstream raises a ValueError
         parsed = super().parse_args_into_dataclasses(args, **options)

@@ -4,6 +4,7 @@ Read from a TREC-style folder, a BEIR-style one, a file of labelled pairs, or th
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import bm25s
 import numpy as np
 from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
 
-from .files import is_local
+from .files import is_local, read_lines
 from .tasks import FORMATS, read_file
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score
@@ -189,13 +190,11 @@ def _texts(path: Path) -> dict[str, str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            if line.strip():
-                one, tab, text = line.rstrip("\r\n").partition("\t")
-                if not tab:
-                    raise ValueError(f"{path}: {one!r} is not an id, a tab and a text.")
-                yield one, text
+    for line, where in read_lines(path):
+        one, tab, text = line.partition("\t")
+        if not tab:
+            raise ValueError(f"{where}: {one!r} is not an id, a tab and a text.")
+        yield one, text
 
 
 def _ids(rows: Dataset, where) -> list[str]:
@@ -217,36 +216,41 @@ def _column(rows: Dataset, names: tuple[str, ...], where) -> str:
     return column
 
 
+HEADER = {"query-id", "query_id", "qid", "topic", "score", "grade", "relevance", "rel", "label", "judgment"}
+GRADE = re.compile(r"[-+]?[0-9]+(\.0*)?")
+
+
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """TREC's `qid 0 pid grade`, or BEIR's `qid pid grade` below a header. A contradiction raises ValueError."""
+    """
+    Read TREC's `qid 0 pid grade`, or BEIR's `qid pid grade` below a header. Where a line has tabs, they alone part it.
+
+    Raises:
+        ValueError: a line is neither, its grade is no whole number, or it contradicts an earlier one.
+    """
     found = defaultdict(dict)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        fields = line.split()
-        if not fields or (number == 0 and not fields[-1].lstrip("-").isdigit()):
+    for number, (line, where) in enumerate(read_lines(path)):
+        fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+        if number == 0 and (fields[0].lower() in HEADER or fields[-1].lower() in HEADER):
             continue
-        if len(fields) not in (3, 4) or not fields[-1].lstrip("-").isdigit():
-            raise ValueError(f"{path}, line {number + 1}: {line!r} is not `qid 0 pid grade`.")
-        qid, pid, grade = fields[0], fields[-2], int(fields[-1])
+        if len(fields) not in (3, 4) or not GRADE.fullmatch(fields[-1]):
+            raise ValueError(f"{where}: {line!r} is not `qid 0 pid grade`, with a whole number for a grade.")
+        qid, pid, grade = fields[0], fields[-2], int(float(fields[-1]))
         if found[qid].setdefault(pid, grade) != grade:
-            raise ValueError(f"{path}, line {number + 1}: {qid} {pid} was judged {found[qid][pid]} before.")
+            raise ValueError(f"{where}: {qid} {pid} was judged {found[qid][pid]} before.")
     return dict(found)
 
 
 def read_run(path: Path) -> Run:
     """TREC's `qid Q0 pid rank score tag`. A passage twice for a query, or a score that is none, raises ValueError."""
     found = defaultdict(dict)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        if not line.strip():
-            continue
+    for line, where in read_lines(path):
         try:
-            qid, _, pid, _, score, _ = line.split()
+            qid, _, pid, _, score, _ = line.split("\t") if line.count("\t") == 5 else line.split()
             score = float(score)
         except ValueError:
-            raise ValueError(f"{path}, line {number + 1}: {line!r} is not `qid Q0 pid rank score tag`.") from None
+            raise ValueError(f"{where}: {line!r} is not `qid Q0 pid rank score tag`.") from None
         if pid in found[qid] or math.isnan(score):
-            raise ValueError(
-                f"{path}, line {number + 1}: {qid} {pid} " + ("is there twice." if pid in found[qid] else "is NaN.")
-            )
+            raise ValueError(f"{where}: {qid} {pid} " + ("is there twice." if pid in found[qid] else "is NaN."))
         found[qid][pid] = score
     return dict(found)
 

@@ -4,8 +4,9 @@
 `attention_mask` (seq_len,) and a label, or, where one of several candidates is chosen, lists of those (num_docs,).
 """
 
-import csv
 import inspect
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from .files import has_mark, open_text, read_table
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from .templates import set_template
@@ -199,7 +200,7 @@ class Source:
 def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
     """
     Rows of a .jsonl, .json, .csv, .tsv or .parquet file. In .csv and .tsv nothing stands for a missing value, "NA" is a
-    word, and the columns `texts` are text even where they hold numbers. In .tsv quotation marks are only that.
+    word, and the columns `texts` are text even where they hold numbers; see `files.read_table`.
 
     Args:
         texts: None: all columns.
@@ -215,16 +216,37 @@ def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
         raise ValueError(f"{path} is empty.")
     try:
         if FORMATS[path.suffix] == "csv":
-            separator = "\t" if path.suffix == ".tsv" else ","
-            kinds = str if texts is None else dict.fromkeys(texts, str)
-            quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-            table = pandas.read_csv(path, sep=separator, keep_default_na=False, dtype=kinds, quoting=quoting)
-            return Dataset.from_pandas(table, preserve_index=False)
+            (names, _), *rows = list(read_table(path)) or [([], path)]
+            columns = {name: [row[number] for row, _ in rows] for number, name in enumerate(names)}
+            kept = columns if texts is None else texts
+            return Dataset.from_dict({name: of if name in kept else as_numbers(of) for name, of in columns.items()})
+        if FORMATS[path.suffix] == "json" and has_mark(path):
+            with open_text(path) as file:
+                return Dataset.from_list(list(map(json.loads, file)) if path.suffix == ".jsonl" else json.load(file))
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:
+        if str(error).startswith(str(path)):  # it says where
+            raise
         if isinstance(cause := error.__cause__ or error, UnicodeDecodeError):
             cause = f"byte {cause.start} is not UTF-8; save it in that encoding"
         raise ValueError(f"{path} cannot be read: {cause}") from error
+
+
+WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})")
+DECIMAL = re.compile(WHOLE.pattern + r"(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?")
+
+
+TRUTH = {"true": True, "false": False}
+
+
+def as_numbers(cells: list[str]) -> list[str] | list[int] | list[float] | list[bool]:
+    """Read cells as numbers where all of them are, and none is longer than a float tells apart ("007" is a name)."""
+    if all(cell.lower() in TRUTH for cell in cells):
+        return [TRUTH[cell.lower()] for cell in cells]
+    for form, kind in ((WHOLE, int), (DECIMAL, float)):
+        if all(map(form.fullmatch, cells)):
+            return list(map(kind, cells))
+    return cells
 
 
 def by_label(metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Metric:

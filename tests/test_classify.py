@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import classify
+import pandas
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -45,10 +46,15 @@ def table(folder: Path, labels: list, **options) -> classify.Table:
         (["001", "007"], "single_label_classification", ["001", "007"]),
         (["NA", "None"], "single_label_classification", ["NA", "None"]),
         (["0.5", "1", "-2e3"], "regression", []),
+        (["1e5", "2e5"], "single_label_classification", ["1e5", "2e5"]),
+        (["1234567890123456789", "1234567890123456788"], "single_label_classification", None),
+        (["٣", "٤"], "single_label_classification", None),
+        (["yes", "yes ", "no"], "single_label_classification", ["no", "yes", "yes "]),
     ],
 )
 def test_labels_are_what_they_look_like(tmp_path, labels, problem, names):
     found = table(tmp_path, labels)
+    names = sorted(labels) if names is None else names
     assert (found.problem, found.names) == (problem, names)
     values = found.rows("train")["label"]
     assert values == ([float(label) for label in labels] if problem == "regression" else values)
@@ -62,12 +68,68 @@ def test_labels_are_what_they_look_like(tmp_path, labels, problem, names):
         (["0.5", " ", "1.5"], {}, "'label' is empty in row 1"),
         (["0.5", "1.5", "nan"], {}, "'label' is 'nan' in row 2, and a number elsewhere"),
         (["0.5", "N/A"], {}, "'label' is 'N/A' in row 1, and a number elsewhere"),
+        (
+            ["0,5", "1,5", "2,25"],
+            {},
+            "'label' holds '0,5' and as many classes as rows: write 0.5 for --problem regression",
+        ),
+        (["pos", "neg"], {"class_names": ["a", "b"]}, "--class_names is for lists of zeros and ones"),
         (["0.5", "2,5"], {"problem": "regression"}, "'label' is '2,5' in row 1, which is no number"),
     ],
 )
 def test_a_cell_that_is_no_label_is_named(tmp_path, labels, options, message):
     with pytest.raises(ValueError, match=message):
         table(tmp_path, labels, **options)
+
+
+def test_names_that_differ_by_blanks_or_case_are_said(tmp_path, capsys):
+    assert table(tmp_path, ["yes", "no", "Yes", "yes "]).names == ["Yes", "no", "yes", "yes "]
+    assert "'Yes', 'yes', 'yes ' are classes of their own" in capsys.readouterr().out
+
+
+def lists(folder: Path, labels: list[list], **options) -> classify.Table:
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return classify.Table(classify.TableArguments(train_file=str(folder / "train.jsonl"), **options))
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "names", "read"),
+    [
+        ([[1, 0, 1], [0, 0, 0]], {}, ["0", "1", "2"], [["0", "2"], []]),
+        ([[1, 0], [0, 1]], {"class_names": ["toxic", "rude"]}, ["toxic", "rude"], [["toxic"], ["rude"]]),
+        ([[1.0, 0.0], [1.0, 1.0]], {}, ["0", "1"], [["0"], ["0", "1"]]),
+        ([[True, False], [True, True]], {}, ["0", "1"], [["0"], ["0", "1"]]),
+        ([["a", "b"], ["b"]], {}, ["a", "b"], [["a", "b"], ["b"]]),
+        ([["1", "0"], ["0", "1"]], {}, ["0", "1"], [["1", "0"], ["0", "1"]]),
+        ([[3, 7], [7]], {}, ["3", "7"], [["3", "7"], ["7"]]),
+    ],
+)
+def test_lists_of_zeros_and_ones_say_of_each_class_whether_it_is_one(tmp_path, labels, options, names, read):
+    """By hand: places of the ones. Lists of names stay names."""
+    found = lists(tmp_path, labels, **options)
+    assert (found.problem, found.names) == ("multi_label_classification", names)
+    assert found.rows("train")["label"][:] == read
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([[1, 0, 1], [0, 1]], {}, r"'label' is \[1, 0, 1\] in row 0, and not in all rows as many zeros and ones"),
+        ([[1, 0], [0, 1]], {"class_names": ["a"]}, "--class_names gives 1 names; .* holds 2 zeros and ones"),
+    ],
+)
+def test_lists_that_are_neither_names_nor_flags_are_refused(tmp_path, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        lists(tmp_path, labels, **options)
+
+
+def test_flags_of_other_rows_are_as_many_as_in_training(tmp_path):
+    found = lists(tmp_path, [[1, 0, 1], [0, 0, 0]])
+    (tmp_path / "dev.jsonl").write_text('{"text": "a", "label": [1, 1]}\n')
+    found.files["validation"] = str(tmp_path / "dev.jsonl")
+    with pytest.raises(ValueError, match=r"dev\.jsonl, row 0: 'label' is \[1, 1\], not 3 zeros and ones"):
+        found.rows("validation")
 
 
 def test_names_that_are_partly_numbers_are_names_when_that_is_said(tmp_path):
@@ -99,16 +161,17 @@ def trained(run, tmp_path):
 
 def test_a_trained_model_needs_no_table_and_reads_as_in_training(run, trained, tmp_path, capsys):
     """Rows come back as they were written; pipelines, cut as the tokenizer says, say the same as `predictions.csv`."""
-    texts = ["sun " + "and wind " * 30, "rain"]
-    new = write_csv(tmp_path / "new.csv", {"id": ["000", "001"], "price": ["1.50", ""], "text": texts})
+    texts = ["sun " + "and wind " * 30, "rain", "a lone\rreturn", "two\nlines\r\nor three, "]
+    ids, prices = ["000", "001", "1e5", " "], ["1.50", "", "1", "NA"]
+    new = write_csv(tmp_path / "new.csv", {"id": ids, "price": prices, "text": texts})
     flags = ("--do_train", "False", "--do_eval", "False", "--do_predict", "--test_file", new)
     run(*flags, "--output_dir", tmp_path / "predicted", model=trained[1])
     assert "classes dry, wet" in capsys.readouterr().out
-    with (tmp_path / "predicted" / "seed-42" / "predictions.csv").open() as file:
+    written = tmp_path / "predicted" / "seed-42" / "predictions.csv"
+    with written.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["id"], row["price"], row["text"]) for row in rows] == list(
-        zip(("000", "001"), ("1.50", ""), texts, strict=True)
-    )
+    assert [(row["id"], row["price"], row["text"]) for row in rows] == list(zip(ids, prices, texts, strict=True))
+    assert pandas.read_csv(written, dtype=str, keep_default_na=False)["text"].tolist() == texts
     assert AutoTokenizer.from_pretrained(trained[1]).model_max_length == 12
     answers = pipeline("text-classification", model=str(trained[1]))(texts, truncation=True)
     assert [row["prediction"] for row in rows] == [answer["label"] for answer in answers]

@@ -111,13 +111,13 @@ def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monk
     ("text", "message"),
     [
         ("query,text\na,b\n", "in.csv: the first line names query, text, and no passage: --pair_columns"),
-        ("", "in.csv: the first line names nothing, and no passage and no query"),
-        ("query,passage\na,b\nc\n", "in.csv, line 3: not 2 columns"),
-        ("query,passage\na,b,c\n", "in.csv, line 2: not 2 columns"),
-        ('query,passage\na,"b\n', "in.csv, after line 1: unexpected end of data"),
+        ("", "in.csv has no rows"),
+        ("query,passage\na,b\nc\n", "in.csv, line 3: 1 fields, and the first line names 2"),
+        ("query,passage\na,b,c\n", "in.csv, line 2: 3 fields, and the first line names 2"),
+        ('query,passage\na,"b\n', "in.csv, line 2: unexpected end of data"),
         ("query,passage,score\na,b,1\n", "in.csv, line 2: the row has a score already"),
         ("query,passage\n", "in.csv has no rows"),
-        ("id,query,passage,id\n1,a,b,2\n", "in.csv: the first line names a column twice: id, query, passage, id"),
+        ("id,query,passage,id\n1,a,b,2\n", "in.csv, line 1: names the column 'id' twice"),
     ],
 )
 def test_a_csv_that_cannot_be_read_is_not_begun(folder, tmp_path, monkeypatch, capsys, text, message):
@@ -261,7 +261,7 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
             "of a .csv or .jsonl",
         ),
         (["--data", tmp_path, "--run", tmp_path / "r", "--output", tmp_path / "x.csv"], "would hold a TREC run"),
-        (["--input", tmp_path / "in.jsonl", "--outptu", tmp_path / "x"], "unrecognized arguments: --outptu"),
+        (["--input", tmp_path / "in.jsonl", "--outptu", "x"], "--outptu x. Did you mean --output?"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "there.jsonl"], "is there already"),
         (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .csv nor .tsv"),
         (["--input", tmp_path / "no.jsonl", "--output", tmp_path / "x"], "no.jsonl"),
