@@ -18,11 +18,22 @@ def load_tokenizer(checkpoint: str | Path, **options) -> PreTrainedTokenizerBase
     source, gguf_file = split_gguf(checkpoint)
     if gguf_file is None:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options)
-    find_gguf(source, gguf_file, {name: options[name] for name in HUB_OPTIONS if name in options})
+    path = find_gguf(source, gguf_file, {name: options[name] for name in HUB_OPTIONS if name in options})
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False, **options)
     for name in LOADING:
         tokenizer.init_kwargs.pop(name, None)
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if _adds_bos(path) and not begins:  # upstream 5.20 leaves it out
+        tokenizer.add_bos_token = True
     return tokenizer
+
+
+def _adds_bos(path: str) -> bool:
+    """Whether a GGUF file's texts begin with <bos>: as it says, and those of SentencePiece models unless it does."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(path)
+    return metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama")
 
 
 def load_upstream(auto_class: type, checkpoint: str | Path, dtype: torch.dtype, **options) -> PreTrainedModel:

@@ -184,7 +184,7 @@ def read_decoder(
     """
     from transformers.utils.quantization_config import GgufConfig
 
-    path = Path(find_gguf(folder, gguf_file, where))
+    path, config = Path(find_gguf(folder, gguf_file, where)), copy.deepcopy(config)  # upstream may write into it
     dtype = torch.float32 if dtype in (None, "auto") else dtype
     try:
         read, info = AutoModelForCausalLM.from_pretrained(
