@@ -106,7 +106,7 @@ class TableArguments:
 
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-PLAIN = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,3})?")
+PLAIN = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{0,6})?")
 DECIMAL_COMMA = re.compile(r"\s*[+-]?[0-9]+,[0-9]+\s*")
 
 
@@ -117,17 +117,17 @@ def is_number(value: str) -> bool:
 
 def is_plain(value: str) -> bool:
     """Whether a class may be called by the number that is written: "1.0" is 1, but "1e5" and long ids are names."""
-    return bool(PLAIN.fullmatch(value)) and is_number(value)
+    return bool(PLAIN.fullmatch(value.strip())) and is_number(value)
 
 
-def are_flags(values: Sequence) -> bool:
+def are_flags(values: Sequence, kind) -> bool:
     """Whether lists of labels are as many zeros and ones, two or more, which say of each class whether it is one."""
-    same = all(isinstance(value, list) and len(value) == len(values[0]) > 1 for value in values)
-    return same and all(map(only_flags, values))
+    named = isinstance(getattr(kind, "feature", None), ClassLabel)  # then they are numbers of names
+    return bool(values) and not named and all(only_flags(one) and len(one) == len(values[0]) > 1 for one in values)
 
 
-def only_flags(value: list) -> bool:
-    return all(not isinstance(item, str) and item in (0, 1) for item in value)
+def only_flags(value) -> bool:
+    return isinstance(value, list) and all(not isinstance(item, str) and item in (0, 1) for item in value)
 
 
 class Table:
@@ -165,8 +165,8 @@ class Table:
         if self.label not in rows.column_names:
             return rows
         labels = [self._value(value, self.problem) for value in rows[self.label]]
-        if self._has_flags(split, labels):
-            labels = [[name for name, flag in zip(self.names, row, strict=True) if flag] for row in labels]
+        if self._has_flags(split, labels, rows.features[self.label]):
+            labels = [row and [name for name, flag in zip(self.names, row, strict=True) if flag] for row in labels]
             return rows.remove_columns(self.label).add_column(self.label, labels)
         if self.problem == "regression":
             wrong = next((row for row, value in enumerate(labels) if isinstance(value, str)), None)
@@ -186,15 +186,14 @@ class Table:
             return load_dataset(name, config or None, split=self.splits[split])
         return read_file(Path(self.files[split]), texts)
 
-    def _has_flags(self, split: str, labels: list) -> bool:
+    def _has_flags(self, split: str, labels: list, kind) -> bool:
         """Whether a split's labels are lists of zeros and ones; ValueError if only the training's were."""
         if self.problem != "multi_label_classification" or self.flags is False or len(self.table.label_column) > 1:
             return False
-        given = are_flags(labels) and len(labels[0]) == len(self.names)
-        if self.flags and not given:
-            wrong = next(
-                row for row, value in enumerate(labels) if not only_flags(value) or len(value) != len(self.names)
-            )
+        known = {row: value for row, value in enumerate(labels) if value is not None}
+        given = are_flags(list(known.values()), kind) and len(next(iter(known.values()))) == len(self.names)
+        if self.flags and known and not given:
+            wrong = next(row for row, one in known.items() if not only_flags(one) or len(one) != len(self.names))
             found = f"{self.place(split)}, row {wrong}: {self.label!r} is {labels[wrong]}"
             raise ValueError(f"{found}, not {len(self.names)} zeros and ones.")
         return given
@@ -229,8 +228,10 @@ class Table:
             raise ValueError(f"{self.place(split)} has no column {', '.join(missing)}; it has {has}.")
         if missing or len(columns) == 1:
             return rows
-        if wrong := [column for column in columns if not set(rows[column]) <= {0, 1}]:
-            raise ValueError(f"{self.place(split)}: column {wrong[0]!r} holds more than 0 and 1.")
+        for column in columns:
+            if others := [row for row, value in enumerate(rows[column]) if value not in (0, 1)]:
+                found = f"{column!r} is {rows[column][others[0]]!r} in row {others[0]}"
+                raise ValueError(f"{self.place(split)}: {found}; several columns of labels hold 0 and 1.")
         flags = np.array([rows[column] for column in columns]).T
         lists = [[columns[number] for number in np.flatnonzero(row)] for row in flags]
         return rows.remove_columns(columns).add_column("label", lists)
@@ -265,11 +266,13 @@ class Table:
             fractions = any(isinstance(value, float) and not value.is_integer() for value in values)
             problem = "regression" if fractions else "single_label_classification"
         if problem == "regression":
+            if self.table.class_names:
+                raise ValueError(f"--class_names is for lists of zeros and ones; {place} holds numbers.")
             self.numbers = True
             return problem, []
         if len(self.table.label_column) > 1:
             return problem, self.table.label_column
-        if isinstance(values[0], list) and (names := self._of_flags(values, place)):
+        if isinstance(values[0], list) and (names := self._of_flags(values, kind, place)):
             return problem, names
         if self.table.class_names:
             raise ValueError(f"--class_names is for lists of zeros and ones; {place} has names of its own.")
@@ -290,9 +293,9 @@ class Table:
         say_alike(names, place)
         return problem, sorted(names, key=lambda name: (float(name), name) if name.isdigit() else (math.inf, name))
 
-    def _of_flags(self, values: list[list], place: str) -> list[str] | None:
+    def _of_flags(self, values: list[list], kind, place: str) -> list[str] | None:
         """The classes that lists of zeros and ones tell of; None where lists hold names."""
-        self.flags = are_flags(values)
+        self.flags = are_flags(values, kind)
         if not self.flags:
             repeated = [row for row, value in enumerate(values) if only_flags(value) and len(set(value)) < len(value)]
             if repeated:
@@ -300,19 +303,23 @@ class Table:
                 raise ValueError(f"{place} is {values[row]} in row {row}, and not in all rows as many zeros and ones.")
             return None
         names = self.table.class_names or [str(number) for number in range(len(values[0]))]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--class_names gives a name twice: {', '.join(names)}.")
         if len(names) != len(values[0]):
             raise ValueError(f"--class_names gives {len(names)} names; {place} holds {len(values[0])} zeros and ones.")
+        print(f"{place}: lists of zeros and ones, each of one of the classes {', '.join(names)} in turn")
         return names
 
 
 def say_alike(names: set[str], place: str) -> None:
-    """Say which classes differ by blanks or case alone; they stay what was written."""
+    """Say which classes differ by blanks or case alone, or are one number; they stay what was written."""
     groups = defaultdict(list)
     for name in sorted(names):
-        groups[" ".join(name.split()).casefold()].append(name)
+        groups[float(name) if is_number(name) else " ".join(name.split()).casefold()].append(name)
     for group in groups.values():
         if len(group) > 1:
-            print(f"{place}: {', '.join(map(repr, group))} are classes of their own, which differ by blanks or case.")
+            alike = ", ".join(map(repr, group))
+            print(f"{place}: {alike} are classes of their own, and differ only in how they are written.")
 
 
 def as_names(value, kind):

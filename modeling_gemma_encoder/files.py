@@ -1,6 +1,5 @@
 """Files that people write and programs read: strict readers of lines and tables, small files written whole."""
 
-import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -36,12 +35,6 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
         raise ValueError(_not_in_utf8(path)) from None
 
 
-def has_mark(path: Path) -> bool:
-    """Whether a file begins with UTF-8's byte order mark, as some editors and spreadsheets write."""
-    with path.open("rb") as file:
-        return file.read(3) == codecs.BOM_UTF8
-
-
 def _not_in_utf8(path: Path) -> str:
     place = 0
     with path.open("rb") as file:
@@ -75,11 +68,13 @@ def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
     names = None
     for row, where in _tab_separated(path) if path.suffix == ".tsv" else _comma_separated(path):
         if names is None:
-            names = row = [name or f"Unnamed: {number}" for number, name in enumerate(row)]
+            names = row
             if twice := [name for number, name in enumerate(names) if name in names[:number]]:
                 raise ValueError(f"{where}: names the column {twice[0]!r} twice; rename one.")
         elif len(row) != len(names):
-            hint = "" if path.suffix == ".tsv" else "; a text with a comma needs quotes"
+            if len(row) == 1 and not row[0].strip():
+                continue  # a line of blanks
+            hint = "; a text with a comma needs quotes" if path.suffix == ".csv" and len(row) > len(names) else ""
             raise ValueError(f"{where}: {len(row)} fields, and the first line names {len(names)}: {names}{hint}.")
         yield row, where
 
@@ -102,4 +97,4 @@ def _comma_separated(path: Path) -> Iterator[tuple[list[str], str]]:
                 if row:
                     yield row, where
         except csv.Error as error:
-            raise ValueError(f"{path}, line {begins}: {error}") from error
+            raise ValueError(f"{path}, line {begins}: {error}; a quote within a text in quotes is doubled") from error

@@ -177,7 +177,7 @@ def _texts(path: Path) -> dict[str, str]:
     if path.suffix in (".tsv", ".txt"):  # id, tab, text, without a header, as MS MARCO's
         texts = _lines(path)
     else:
-        rows = read_file(path)
+        rows = read_file(path, None)  # ids are text
         texts = zip(_ids(rows, path), _read(rows, path), strict=True)
     found = {}
     for one, text in texts:
@@ -216,7 +216,6 @@ def _column(rows: Dataset, names: tuple[str, ...], where) -> str:
     return column
 
 
-HEADER = {"query-id", "query_id", "qid", "topic", "score", "grade", "relevance", "rel", "label", "judgment"}
 GRADE = re.compile(r"[-+]?[0-9]+(\.0*)?")
 
 
@@ -229,9 +228,9 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """
     found = defaultdict(dict)
     for number, (line, where) in enumerate(read_lines(path)):
-        fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
-        if number == 0 and (fields[0].lower() in HEADER or fields[-1].lower() in HEADER):
-            continue
+        fields = [field.strip() for field in line.rstrip().split("\t")] if "\t" in line else line.split()
+        if number == 0 and len(fields) in (3, 4) and not re.search("[0-9]", "".join(fields)):
+            continue  # words alone are a header
         if len(fields) not in (3, 4) or not GRADE.fullmatch(fields[-1]):
             raise ValueError(f"{where}: {line!r} is not `qid 0 pid grade`, with a whole number for a grade.")
         qid, pid, grade = fields[0], fields[-2], int(float(fields[-1]))
@@ -245,7 +244,8 @@ def read_run(path: Path) -> Run:
     found = defaultdict(dict)
     for line, where in read_lines(path):
         try:
-            qid, _, pid, _, score, _ = line.split("\t") if line.count("\t") == 5 else line.split()
+            fields = line.split("\t") if line.count("\t") == 5 else line.split()
+            qid, _, pid, _, score, _ = map(str.strip, fields)
             score = float(score)
         except ValueError:
             raise ValueError(f"{where}: {line!r} is not `qid Q0 pid rank score tag`.") from None

@@ -5,7 +5,6 @@
 """
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .files import has_mark, open_text, read_table
+from .files import read_table
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from .templates import set_template
@@ -217,12 +216,10 @@ def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
     try:
         if FORMATS[path.suffix] == "csv":
             (names, _), *rows = list(read_table(path)) or [([], path)]
+            names = [name or f"Unnamed: {number}" for number, name in enumerate(names)]  # an index, as pandas has it
             columns = {name: [row[number] for row, _ in rows] for number, name in enumerate(names)}
             kept = columns if texts is None else texts
             return Dataset.from_dict({name: of if name in kept else as_numbers(of) for name, of in columns.items()})
-        if FORMATS[path.suffix] == "json" and has_mark(path):
-            with open_text(path) as file:
-                return Dataset.from_list(list(map(json.loads, file)) if path.suffix == ".jsonl" else json.load(file))
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:
         if str(error).startswith(str(path)):  # it says where
@@ -233,7 +230,7 @@ def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
 
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})")
-DECIMAL = re.compile(WHOLE.pattern + r"(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?")
+DECIMAL = re.compile(WHOLE.pattern + r"(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?")
 
 
 TRUTH = {"true": True, "false": False}
@@ -241,11 +238,12 @@ TRUTH = {"true": True, "false": False}
 
 def as_numbers(cells: list[str]) -> list[str] | list[int] | list[float] | list[bool]:
     """Read cells as numbers where all of them are, and none is longer than a float tells apart ("007" is a name)."""
-    if all(cell.lower() in TRUTH for cell in cells):
-        return [TRUTH[cell.lower()] for cell in cells]
+    bare = [cell.strip() for cell in cells]
+    if all(cell.lower() in TRUTH for cell in bare):
+        return [TRUTH[cell.lower()] for cell in bare]
     for form, kind in ((WHOLE, int), (DECIMAL, float)):
-        if all(map(form.fullmatch, cells)):
-            return list(map(kind, cells))
+        if all(map(form.fullmatch, bare)):
+            return list(map(kind, bare))
     return cells
 
 

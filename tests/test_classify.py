@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import classify
+import datasets
 import pandas
 import pytest
 import torch
@@ -46,6 +47,9 @@ def table(folder: Path, labels: list, **options) -> classify.Table:
         (["001", "007"], "single_label_classification", ["001", "007"]),
         (["NA", "None"], "single_label_classification", ["NA", "None"]),
         (["0.5", "1", "-2e3"], "regression", []),
+        (["1.0000", "0.0000", "1"], "single_label_classification", ["0", "1"]),
+        (["+1", "-1", "1"], "single_label_classification", ["1", "-1"]),
+        (["1", "1 ", " 0"], "single_label_classification", ["0", "1"]),
         (["1e5", "2e5"], "single_label_classification", ["1e5", "2e5"]),
         (["1234567890123456789", "1234567890123456788"], "single_label_classification", None),
         (["٣", "٤"], "single_label_classification", None),
@@ -87,6 +91,11 @@ def test_names_that_differ_by_blanks_or_case_are_said(tmp_path, capsys):
     assert "'Yes', 'yes', 'yes ' are classes of their own" in capsys.readouterr().out
 
 
+def test_names_that_are_one_number_are_said(tmp_path, capsys):
+    assert table(tmp_path, ["1e5", "100000", "2"]).names == ["2", "100000", "1e5"]
+    assert "'100000', '1e5' are classes of their own" in capsys.readouterr().out
+
+
 def lists(folder: Path, labels: list[list], **options) -> classify.Table:
     rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -117,11 +126,36 @@ def test_lists_of_zeros_and_ones_say_of_each_class_whether_it_is_one(tmp_path, l
     [
         ([[1, 0, 1], [0, 1]], {}, r"'label' is \[1, 0, 1\] in row 0, and not in all rows as many zeros and ones"),
         ([[1, 0], [0, 1]], {"class_names": ["a"]}, "--class_names gives 1 names; .* holds 2 zeros and ones"),
+        ([[1, 0], [0, 1]], {"class_names": ["a", "a"]}, "--class_names gives a name twice: a, a"),
     ],
 )
 def test_lists_that_are_neither_names_nor_flags_are_refused(tmp_path, labels, options, message):
     with pytest.raises(ValueError, match=message):
         lists(tmp_path, labels, **options)
+
+
+def test_rows_without_labels_stay_without(tmp_path):
+    found = lists(tmp_path, [[1, 0, 1], [0, 0, 0]])
+    (tmp_path / "test.jsonl").write_text('{"text": "a", "label": [0, 1, 0]}\n{"text": "b", "label": null}\n')
+    found.files["test"] = str(tmp_path / "test.jsonl")
+    assert found.rows("test")["label"][:] == [["1"], None]
+
+
+def test_numbers_of_named_classes_are_no_flags(tmp_path):
+    kind = datasets.Features({"text": datasets.Value("string"), "label": [datasets.ClassLabel(names=["x", "y"])]})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [[0, 1], [1, 0]]}, features=kind)
+    rows.to_parquet(tmp_path / "train.parquet")
+    found = classify.Table(classify.TableArguments(train_file=str(tmp_path / "train.parquet")))
+    assert found.names == ["x", "y"] and found.rows("train")["label"][:] == [["x", "y"], ["y", "x"]]
+
+
+def test_columns_of_zeros_and_ones_may_have_blanks(tmp_path):
+    (tmp_path / "train.csv").write_text("text,toxic,rude\na, 1, 0\nb, 0,1.\n")
+    given = {"train_file": str(tmp_path / "train.csv"), "label_column": ["toxic", "rude"]}
+    assert classify.Table(classify.TableArguments(**given)).rows("train")["label"][:] == [["toxic"], ["rude"]]
+    (tmp_path / "train.csv").write_text("text,toxic,rude\na,1,0\nb,2,1\n")
+    with pytest.raises(ValueError, match="'toxic' is 2 in row 1; several columns"):
+        classify.Table(classify.TableArguments(**given))
 
 
 def test_flags_of_other_rows_are_as_many_as_in_training(tmp_path):

@@ -58,6 +58,19 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, mark, 
     assert found.qrels == {"q1": {"p1": 1, "p2": 0}} and read_run(tmp_path / "a.run") == {"q1": {"p1": 0.5}}
 
 
+def test_a_mark_loses_no_column_and_no_blank_line_matters(tmp_path):
+    (tmp_path / "x.jsonl").write_text(MARK + '{"id": "1", "text": "x"}\n{"id": "2", "text": "y", "title": "T"}\n\n')
+    assert read_file(tmp_path / "x.jsonl")["title"][:] == [None, "T"]
+    (tmp_path / "x.csv").write_text(MARK + ",text,label\n0,a,1\n  \n\n1,b,0\n")
+    rows = read_file(tmp_path / "x.csv", ["text"])
+    assert rows.column_names == ["Unnamed: 0", "text", "label"] and rows["label"][:] == [1, 0]
+
+
+def test_blanks_around_the_fields_of_a_run_are_none_of_them(tmp_path):
+    (tmp_path / "x.run").write_text("q1 \tQ0 \tp1 \t1 \t0.5 \ttag\nq1 Q0  p2 2 0.25 tag\n")
+    assert read_run(tmp_path / "x.run") == {"q1": {"p1": 0.5, "p2": 0.25}}
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.run"])
 def test_another_encoding_is_said_with_its_line(tmp_path, name, encoding):
@@ -95,6 +108,8 @@ def test_characters_that_only_unicode_calls_line_ends_end_no_line(tmp_path):
         (["", "1"], ["", "1"]),
         (["NA", "1"], ["NA", "1"]),
         (["+1", "1"], ["+1", "1"]),
+        ([" 1", "0 "], [1, 0]),
+        (["1.", "0."], [1.0, 0.0]),
     ],
 )
 def test_cells_are_numbers_where_nothing_is_lost(tmp_path, cells, read):
@@ -110,6 +125,8 @@ def test_cells_are_numbers_where_nothing_is_lost(tmp_path, cells, read):
         ("query-id\tcorpus-id\tscore\nq1\ta\t2\n", {"a": 2}),
         ("q1\ta\t+1\nq1\tb\t0\n", {"a": 1, "b": 0}),
         ("q1 0 a 1.0\nq1 0 b 0\n", {"a": 1, "b": 0}),
+        ("topic-id doc-id judgement\nq1 a 1\n", {"a": 1}),
+        ("q1\t0\ta\t1\t\nq1 \t0\tb \t0\n", {"a": 1, "b": 0}),
     ],
 )
 def test_judgements_land_on_the_passage_that_was_judged(tmp_path, text, found):
