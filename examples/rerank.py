@@ -88,7 +88,7 @@ class RerankArguments(ScoringArguments):
 
 def read_row(line: str, where: str, columns: list[str]) -> tuple[dict | list, list[tuple[str, str]]]:
     """A line's row, and its (query, passage) pairs. Raises ValueError that says where and what is wrong."""
-    if where.partition(", ")[0].endswith(".tsv"):
+    if where.rpartition(", line ")[0].endswith(".tsv"):
         row = line.split("\t")
         if len(row) not in (2, 4):
             raise ValueError(f"{where}: {len(row)} columns, not query, passage or qid, pid, query, passage")

@@ -66,7 +66,7 @@ def test_rows_come_out_in_order_with_their_scores(folder, tmp_path, monkeypatch)
 def test_tsv_keeps_its_columns(folder, tmp_path, monkeypatch):
     pairs = [("rain", "It rains."), ("sun", "A star.")]
     for name, rows in (
-        ("two", [list(pair) for pair in pairs]),
+        ("two, with a comma", [list(pair) for pair in pairs]),
         ("four", [[f"q{n}", f"p{n}", *pair] for n, pair in enumerate(pairs)]),
     ):
         source, output = tmp_path / f"{name}.tsv", tmp_path / f"{name}.out.tsv"
