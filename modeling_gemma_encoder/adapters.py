@@ -54,7 +54,9 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
         for name in selected_adapters or list(self.peft_config):
             folder = save_directory if name == "default" else save_directory / name
             refuse_stock_head(folder / "adapter_model.safetensors")
-            custom_object_save(encoder, folder, config=encoder.config)
+            if encoder._auto_class is not None:
+                custom_object_save(encoder, folder, config=encoder.config)
+            encoder.save_code(folder)
             encoder.config.save_pretrained(folder)
 
 

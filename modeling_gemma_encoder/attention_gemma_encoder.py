@@ -29,6 +29,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 UNPADDED = "gemma_encoder_unpadded"
+PADDED_ONLY = (
+    "Shapes without padding depend on the data: torch.compile with fullgraph=True and torch.export need a backend that "
+    'keeps padding, `model.set_attn_implementation("eager")`.'
+)
 Reach = tuple[int | None, int | None]
 
 
@@ -169,7 +173,7 @@ def unpadded_attention(module, query, key, value, attention_mask, unpadding: Unp
     if unpadding is None:
         raise ValueError(
             f"attn_implementation={UNPADDED!r} runs inside a Gemma Encoder only: call the encoder, not its decoder, or "
-            'choose an upstream backend with `set_attn_implementation("eager")`.'
+            'choose an upstream backend with `set_attn_implementation("eager")`. ShadowPEFT is not supported.'
         )
     return unpadding.attend(module, query, key, value, **kwargs)
 
@@ -177,7 +181,7 @@ def unpadded_attention(module, query, key, value, attention_mask, unpadding: Unp
 AttentionInterface.register(UNPADDED, unpadded_attention)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=PADDED_ONLY)
 def unpad(mask: torch.Tensor, longest_first: bool = False) -> Unpadding:
     """Finds the real tokens of a boolean mask (batch, seq_len), and puts the sequences in order of their lengths if
     that is asked for and they are not. Reads the lengths back from the device."""
@@ -207,7 +211,7 @@ def split_by_length(lengths: list[int]) -> list[int]:
     return [*sizes, len(lengths) - first]
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=PADDED_ONLY)
 def with_buckets(unpadding: Unpadding, reaches: set[Reach], split: bool) -> Unpadding:
     """Adds what `Unpadding.attend` needs for layers of these reaches: one bucket, or several of like lengths."""
     lengths = [length for length in unpadding.lengths if length or not split]
@@ -234,17 +238,6 @@ def _bucket(lengths: list[int], reaches: set[Reach], device: torch.device) -> Bu
         masks[reach] = mask
     padded = real.flatten().nonzero()[:, 0] if tokens < batch * length else None
     return Bucket(tokens, batch, length, padded, masks)
-
-
-def restore_attentions(weights: torch.Tensor, unpadding: Unpadding, seq_len: int) -> torch.Tensor:
-    """Attention weights (batch, heads, max_length, max_length) where the tokens came from, (..., seq_len, seq_len)."""
-    batch, _, length, _ = weights.shape
-    indices, positions = unpadding.indices.to(weights.device), unpadding.positions.to(weights.device)
-    source = torch.full((batch * seq_len,), length, device=weights.device)
-    source = source.index_copy(0, indices, positions).view(batch, seq_len)
-    weights = nn.functional.pad(weights, (0, 1, 0, 1))  # the row and column that padding reads
-    rows = torch.arange(batch, device=weights.device)[:, None, None]
-    return weights[rows, :, source[:, :, None], source[:, None, :]].permute(0, 3, 1, 2)
 
 
 def padded_mask(mask: torch.Tensor, positions: torch.Tensor, reach: Reach, config, dtype: torch.dtype):

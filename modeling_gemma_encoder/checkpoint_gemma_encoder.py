@@ -100,6 +100,18 @@ def refuse_incomplete(
         )
 
 
+def refuse_other_class(source, saved: PreTrainedConfig, model_class: type) -> None:
+    """Raise ValueError where a user's own class, which may pool in its own way, was saved, and another one loads."""
+    known = {*PARTS, "GemmaEncoderForMaskedLM", *(parent.__name__ for parent in model_class.__mro__)}
+    if others := [name for name in saved.architectures or () if name not in known]:
+        raise ValueError(
+            f"{source} was saved by {others[0]}, a class of its own, whose scores {model_class.__name__} may not have. "
+            f"Load it with {others[0]}.from_pretrained, or in a process that has not imported this package with "
+            "`trust_remote_code=True`, if its code was saved. To take its weights alone, change `architectures` in its "
+            "config.json."
+        )
+
+
 @contextmanager
 def all_or_nothing(folder: str | Path) -> Iterator[Path]:
     """

@@ -22,6 +22,7 @@ DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "llama", "qwen2", "
 MULTIMODAL = ("gemma3", "gemma4")
 # What `AutoModelForSequenceClassification` may build, the default first.
 TASK_HEADS = ("GemmaEncoderForSequenceClassification", "GemmaEncoderForRanking")
+CLASSES = ("GemmaEncoderModel", "GemmaEncoderForMaskedLM", *TASK_HEADS)
 # The fields of a decoder's config that a task-specific wrapper inherits from it.
 INHERITED = ("id2label", "label2id", "problem_type", "dtype", "torch_dtype", "quantization_config")
 
@@ -53,12 +54,22 @@ def temperature(value: int | float | None):
 
 
 @as_validated_field
+def share(value: int | float | None):
+    if value is not None and (isinstance(value, bool) or not 0 <= value < 1):
+        raise ValueError(f"Value must be None or a number of at least 0 and below 1, got {value}")
+
+
+@as_validated_field
 def layer_sizes(value: list[int] | tuple[int, ...]):
     if any(isinstance(size, bool) or size < 1 for size in value):
         raise ValueError(f"Value must list the sizes of the hidden layers, each at least 1, got {value}")
 
 
-def _of_decoder(name: str) -> property:
+class OfDecoder(property):
+    """A field of the decoder's config."""
+
+
+def _of_decoder(name: str) -> OfDecoder:
     """A field that is read from and written to `text_config`, so that there is one copy of it."""
 
     def read(self):
@@ -67,7 +78,7 @@ def _of_decoder(name: str) -> property:
         except Exception as error:  # Gemma 4's layers differ, and upstream's own error is no AttributeError
             raise AttributeError(str(error)) from error
 
-    return property(read, lambda self, value: setattr(self.text_config, name, value), doc=f"`text_config.{name}`.")
+    return OfDecoder(read, lambda self, value: setattr(self.text_config, name, value), doc=f"`text_config.{name}`.")
 
 
 Attention = Literal["bidirectional", "causal"]
@@ -102,7 +113,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
             it enters the residual stream (paper: 0.1).
         classifier_hidden_sizes: Sizes of the task MLP's hidden layers; empty for one linear layer.
         classifier_activation: Activation between the task MLP's layers, a key of transformers' `ACT2FN`.
-        classifier_dropout: Probability of dropping an input of each of the task MLP's layers while training.
+        classifier_dropout: Probability of dropping an input of each of the task MLP's layers while training; None is 0.
         ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`.
         list_chunk_size: Documents of a batch that `GemmaEncoderForRanking` encodes at a time; the chunks are computed
             again in the backward pass, so that memory does not grow with the lists. `None` for all at once.
@@ -134,7 +145,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     feedforward_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.1)
     classifier_hidden_sizes: list[int] | tuple[int, ...] = layer_sizes(default=())
     classifier_activation: str = activation_name(default="gelu")
-    classifier_dropout: int | float = interval(min=0, max=1, exclude_max=True)(default=0.0)
+    classifier_dropout: int | float | None = share(default=0.0)
     ranking_loss: RankingLoss = "softmax"
     list_chunk_size: int | None = chunk_size(default=None)
     calibration_temperature: int | float | None = temperature(default=None)
@@ -163,7 +174,9 @@ class GemmaEncoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
-        self.text_config = _as_decoder_config(self.text_config)
+        flat = {name: kwargs.pop(name) for name in [*kwargs] if is_of_decoder(type(self), name)}
+        self.text_config = _as_decoder_config(self.text_config, flat)
+        _refuse_fields_of_decoder(self.text_config, kwargs)
         self.architectures = self.architectures or []  # AutoModelForSequenceClassification looks a head up in it
         super().__post_init__(**kwargs)
 
@@ -204,19 +217,27 @@ class GemmaEncoderConfig(PreTrainedConfig):
             if unknown := [name for name in kwargs["text_config"] if decoder and name not in decoder]:
                 raise ValueError(f"`text_config` of {decoder.get('model_type')} has no field {', '.join(unknown)}.")
             kwargs["text_config"] = {**decoder, **kwargs["text_config"]}
-        for name in cls.__dataclass_fields__.keys() & kwargs.keys() - {"dtype"}:
-            config_dict[name] = kwargs.pop(name)
+        for name in [*kwargs]:
+            if (name in cls.__dataclass_fields__ and name != "dtype") or is_of_decoder(cls, name):
+                config_dict[name] = kwargs.pop(name)
+        if (kwargs.get("num_labels") or 0) != len(config_dict.get("id2label") or ()) and "num_labels" in kwargs:
+            config_dict["id2label"] = config_dict["label2id"] = None  # upstream would check `problem_type` by the old
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As upstream, with an `auto_map` that names the checkpoint's own code, never another repository's."""
         output = super().to_dict()
         heads = [name for name in self.architectures or () if name in TASK_HEADS]
+        # Of the class that was saved, where that is a user's own.
+        named = tuple(f".{name}" for name in self.architectures or () if name not in CLASSES)
+        own = {auto: code for auto, code in (output.get("auto_map") or {}).items() if "--" not in str(code)}
+        own = {auto: code for auto, code in own.items() if isinstance(code, str) and code.endswith(named)}
         output["auto_map"] = {
             "AutoConfig": "configuration_gemma_encoder.GemmaEncoderConfig",
             "AutoModel": "modeling_gemma_encoder.GemmaEncoderModel",
             "AutoModelForMaskedLM": "modeling_gemma_encoder.GemmaEncoderForMaskedLM",
             "AutoModelForSequenceClassification": f"modeling_gemma_encoder.{[*heads, TASK_HEADS[0]][0]}",
+            **own,
         }
         return output
 
@@ -230,12 +251,42 @@ class GemmaEncoderConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is not a field of {cls.__name__}. Did you mean `{close[0]}`?")
 
 
+def is_of_decoder(config_class: type, name: str) -> bool:
+    """Return whether a config's field is one of its decoder's."""
+    return isinstance(getattr(config_class, name, None), OfDecoder)
+
+
 def _to_dict(config: PreTrainedConfig | dict | None) -> dict[str, Any]:
     return config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
 
 
-def _as_decoder_config(config: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:
-    """The text decoder's config object of a decoder's config, refusing other families by name."""
+def _refuse_fields_of_decoder(decoder: PreTrainedConfig | None, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for a keyword that the decoder's config has, and an encoder's has not."""
+    fields = type(decoder or AutoConfig.for_model(DECODERS[1])).__dataclass_fields__
+    if of_decoder := [name for name in kwargs if name in fields and not hasattr(GemmaEncoderConfig, name)]:
+        raise ValueError(
+            f"`{', '.join(of_decoder)}` is the decoder's: pass text_config={{{of_decoder[0]!r}: "
+            f"{kwargs[of_decoder[0]]!r}, ...}}."
+        )
+
+
+def _with_fields(decoder: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's config with other values of some fields. Of fewer layers it has the first, with their types."""
+    changed, layers, types = {**decoder, **fields}, fields.get("num_hidden_layers"), decoder.get("layer_types")
+    if layers is not None and types and "layer_types" not in fields:
+        changed["layer_types"] = types[:layers] if layers <= len(types) else None  # None: the family's own pattern
+    if layers is not None and changed.get("per_layer_config"):  # Gemma 4
+        kept = {number: value for number, value in changed["per_layer_config"].items() if int(number) < layers}
+        changed["per_layer_config"] = kept
+    return changed
+
+
+def _as_decoder_config(
+    config: PreTrainedConfig | dict | None, fields: dict[str, Any] | None = None
+) -> PreTrainedConfig | None:
+    """The text decoder's config object of a decoder's config, with other `fields`, refusing other families by name."""
+    if fields:
+        config = _with_fields(_to_dict(_as_decoder_config(config or {})), fields)
     if config is None:
         return None
     model_type = config.get("model_type", DECODERS[1]) if isinstance(config, dict) else config.model_type

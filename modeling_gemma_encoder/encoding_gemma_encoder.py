@@ -14,16 +14,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention_gemma_encoder import (
+    PADDED_ONLY,
     UNPADDED,
     has_one_type,
     layer_type_of,
     padded_mask,
-    restore_attentions,
     unpad,
     with_buckets,
 )
 from .fused_gemma_encoder import FUSED, find_sequences
 from .last_layer_gemma_encoder import taken_tokens
+from .outputs_gemma_encoder import arranged, attentions_to_padded, pairs, states_to_padded, zero_elsewhere
 
 
 class Encoded(NamedTuple):
@@ -58,7 +59,10 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     if inputs.dim() != len(expected) or (inputs_embeds is not None and shape[-1] != config.hidden_size):
         raise ValueError(f"`{name}` must have shape ({', '.join(map(str, expected))}), got {shape}.")
     if 0 in shape:
-        raise ValueError(f"`{name}` is empty: its shape is {shape}. Pass at least one sequence of one token.")
+        raise ValueError(
+            f"`{name}` is empty: its shape is {shape}. Pass at least one text of one token: a tokenizer that adds no "
+            "token of its own makes none of an empty text."
+        )
     if attention_mask is None:
         attention_mask = torch.ones(shape[:2], device=inputs.device)
     if attention_mask.shape != shape[:2]:
@@ -91,6 +95,18 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     return mask
 
 
+def refuse_rows_without_tokens(mask: torch.Tensor) -> None:
+    """Raise ValueError where a row of the mask (batch, seq_len) is padding alone: a text that has no tokens."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.is_meta or mask.any(-1).all():
+        return
+    rows = (~mask.any(-1)).nonzero()[:, 0].tolist()
+    raise ValueError(
+        f"`input_ids` has no token in row {', '.join(map(str, rows))} of the batch, counted from 0: a tokenizer that "
+        "adds no token of its own makes none of an empty text. Leave such texts out, or let the tokenizer add a "
+        "`bos_token`."
+    )
+
+
 def refuse_dropout(implementation: str, dropout: float, softcap: float | None = None) -> None:
     """Raises ValueError where training would drop attention weights, and this kernel cannot."""
     flash = "flash" in implementation and (softcap or implementation != "flash_attention_2")
@@ -104,6 +120,8 @@ def refuse_dropout(implementation: str, dropout: float, softcap: float | None = 
 def run_unpadded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **kwargs) -> Encoded:
     """Every layer sees (1, total_tokens, hidden); `for_pooling`, the last is computed where the pooler reads it."""
     implementation = encoder.model.config._attn_implementation
+    if torch.compiler.is_exporting():
+        raise ValueError(PADDED_ONLY)
     if encoder.training and hasattr(encoder.get_input_embeddings(), "neftune_noise_alpha"):
         raise ValueError(
             "NEFTune scales its noise by the length of padded rows, and would take an unpadded batch for one: pass "
@@ -142,10 +160,11 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **k
     )
     hidden_states, attentions = outputs.hidden_states, outputs.attentions
     if hidden_states is not None:
-        hidden_states = tuple(to_padded(states[0], unpadding.indices, mask) for states in hidden_states)
+        place = partial(states_to_padded, indices=unpadding.indices, mask=mask)
+        hidden_states = tuple(arranged(states, place) for states in hidden_states)
     if attentions is not None:
-        attentions = tuple(restore_attentions(weights, unpadding, mask.shape[1]) for weights in attentions)
-        attentions = tuple(weights.where(_pairs(mask).to(weights.device), 0) for weights in attentions)
+        place = partial(attentions_to_padded, unpadding=unpadding, mask=mask)
+        attentions = tuple(arranged(weights, place) for weights in attentions)
     states, indices = outputs.last_hidden_state[0], unpadding.indices
     if split:  # the sequences in their own order again
         order = indices.argsort()
@@ -176,9 +195,11 @@ def run_padded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **kwa
     )
     hidden_states, attentions = outputs.hidden_states, outputs.attentions
     if hidden_states is not None:
-        hidden_states = tuple(states.where(mask[..., None], 0) for states in hidden_states)
+        place = partial(zero_elsewhere, kept=mask[..., None])
+        hidden_states = tuple(arranged(states, place) for states in hidden_states)
     if attentions is not None:
-        attentions = tuple(weights.where(_pairs(mask), 0) for weights in attentions)
+        place = partial(zero_elsewhere, kept=pairs(mask))
+        attentions = tuple(arranged(weights, place) for weights in attentions)
     indices = real_first(mask.flatten())
     offsets = F.pad(mask.sum(-1).cumsum(0), (1, 0))
     states = outputs.last_hidden_state.flatten(0, 1)[indices]
@@ -191,11 +212,6 @@ def real_first(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(ranks).scatter(0, ranks, torch.arange(ranks.shape[0], device=ranks.device))
 
 
-def _pairs(mask: torch.Tensor) -> torch.Tensor:
-    """(batch, 1, seq_len, seq_len): pairs of real tokens."""
-    return mask[:, None, :, None] & mask[:, None, None, :]
-
-
 def in_chunks(score: Callable[..., torch.Tensor], size: int, *inputs: torch.Tensor | None) -> torch.Tensor:
     """`score(*inputs)` of (n, ...), at most `size` rows at a time.
 
@@ -206,13 +222,6 @@ def in_chunks(score: Callable[..., torch.Tensor], size: int, *inputs: torch.Tens
     run = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
     parts = [itertools.repeat(None) if x is None else x.split(size) for x in inputs]
     return torch.cat([run(*part) for part in zip(*parts, strict=False)])
-
-
-def to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Token states (tokens, hidden) back in (batch, seq_len, hidden), zeros at padding."""
-    indices, mask = indices.to(states.device), mask.to(states.device)  # layers may be spread over devices
-    padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, indices, states)
-    return padded.view(*mask.shape, -1).where(mask[..., None], 0)
 
 
 def previous_states(states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ offsets (batch + 1), pooled (batch, hidden), logits (batch, num_labels), (batch,
 """
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from .adapters_gemma_encoder import StockHeadGuard, parts_with_weights, refuse_lost_parts, refuse_shadow
 from .attention_gemma_encoder import UNPADDED, set_reach
 from .calibration_gemma_encoder import probabilities
 from .configuration_gemma_encoder import TASK_HEADS, GemmaEncoderConfig
@@ -23,23 +25,27 @@ from .encoding_gemma_encoder import (
     check_inputs,
     in_chunks,
     previous_states,
+    refuse_rows_without_tokens,
     run_padded,
     run_unpadded,
-    to_padded,
 )
 from .feedforward_gemma_encoder import with_fusing
 from .last_layer_gemma_encoder import take_in_last_layer
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
+from .outputs_gemma_encoder import arranged, to_padded
 from .pooling_gemma_encoder import POOLERS
-from .precision_gemma_encoder import warn_of_slow_bf16
+from .precision_gemma_encoder import refuse_non_finite, warn_of_slow_bf16
 from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
 from .quantization_gemma_encoder import hold_int8
 from .verification_gemma_encoder import verify_attention
 
+# What a `CrossEncoder` makes of a score: nothing. By default it would take the sigmoid of a single one.
+AS_IT_IS = {"activation_fn": "torch.nn.modules.linear.Identity"}
+
 
 def drop_feedforward_output(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook on a feed-forward block's last module: the paper's dropout on its output."""
-    return F.dropout(output, p=module.output_dropout, training=module.training)
+    """Apply the paper's dropout on a feed-forward block's output: a forward hook on the block's last module."""
+    return module.output_dropout(output)
 
 
 class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
@@ -63,7 +69,7 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             layer.self_attn.attention_dropout = config.attention_dropout
             # The block ends with Gemma 2's second norm where there is one: dropped elements stay zero in the residual.
             last = getattr(layer, "post_feedforward_layernorm", layer.mlp)
-            last.output_dropout = config.feedforward_dropout
+            last.output_dropout = nn.Dropout(config.feedforward_dropout)
             last.register_forward_hook(drop_feedforward_output)
         if config.int8_weights:
             hold_int8(self)
@@ -76,13 +82,16 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         for_pooling: bool = False,
     ) -> Encoded:
-        """Runs the decoder's layers on the real tokens of a batch. `for_pooling`: only states that `pool` reads are
+        """Run the decoder's layers on the real tokens of a batch. `for_pooling`: only states that `pool` reads are
         sound, and the last layer may leave the others out."""
         mask = check_inputs(self.config, input_ids, attention_mask, inputs_embeds)
         warn_of_slow_bf16(self.get_input_embeddings().weight)
+        refuse_shadow(self)
+        if self.training and self.new_parts and torch.is_grad_enabled():
+            refuse_lost_parts(self)
         if input_ids is not None and attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if output_attentions is None:
@@ -120,28 +129,44 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
     ) -> BaseModelOutputWithPooling:
         """
         Args:
             input_ids: (batch, seq_len), padded on either side with any id.
             attention_mask: (batch, seq_len), nonzero for real tokens. None: all tokens are real.
             inputs_embeds: (batch, seq_len, hidden) instead of `input_ids`.
+            output_hidden_states: True for the states of all layers, or a list of their numbers, where 0 is the
+                embeddings; `hidden_states` has None for those that are not asked for.
 
         Returns:
             `last_hidden_state` (batch, seq_len, hidden), zeros at padding, and `pooler_output` (batch, hidden) in
-            fp32. A row of nothing but padding is pooled to zeros and leaves the others alone.
+            fp32. A row of nothing but padding is pooled to zeros and leaves the others alone. What is returned is a
+            copy of what the layers used; `retain_grad()` on it keeps the gradient of that.
 
         Raises:
             ValueError: malformed inputs, naming the argument.
         """
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
+        pooled = self.pool(encoded)
+        self._refuse_non_finite("pooler_output", pooled)
         return BaseModelOutputWithPooling(
-            last_hidden_state=to_padded(encoded.token_states, encoded.indices, encoded.mask),
-            pooler_output=self.pool(encoded),
+            last_hidden_state=arranged(
+                encoded.token_states, partial(to_padded, indices=encoded.indices, mask=encoded.mask)
+            ),
+            pooler_output=pooled,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def _refuse_non_finite(self, name: str, values: torch.Tensor) -> None:
+        refuse_non_finite(name, values, self.get_input_embeddings().weight, self.training)
+
+    def _add_head(self, config: GemmaEncoderConfig, num_outputs: int) -> None:
+        self.classifier, self.score = GemmaEncoderHead(config, num_outputs), StockHeadGuard()
+        self.new_parts = parts_with_weights(self)
+        self.register_state_dict_pre_hook(refuse_lost_parts)
+        self.post_init()
 
     def verify_attention(self) -> None:
         """Raises RuntimeError unless every layer attends as the config says; see `verify_attention`."""
@@ -161,7 +186,7 @@ class GemmaEncoderHead(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6, **fp32)
         self.layers = nn.ModuleList(nn.Linear(size, next_size, **fp32) for size, next_size in pairwise(sizes))
         self.activation = ACT2FN[config.classifier_activation]
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.out_proj = nn.Linear(sizes[-1], num_outputs, **fp32)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -185,9 +210,11 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
     _keys_to_ignore_on_load_unexpected = NOT_OURS
 
     def __init__(self, config: GemmaEncoderConfig, **unknown):
+        if config.problem_type == "regression" and getattr(config, "sentence_transformers", None) is None:
+            config = copy.deepcopy(config)
+            config.sentence_transformers = copy.deepcopy(AS_IT_IS)
         super().__init__(config, **unknown)
-        self.classifier = GemmaEncoderHead(config, config.num_labels)
-        self.post_init()
+        self._add_head(config, config.num_labels)
 
     @can_return_tuple
     def forward(
@@ -198,13 +225,15 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
     ) -> SequenceClassifierOutput:
         """
         Args:
-            labels: Class indices (batch,), probabilities (batch, num_labels), or targets (batch,) or
-                (batch, num_labels), by `config.problem_type`. When that is None, one label means regression, integer
-                labels one class of several, and floating labels several classes. -100 is ignored in all of them.
+            labels: By `config.problem_type`: class indices (batch,) for one class of several; zeros and ones, or
+                probabilities, (batch, num_labels) for several classes at once; numbers (batch,) or (batch, num_labels)
+                for regression. When it is None, one label means regression, and integer labels one class of several;
+                floating labels are an error, since the model would be saved as one of single classes. -100 is ignored
+                in all of them.
             num_items_in_batch: Number of labels the loss is averaged over. None: the number in this batch. The
                 Trainer passes that of all accumulated batches, so that accumulation never changes a gradient.
 
@@ -214,6 +243,9 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         wanted = (output_attentions, output_hidden_states)
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
         logits = self.classifier(self.pool(encoded))
+        if labels is None and not self.training:  # a row of padding is one that is labelled as to be ignored
+            refuse_rows_without_tokens(encoded.mask)
+        self._refuse_non_finite("logits", logits)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
@@ -273,10 +305,9 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
             config.num_labels = 1
             if others:
                 config.problem_type, config.calibration_temperature, config.calibration_bias = None, None, 0.0
-            config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}  # CrossEncoder: logits
+            config.sentence_transformers = copy.deepcopy(AS_IT_IS)
         super().__init__(config, **unknown)
-        self.classifier = GemmaEncoderHead(config, num_outputs=1)
-        self.post_init()
+        self._add_head(config, num_outputs=1)
 
     @can_return_tuple
     def forward(
@@ -286,7 +317,7 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
     ) -> SequenceClassifierOutput:
         """
         Args:
@@ -310,6 +341,8 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
             wanted = (output_attentions, output_hidden_states)
             encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
             logits = self.classifier(self.pool(encoded))  # (n, 1)
+            if labels is None and not self.training and list_shape is None:
+                refuse_rows_without_tokens(encoded.mask)
             hidden_states, attentions = encoded.hidden_states, encoded.attentions
         elif output_attentions or output_hidden_states:
             raise ValueError("`output_attentions` and `output_hidden_states` need `list_chunk_size=None`.")
@@ -317,8 +350,10 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
             logits = in_chunks(self._score, size, input_ids, attention_mask, inputs_embeds)
         if list_shape is not None:
             logits = logits.view(list_shape)
-            hidden_states = hidden_states and tuple(states.unflatten(0, list_shape) for states in hidden_states)
-            attentions = attentions and tuple(weights.unflatten(0, list_shape) for weights in attentions)
+            as_lists = partial(torch.Tensor.unflatten, dim=0, sizes=list_shape)
+            hidden_states = hidden_states and tuple(arranged(states, as_lists) for states in hidden_states)
+            attentions = attentions and tuple(arranged(weights, as_lists) for weights in attentions)
+        self._refuse_non_finite("logits", logits)
         loss = None if labels is None else self._loss(logits, labels, list_shape)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
 
@@ -369,7 +404,7 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
     ) -> MaskedLMOutput:
         """
         Args:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -18,12 +19,15 @@ from transformers.models.gemma.modeling_gemma import GemmaPreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
+from .adapters_gemma_encoder import PARTS
 from .attention_gemma_encoder import UNPADDED
-from .checkpoint_gemma_encoder import all_or_nothing, refuse_incomplete, refuse_paths
-from .configuration_gemma_encoder import GemmaEncoderConfig
+from .checkpoint_gemma_encoder import all_or_nothing, refuse_incomplete, refuse_other_class, refuse_paths
+from .configuration_gemma_encoder import CLASSES, GemmaEncoderConfig, is_of_decoder
 from .fused_gemma_encoder import FUSED
 from .gguf_gemma_encoder import HUB_OPTIONS, read_decoder, split_gguf
-from .pooling_gemma_encoder import ProbePooler
+from .pooling_gemma_encoder import POOLERS, ProbePooler
+
+logger = logging.get_logger(__name__)
 
 # Multimodal Gemma checkpoints keep the decoder in a text tower, under one of these names.
 TEXT_TOWER = {r"^(model\.)?language_model\.(model\.)?(?=layers|embed_tokens|norm|per_layer)": "model."}
@@ -67,8 +71,8 @@ def refuse_unknown_attention(requested: str) -> None:
     """Raises ValueError where no attention function of this name is registered: a name never loads code."""
     if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
         raise ValueError(
-            f"Specified `attn_implementation={requested!r}` is not supported. Use {UNPADDED!r} (the default), "
-            f"{FUSED!r}, 'eager', 'sdpa', 'flex_attention', 'flash_attention_2' or 'flash_attention_3'."
+            f'Specified `attn_implementation="{requested}"` is not supported. Use "{UNPADDED}" (the default), '
+            f'"{FUSED}", "eager", "sdpa", "flex_attention", "flash_attention_2" or "flash_attention_3".'
         )
 
 
@@ -95,7 +99,14 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     _keep_in_fp32_modules = ["classifier", "pooler"]
     _keep_in_fp32_modules_strict = ["classifier", "weight_scale"]
     _keys_to_ignore_on_load_unexpected = NOT_OURS
+    _keys_to_ignore_on_save = ["score.weight"]  # which a merged model has left of `StockHeadGuard`
     _can_record_outputs = None  # the decoder records its own
+    new_parts: list[str] = []  # of `PARTS`, those whose weights were not in the checkpoint
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not cls.__module__.startswith("torch."):  # where FSDP2 makes a class of each
+            cls._auto_class = None  # a parent's registration says nothing of a user's own class
 
     def __init__(self, config: GemmaEncoderConfig, **unknown):
         if unknown:
@@ -152,6 +163,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             refuse_incomplete(
                 pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"], saved, model.config
             )
+        refuse_other_class(pretrained_model_name_or_path, model.config, cls)
+        model.new_parts = sorted({name.split(".")[0] for name in info["missing_keys"]} & set(PARTS))
         if is_fsdp_enabled():
             materialize(model)
         return (model, info) if with_info else model
@@ -160,7 +173,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     def _from_gguf(cls, source, *args, gguf_file: str, config=None, **kwargs):
         where = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         if config is None:
-            of_decoder = {name for name in kwargs if isinstance(getattr(cls.config_class, name, None), property)}
+            of_decoder = {name for name in kwargs if is_of_decoder(cls.config_class, name)}
             of_config = {name: kwargs.pop(name) for name in (FIELDS & kwargs.keys()) | of_decoder}
             config = cls.config_class.from_pretrained(source, gguf_file=gguf_file, **where, **of_config)
         if getattr(config, "model_type", None) != GemmaEncoderConfig.model_type:
@@ -198,6 +211,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         weights = cached_file(path, "adapter_model.safetensors", **where)  # or OSError: pickled ones are never read
         options = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
         trained = cls.config_class.from_pretrained(path, **where)
+        refuse_other_class(path, trained, cls)
         given = config or cls.config_class.from_pretrained(path, **where, **options)
         for name in SHAPING:
             if (value := getattr(given, name)) != (right := getattr(trained, name)):
@@ -240,10 +254,38 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
                 return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **hub, **kwargs)
             with all_or_nothing(save_directory) as part:
                 super().save_pretrained(part, *args, **kwargs)
+                self.save_code(part)
                 if (part / "adapter_config.json").exists():
                     self.config.save_pretrained(part)
         if push_to_hub:
             return self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def save_code(self, folder: Path) -> None:
+        """Write the files that a user's own class is derived from; upstream copies its file and relative imports."""
+        name, pooler = type(self).__name__, getattr(self, "pooler", None)
+        expected = POOLERS[self.config.pooling]
+        if pooler is not None and not isinstance(getattr(pooler, "original_module", pooler), expected):
+            logger.warning(
+                f"`pooler` is an {type(pooler).__name__}, not the {expected.__name__} of "
+                f"pooling={self.config.pooling!r}, and is not saved: what loads this checkpoint will pool otherwise. "
+                "Derive a class whose `pool` does it."
+            )
+        if name in CLASSES:
+            return
+        if self._auto_class is None:
+            logger.warning(
+                f"{name} is a class of your own, and its code is not saved: only {name}.from_pretrained loads what is "
+                "written. To save its code too, put it in a file of its own, and after it the line "
+                f'{name}.register_for_auto_class("AutoModelForSequenceClassification").'
+            )
+            return
+        for path in Path(__file__).parent.glob("*_gemma_encoder.py"):
+            shutil.copyfile(path, folder / path.name)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, as upstream's models have it."""
+        return self.config.vocab_size
 
     def active_adapters(self) -> list[str]:
         """As upstream, whatever PEFT is installed: transformers 5.24 asks for a PEFT 0.22 that there is not yet."""

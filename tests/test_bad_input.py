@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
-from transformers import modeling_utils
+from sentence_transformers import CrossEncoder
+from transformers import AutoTokenizer, modeling_utils, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
 
@@ -94,7 +95,8 @@ def test_a_row_of_padding_is_finite_and_leaves_the_others_alone(backend, pooling
     with torch.no_grad():
         expected = model(**pad([texts((10, 6, 3))[0], texts((10, 6, 3))[2]])).logits
         torch.testing.assert_close(outputs.logits[[0, 2]], expected, atol=2e-5, rtol=1e-5)
-        nothing = model(IDS[:1], attention_mask=torch.zeros_like(MASK[:1])).logits
+        nothing = {"attention_mask": torch.zeros_like(MASK[:1]), "labels": torch.tensor([-100])}
+        nothing = model(IDS[:1], **nothing).logits
     torch.testing.assert_close(outputs.logits[1:2], nothing)
     assert nothing.isfinite().all()
 
@@ -162,3 +164,32 @@ def test_an_unknown_backend_is_refused_and_the_old_one_stays():
 def test_a_decoders_config_is_no_encoders():
     with pytest.raises(ValueError, match=r"model_type='gemma2'.*GemmaEncoderConfig\(text_config=config\)"):
         GemmaEncoderForSequenceClassification(decoder_config("gemma2"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", [UNPADDED, "eager"])
+def test_a_text_without_tokens_is_named_by_its_row(model, ranker, backend):
+    """Of padding alone it would have the score of no text at all; with labels it may fill a batch, as -100 says."""
+    mask = MASK.clone()
+    mask[1:] = 0
+    for encoder in (model, ranker):
+        set_backend(encoder, backend)
+        with pytest.raises(ValueError, match=r"`input_ids` has no token in row 1, 2 of the batch.*`bos_token`"):
+            encoder(IDS, attention_mask=mask)
+    assert model(IDS, attention_mask=mask, labels=torch.tensor([0, -100, -100])).loss.isfinite()
+    lists = {"input_ids": IDS[None], "attention_mask": mask[None]}  # short lists are filled with documents of none
+    assert ranker(**lists).logits.isfinite().all()
+
+
+def test_tools_name_a_text_without_tokens(decoder, tmp_path):
+    model = GemmaEncoderForSequenceClassification.from_pretrained(decoder, num_labels=1)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.add_bos_token = False  # as of Qwen
+    tokenizer.save_pretrained(tmp_path)
+    classify = pipeline("text-classification", str(tmp_path), trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"`input_ids` is empty.*none of an empty text"):
+        classify(["rain", ""])
+    encoder = CrossEncoder(str(tmp_path), trust_remote_code=True)
+    with pytest.raises(ValueError, match="no token in row 1"):
+        encoder.predict([("rain", "sun"), ("", "")])

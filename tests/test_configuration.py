@@ -4,11 +4,20 @@ import json
 from typing import get_args
 
 import pytest
-from conftest import FAMILIES, decoder_config, encoder_config
+import torch
+from conftest import FAMILIES, build, decoder_config, encoder_config, pad, texts
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from modeling_gemma_encoder import POOLERS, RANKING_LOSSES, GemmaEncoderConfig, GemmaEncoderModel
+from modeling_gemma_encoder import (
+    POOLERS,
+    RANKING_LOSSES,
+    GemmaEncoderConfig,
+    GemmaEncoderForSequenceClassification,
+    GemmaEncoderModel,
+)
+
+BATCH = pad(texts((6, 3)))
 
 CHOICES = {
     "attention": "causal",
@@ -188,3 +197,71 @@ def test_it_answers_as_any_config_does():
     assert config.text_config.pad_token_id == 7 == config.get_text_config().pad_token_id
     config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
     assert GemmaEncoderConfig.from_dict(config.to_dict()).sentence_transformers == config.sentence_transformers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flat_fields_of_the_decoder_are_the_decoders(family):
+    """As upstream's config of these fields is."""
+    few = {"num_kv_shared_layers": 0} if family == "gemma4_text" else {}
+    config = encoder_config(family, few, num_hidden_layers=2, intermediate_size=40)
+    types = {} if family == "gemma" else {"layer_types": ["sliding_attention", "full_attention"]}
+    expected = decoder_config(family, num_hidden_layers=2, intermediate_size=40, **few, **types)
+    assert config.text_config.to_dict() == expected.to_dict() and config.num_hidden_layers == 2
+    model = build(GemmaEncoderForSequenceClassification, config)
+    assert len(model.model.layers) == 2 and model(**BATCH).logits.shape == (2, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma4_text"])
+def test_a_checkpoint_loads_with_its_first_layers(family, tmp_path):
+    """Of Gemma 4 all layers share a matrix, whose shape does not match: an error of upstream's."""
+    build(GemmaEncoderForSequenceClassification, encoder_config(family)).save_pretrained(tmp_path)
+    loaded = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(loaded.model.layers) == 2 and loaded.config.text_config.num_hidden_layers == 2
+    whole = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
+    states = [model(**BATCH, output_hidden_states=True).hidden_states[1] for model in (loaded.eval(), whole.eval())]
+    torch.testing.assert_close(*states)  # the first layer is the first layer
+    again = GemmaEncoderConfig.from_dict(json.loads(json.dumps(loaded.config.to_dict())))
+    assert again.to_dict() == loaded.config.to_dict()
+
+
+def test_flat_fields_without_a_decoder_are_those_of_the_default():
+    config = GemmaEncoderConfig(num_hidden_layers=3, hidden_size=64)
+    expected = AutoConfig.for_model("gemma2", num_hidden_layers=3, hidden_size=64)
+    assert config.text_config.to_dict() == expected.to_dict()
+
+
+def test_more_layers_follow_the_familys_own_pattern():
+    config = GemmaEncoderConfig(
+        text_config=AutoConfig.for_model("gemma3_text", num_hidden_layers=2), num_hidden_layers=7
+    )
+    assert config.layer_types == AutoConfig.for_model("gemma3_text", num_hidden_layers=7).layer_types
+
+
+def test_other_fields_of_the_decoder_are_refused_flat(tmp_path):
+    with pytest.raises(ValueError, match=r"`attn_logit_softcapping` is the decoder's: pass text_config=\{'attn"):
+        GemmaEncoderConfig(attn_logit_softcapping=None)
+    config = GemmaEncoderConfig(text_config={"attn_logit_softcapping": None})
+    assert config.text_config.attn_logit_softcapping is None
+
+
+def test_no_classifier_dropout_is_none_or_zero(tmp_path):
+    """As in upstream's configs, where None is allowed."""
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(classifier_dropout=None))
+    assert model.classifier.dropout.p == 0
+    model.save_pretrained(tmp_path)
+    assert GemmaEncoderConfig.from_pretrained(tmp_path).classifier_dropout is None
+    with pytest.raises(StrictDataclassError, match="classifier_dropout"):
+        encoder_config(classifier_dropout=1.0)
+
+
+def test_a_model_says_how_many_tokens_it_has():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config())
+    assert model.vocab_size == 99
+    model.resize_token_embeddings(103)
+    assert model.vocab_size == 103
+
+
+def test_an_unknown_backend_is_named_in_upstreams_words():
+    with pytest.raises(ValueError, match='Specified `attn_implementation="warp"` is not supported'):
+        GemmaEncoderForSequenceClassification._from_config(encoder_config(), attn_implementation="warp")

@@ -397,7 +397,7 @@ def test_the_summary_is_that_of_a_calculator():
         (("--task", "sst2", "--pooling", "kv_probe", "--pooling_num_heads", 3), "pooling_num_heads"),
         (("--task", "sst2", "--attention", "sideways"), "invalid choice: 'sideways'"),
         (("--task", "sst2", "--attn_implementation", "sdpa"), "cannot soft-cap attention scores, as Gemma 2 does"),
-        (("--task", "sst2", "--attn_implementation", "flashy"), "'flashy'. is not supported"),
+        (("--task", "sst2", "--attn_implementation", "flashy"), '"flashy". is not supported'),
         (("--task", "sst2", "--attn_implementation", "flex_attention"), "cannot drop attention weights here"),
         (
             ("--task", "sst2", "--attn_implementation", "gemma_encoder_fused", "--attention_dropout", 0),

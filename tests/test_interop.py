@@ -9,7 +9,7 @@ from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncode
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
 from transformers import AutoTokenizer
 
-from modeling_gemma_encoder import GemmaEncoderForRanking, verify_attention
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
 from modeling_gemma_encoder.evaluation import measure, parse_measures
 from modeling_gemma_encoder.ranking import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
@@ -126,3 +126,30 @@ def test_the_reranking_evaluator_measures_what_we_measure(folder):
     found = measure(qrels, run, parse_measures(["AP", "RR@10", "nDCG@10"]))
     for measured, name in (("AP", "map"), ("RR@10", "mrr@10"), ("nDCG@10", "ndcg@10")):
         assert np.mean([*found[measured].values()]) == pytest.approx(theirs[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_cross_encoder_returns_a_regressors_numbers(decoder, tmp_path, num_labels):
+    """They may be below 0 and above 1: a sigmoid of them is no prediction."""
+    model = GemmaEncoderForSequenceClassification.from_pretrained(
+        decoder, dtype=torch.float32, num_labels=num_labels, problem_type="regression"
+    )
+    model.classifier.out_proj.bias.data.fill_(4.0)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        first, second = zip(*PAIRS, strict=True)
+        expected = model.eval()(**tokenizer(list(first), list(second), padding=True, return_tensors="pt")).logits
+    assert expected.min() > 1
+    found = cross_encoder(tmp_path).predict(PAIRS)
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-5)
+
+
+def test_a_ranker_that_becomes_a_regressor_or_classifier_is_one(folder, tmp_path):
+    """The activation belongs to the head that is saved."""
+    GemmaEncoderForSequenceClassification.from_pretrained(
+        folder, num_labels=2, problem_type="single_label_classification", ignore_mismatched_sizes=True
+    ).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    assert cross_encoder(tmp_path).predict(PAIRS).shape == (4, 2)

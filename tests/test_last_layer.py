@@ -149,10 +149,11 @@ def test_lists_in_chunks_give_the_same_gradients():
 def test_a_row_of_padding_alone_is_no_matter():
     model = make()
     batch = {name: torch.cat([values, torch.zeros_like(values[:1])]) for name, values in BATCH.items()}
+    batch["labels"] = torch.full((5,), -100)  # it fills a batch, and is not to be scored
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits[:4], model(**BATCH).logits, atol=1e-5, rtol=1e-5)
     nothing = {name: torch.zeros_like(values) for name, values in BATCH.items()}
-    model(**nothing).logits.sum().backward()
+    model(**nothing, labels=torch.full((4,), -100)).logits.sum().backward()
     assert torch.isfinite(model.model.layers[-1].mlp.up_proj.weight.grad).all()
 
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import FAMILIES, FUSED, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
+from conftest import FAMILIES, FUSED, OTHERS, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
@@ -128,7 +128,7 @@ def test_keywords_of_from_pretrained_reach_the_layers(tmp_path):
         tmp_path, attention_dropout=0.25, feedforward_dropout=0.5, attention="causal", attention_window=2
     )
     assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.25}
-    assert {layer.post_feedforward_layernorm.output_dropout for layer in model.model.layers} == {0.5}
+    assert {layer.post_feedforward_layernorm.output_dropout.p for layer in model.model.layers} == {0.5}
     assert {layer.self_attn.reach for layer in model.model.layers} == {(2, 0)}
     model.verify_attention()
 
@@ -148,6 +148,24 @@ def test_dropout_is_for_training_only_and_at_each_place(place, family):
         torch.testing.assert_close(without(**BATCH).logits, evaluated, atol=1e-5, rtol=1e-5)
         model.train()
         assert not torch.allclose(model(**BATCH).logits, model(**BATCH).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, *OTHERS))
+def test_tools_that_switch_dropout_off_find_all_of_it(family):
+    """TRL's `disable_dropout_in_model` and sentence-transformers' tests zero `nn.Dropout` and `attention_dropout`."""
+    options = {"attention_dropout": 0.3, "feedforward_dropout": 0.3, "classifier_dropout": 0.3}
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(family, **options))
+    names = set(model.state_dict())
+    with torch.no_grad():
+        expected = model(**BATCH).logits
+        assert (model.train()(**BATCH).logits - expected).abs().max() > 1e-3
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0
+        torch.testing.assert_close(model(**BATCH).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not any("dropout" in name for name in names)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -497,6 +515,18 @@ def test_the_padded_path_exports():
     program = torch.export.export(model, (), dict(BATCH), dynamic_shapes=shapes)
     other = pad(texts((5, 9, 2, 7)))
     torch.testing.assert_close(program.module()(**other).logits, model(**other).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["fullgraph", "export", "strict export"])
+def test_whole_graphs_of_the_unpadded_path_name_the_backend_that_has_them(way):
+    """Its shapes depend on the data."""
+    model = build(GemmaEncoderForSequenceClassification, encoder_config("gemma2"))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r'set_attn_implementation\("eager"\)'):
+        if way == "fullgraph":
+            torch.compile(model, fullgraph=True, backend="eager")(**BATCH)
+        else:
+            torch.export.export(model, (), dict(BATCH), strict=way == "strict export")
 
 
 def test_a_device_map_places_it(tmp_path):

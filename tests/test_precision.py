@@ -1,13 +1,15 @@
 """Laws of bf16: on a processor without instructions for it nobody waits in it without having been told."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 from conftest import build, encoder_config, pad, texts
-from transformers import TrainingArguments
+from sentence_transformers import CrossEncoder
+from transformers import AutoTokenizer, TrainingArguments, pipeline
 
-from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
 from modeling_gemma_encoder.adapters import four_bit
 from modeling_gemma_encoder.finetuning import FineTuningArguments
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
@@ -95,3 +97,67 @@ def test_bf16_that_is_asked_for_is_given_with_a_warning(processor):
     said = processor(AVX2)
     assert choose("bfloat16", "cpu") == ("bfloat16", "cpu")
     assert "many times slower" in said.text
+
+
+def overflowing(model_class):
+    """A model whose states are beyond fp16's 65504 and within bf16 and fp32, as those of Gemma 3 are."""
+    model = build(model_class, encoder_config("gemma3_text"))
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e5
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", [GemmaEncoderForSequenceClassification, GemmaEncoderForRanking])
+@pytest.mark.parametrize("training", [False, True])
+def test_fp16_that_is_too_short_is_an_error_that_names_bf16(model_class, training):
+    model = overflowing(model_class).train(training)
+    assert model(**BATCH).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"`logits`.*float16 ends at 65504.*torch\.bfloat16.*bf16=True"):
+        model.half()(**BATCH)
+
+
+@torch.no_grad()
+def test_fp16_by_autocast_is_refused_alike():
+    model = overflowing(GemmaEncoderForSequenceClassification)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(**BATCH).logits.isfinite().all()
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=r"`logits`.*float16"):
+        model(**BATCH)
+
+
+@torch.no_grad()
+def test_a_vector_that_is_not_finite_is_an_error():
+    with pytest.raises(ValueError, match=r"`pooler_output`.*float16"):
+        overflowing(GemmaEncoderModel).half()(**BATCH)
+
+
+def test_fp16_is_left_alone_where_it_holds_the_states():
+    """Of Llama and Qwen, and of a Gemma whose states are small."""
+    model = build(GemmaEncoderForSequenceClassification, encoder_config("llama"))
+    expected = model(**BATCH).logits
+    torch.testing.assert_close(model.half()(**BATCH).logits, expected, atol=0.05, rtol=0)
+
+
+def test_weights_that_training_ruined_are_named_when_scoring():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config())
+    model.classifier.out_proj.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"`logits` .* in float32.*diverge"):
+        model(**BATCH)
+    assert model.train()(**BATCH, labels=torch.tensor([0, 1])).loss.isnan()  # the Trainer counts and reports these
+
+
+@pytest.mark.parametrize("tool", ["pipeline", "CrossEncoder"])
+def test_no_tool_returns_a_score_that_is_no_number(tool, decoder, tmp_path):
+    model_class = GemmaEncoderForRanking if tool == "CrossEncoder" else GemmaEncoderForSequenceClassification
+    model = model_class.from_pretrained(decoder, dtype=torch.float32)
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e6
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path)
+    if tool == "CrossEncoder":
+        encoder = CrossEncoder(str(tmp_path), trust_remote_code=True, model_kwargs={"dtype": torch.float16})
+        score = partial(encoder.predict, [("rain", "It rains.")])
+    else:
+        classify = pipeline("text-classification", str(tmp_path), trust_remote_code=True, dtype=torch.float16)
+        score = partial(classify, "It rains.")
+    with pytest.raises(ValueError, match=r"`logits`.*float16"):
+        score()

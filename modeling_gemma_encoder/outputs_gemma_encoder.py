@@ -1,0 +1,77 @@
+"""What a caller is given of a batch: states and attention weights in the shape of the input, zeros at padding.
+
+Shapes: token states (tokens, hidden) become (batch, seq_len, hidden), weights (batch, heads, seq_len, seq_len).
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from .attention_gemma_encoder import Unpadding
+
+
+def to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Token states (tokens, hidden) back in (batch, seq_len, hidden), zeros at padding."""
+    indices, mask = indices.to(states.device), mask.to(states.device)  # layers may be spread over devices
+    padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, indices, states)
+    return padded.view(*mask.shape, -1).where(mask[..., None], 0)
+
+
+def pairs(mask: torch.Tensor) -> torch.Tensor:
+    """(batch, 1, seq_len, seq_len): pairs of real tokens."""
+    return mask[:, None, :, None] & mask[:, None, None, :]
+
+
+def zero_elsewhere(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return values.where(kept.to(values.device), 0)  # layers may be spread over devices
+
+
+def states_to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return to_padded(states[0], indices, mask)
+
+
+def attentions_to_padded(weights: torch.Tensor, unpadding: Unpadding, mask: torch.Tensor) -> torch.Tensor:
+    return zero_elsewhere(restore_attentions(weights, unpadding, mask.shape[1]), pairs(mask))
+
+
+def arranged(used: torch.Tensor | None, arrange: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+    """Return `arrange(used)`, a copy for the caller, whose `retain_grad` keeps the gradient of what the layers used.
+
+    The copy leads to no score, and its own gradient would be None. `arrange` only moves values, or puts zeros.
+    """
+    if used is None:  # a layer that was not asked for
+        return None
+    copied = arrange(used)
+    if copied.requires_grad and not torch.compiler.is_compiling():
+        source, earlier = getattr(used, "arranged_from", (used, None))
+        whole = arrange if earlier is None else partial(_in_turn, earlier, arrange)
+        copied.arranged_from = source, whole
+        copied.retain_grad = partial(_retain_grad, weakref.ref(copied), source, whole)
+    return copied
+
+
+def _in_turn(first: Callable, second: Callable, values: torch.Tensor) -> torch.Tensor:
+    return second(first(values))
+
+
+def _retain_grad(copied: "weakref.ref[torch.Tensor]", used: torch.Tensor, arrange: Callable) -> None:
+    def keep(gradient: torch.Tensor) -> None:
+        if (alive := copied()) is not None:
+            alive.grad = arrange(gradient.detach())
+
+    torch.Tensor.retain_grad(copied())
+    used.register_hook(keep)
+
+
+def restore_attentions(weights: torch.Tensor, unpadding: Unpadding, seq_len: int) -> torch.Tensor:
+    """Attention weights (batch, heads, max_length, max_length) where the tokens came from, (..., seq_len, seq_len)."""
+    batch, _, length, _ = weights.shape
+    indices, positions = unpadding.indices.to(weights.device), unpadding.positions.to(weights.device)
+    source = torch.full((batch * seq_len,), length, device=weights.device)
+    source = source.index_copy(0, indices, positions).view(batch, seq_len)
+    weights = nn.functional.pad(weights, (0, 1, 0, 1))  # the row and column that padding reads
+    rows = torch.arange(batch, device=weights.device)[:, None, None]
+    return weights[rows, :, source[:, :, None], source[:, None, :]].permute(0, 3, 1, 2)

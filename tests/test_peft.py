@@ -1,0 +1,137 @@
+"""Laws of PEFT used by itself: what it saves comes back as it was, and what it cannot save is refused by name."""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import NANO, pad, texts
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ShadowConfig,
+    get_peft_model,
+)
+from safetensors import safe_open
+from sentence_transformers import CrossEncoder
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder.adapters import add_lora
+
+LORA = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "down_proj"]}
+BATCH = {**pad(texts((7, 3))), "labels": torch.tensor([0, 1])}
+PROBES = ("query_probe", "kv_probe")
+
+
+def classifier(pooling: str = "mean", folder=NANO):
+    return GemmaEncoderForSequenceClassification.from_pretrained(folder, pooling=pooling, dtype=torch.float32)
+
+
+def train(model):
+    """A few steps that move everything that is trained."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model.train()(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(**BATCH).logits
+
+
+@pytest.mark.parametrize("pooling", PROBES)
+def test_a_new_pooler_that_an_adapter_would_lose_is_refused(pooling, tmp_path):
+    """PEFT trains and saves the head by default, and leaves a pooler as it was drawn."""
+    model = get_peft_model(classifier(pooling), LoraConfig(**LORA))
+    expected = re.escape("modules_to_save=['pooler', 'classifier']")
+    with pytest.raises(ValueError, match=f"`pooler` are new.*add_lora.*{expected}"):
+        model.train()(**BATCH)
+    with pytest.raises(ValueError, match="`pooler` are new"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_new_head_that_an_adapter_would_lose_is_refused():
+    """Without a task PEFT knows of no head at all."""
+    model = get_peft_model(classifier(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`classifier` are new"):
+        model.train()(**BATCH)
+
+
+@pytest.mark.parametrize("pooling", ["mean", *PROBES])
+def test_what_is_trained_comes_back_to_the_same_scores(pooling, tmp_path):
+    model = classifier(pooling)
+    base = copy.deepcopy(model.state_dict())
+    model = train(get_peft_model(model, LoraConfig(**LORA, modules_to_save=["classifier", "pooler"])))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)  # a head and a pooler drawn anew
+    again = PeftModel.from_pretrained(classifier(pooling), tmp_path).eval()
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+    again = classifier(pooling)
+    again.load_state_dict(base)
+    assert (logits(again.eval()) - logits(model)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("pooling", PROBES)
+def test_a_pooler_of_the_checkpoint_may_stay_as_it_is(pooling, tmp_path):
+    train(classifier(pooling)).save_pretrained(tmp_path / "base")
+    model = train(get_peft_model(classifier(pooling, tmp_path / "base"), LoraConfig(**LORA)))
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(classifier(pooling, tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+
+
+def test_a_head_that_is_frozen_on_purpose_is_saved_with_its_model(tmp_path):
+    """Without PEFT nothing is lost."""
+    model = classifier("query_probe")
+    model.pooler.requires_grad_(False)
+    train(model).save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(classifier("query_probe", tmp_path)), logits(model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("load", [AutoModelForSequenceClassification, AutoPeftModelForSequenceClassification])
+def test_a_folder_of_peft_alone_never_loads_on_the_stock_causal_class(load, tmp_path):
+    train(get_peft_model(classifier(), LoraConfig(**LORA))).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        load.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"without an encoder's config\.json.*PeftModel\.from_pretrained"):
+        GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_a_cross_encoder_over_an_adapter_is_an_error(trust_remote_code, tmp_path):
+    add_lora(GemmaEncoderForRanking.from_pretrained(NANO)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(NANO).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        CrossEncoder(str(tmp_path), device="cpu", trust_remote_code=trust_remote_code)
+
+
+def test_a_merged_model_is_saved_as_any_other(tmp_path):
+    model = train(get_peft_model(classifier(), LoraConfig(**LORA))).merge_and_unload()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as saved, safe_open(NANO / "model.safetensors", "pt") as base:
+        head = {"classifier.norm.weight", "classifier.out_proj.weight", "classifier.out_proj.bias"}
+        assert set(saved.keys()) == {*base.keys()} - {"lm_head.weight"} | head
+    torch.testing.assert_close(logits(classifier("mean", tmp_path)), logits(model), atol=1e-6, rtol=0)
+
+
+def test_prompt_tuning_runs_and_prefix_tuning_is_refused_by_name():
+    prompted = get_peft_model(classifier(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    assert logits(prompted).isfinite().all()
+    with pytest.raises(ValueError, match="prefix tuning"):
+        get_peft_model(classifier(), PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))(**BATCH)
+
+
+@pytest.mark.parametrize("backend", ["gemma_encoder_unpadded", "eager"])
+def test_shadow_peft_is_refused_by_name(backend):
+    model = classifier()
+    model.set_attn_implementation(backend)
+    model = get_peft_model(model, ShadowConfig(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="ShadowPEFT"):
+        model(**BATCH)
