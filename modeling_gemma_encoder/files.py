@@ -49,10 +49,9 @@ def _not_in_utf8(path: Path) -> str:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the lines that are not blank, without their ends, and where each is; only a line feed ends one."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield line.rstrip("\r\n"), f"{path}, line {number}"
+    for line, where in _lines(path):
+        if line.strip():
+            yield line, where
 
 
 def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
@@ -80,10 +79,18 @@ def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def _tab_separated(path: Path) -> Iterator[tuple[list[str], str]]:
+    for line, where in _lines(path):
+        if line:
+            yield line.split("\t"), where
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield lines without their ends, and where each is. Raises ValueError for lines that end in returns alone."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
-            if line := line.rstrip("\r\n"):
-                yield line.split("\t"), f"{path}, line {number}"
+            if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
+                raise ValueError(f"{path}: lines end in carriage returns alone; save it with line feeds (Unix)")
+            yield line.rstrip("\r\n"), f"{path}, line {number}"
 
 
 def _comma_separated(path: Path) -> Iterator[tuple[list[str], str]]:

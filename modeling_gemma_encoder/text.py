@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from tqdm import tqdm
 
-from .files import is_local
+from .files import is_local, read_table
 
 STANDARD_LIBRARY = "python"
 FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
@@ -133,7 +133,12 @@ def read_text(source: str, options: TextArguments, held_out: bool = False) -> Da
         kind, names = kinds.pop(), [str(file) for file in files]
         form = {"sample_by": "paragraph"} if kind == "text" else {}
         column = "text" if kind == "text" else column
-        rows = load_dataset(kind, data_files=names, split="train", streaming=options.streaming, **form)
+        if kind == "csv":  # pandas would take one field too many for an index
+            cells, column = partial(_cells, names, column), "text"
+            streamed = options.streaming
+            rows = IterableDataset.from_generator(cells) if streamed else Dataset.from_list([*cells()])
+        else:
+            rows = load_dataset(kind, data_files=names, split="train", streaming=options.streaming, **form)
     else:
         name, config, split = [*source.split(":"), None, None][:3]
         rows = load_dataset(name, config or None, split=split or "train", streaming=options.streaming)
@@ -141,6 +146,15 @@ def read_text(source: str, options: TextArguments, held_out: bool = False) -> Da
         raise ValueError(f"--text_column {column}: {source} has the columns {', '.join(rows.column_names)}.")
     rows = rows.select_columns(column)
     return rows if column == "text" else rows.rename_column(column, "text")
+
+
+def _cells(names: list[str], column: str) -> Iterator[dict[str, str]]:
+    """Yield the cells of a column of .csv files; a column that is not there raises ValueError."""
+    for name in names:
+        (columns, where), *rows = [*read_table(Path(name))] or [([], name)]
+        if column not in columns:
+            raise ValueError(f"--text_column {column}: {where} has the columns {', '.join(columns)}.")
+        yield from ({"text": row[columns.index(column)]} for row, _ in rows)
 
 
 def load_documents(options: TextArguments, seed: int) -> tuple[dict, dict]:

@@ -139,3 +139,13 @@ def test_a_grade_that_is_none_is_named_in_the_first_line_too(tmp_path, text):
     (tmp_path / "qrels.tsv").write_text(text)
     with pytest.raises(ValueError, match=r"qrels\.tsv, line 1: .* whole number"):
         read_qrels(tmp_path / "qrels.tsv")
+
+
+@pytest.mark.parametrize("content", ["text\tlabel\rsun\tpos\rrain\tneg\r", "q1\tsun\rq2\train"])
+def test_lines_that_end_in_returns_alone_are_refused(content, tmp_path):
+    """As of old programs; one long line would be read as one row, or as names of columns."""
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(content.encode())
+    for read in (read_table, read_lines):
+        with pytest.raises(ValueError, match=r"rows\.tsv: lines end in carriage returns alone"):
+            list(read(path))

@@ -54,6 +54,9 @@ def write(folder, kind: str) -> str:
     path = folder / f"books.{kind}"
     if kind == "parquet":
         Dataset.from_dict({"text": TEXTS, "title": ["a", "b", "c"]}).to_parquet(path)
+    elif kind == "csv":
+        quoted = ['"' + text.replace('"', '""') + '"' for text in TEXTS]
+        path.write_text("n,text\n" + "".join(f"1,{text}\n" for text in quoted))
     elif kind == "txt":
         path.write_text("\n\n".join(text.replace("\n", " ") for text in TEXTS))
     else:
@@ -62,7 +65,7 @@ def write(folder, kind: str) -> str:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "txt"])
 def test_any_file_gives_its_texts(kind, streaming, tmp_path):
     path = write(tmp_path, kind)
     rows = read_text(path, TextArguments(text=[path], streaming=streaming))
@@ -157,3 +160,16 @@ def test_bad_sources_are_named(nano_tokenizer, tmp_path):
     options = TextArguments(text=[path], validation_text=[path], block_size=5000)
     with pytest.raises(ValueError, match="does not fill one block of --block_size 5000"):
         load_blocks(*load_documents(options, seed=0), nano_tokenizer, options, seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_field_too_many_in_a_csv_is_named_by_its_line(streaming, tmp_path):
+    """pandas would read the first column as an index, and the texts out of the one after theirs."""
+    path = tmp_path / "notes.csv"
+    path.write_text("text,author\nIt rains, again,me,\nThe sun,you,\n")
+    with pytest.raises(ValueError, match=r"notes\.csv, line 2: 4 fields, and the first line names 2"):
+        list(read_text(str(path), TextArguments([], streaming=streaming)))
+    path.write_text("\ufefftext\nsun\n", encoding="utf-8")
+    assert [row["text"] for row in read_text(str(path), TextArguments([], streaming=streaming))] == ["sun"]
+    with pytest.raises(ValueError, match=r"--text_column body: .*notes\.csv, line 1 has the columns text"):
+        list(read_text(str(path), TextArguments([], text_column="body", streaming=streaming)))
