@@ -11,16 +11,18 @@
         --test_file new.csv --output_dir runs/new                           # with a model that was trained before
 
 Names of the classes are those found in the training labels, and are kept in the model's config. Without validation rows
-a tenth of the training rows is held out. Every flag of `TrainingArguments` works. `<output_dir>/seed-<n>` holds the
-model, which `AutoModelForSequenceClassification.from_pretrained(..., trust_remote_code=True)` and pipelines load,
-`results.json` and plots; `--do_predict` with `--test_file` adds `predictions.csv`. The same command again resumes or
+a tenth of the training rows is held out, of one class a row a tenth of each class. Every flag of `TrainingArguments`
+works. `<output_dir>/seed-<n>` holds the model, which `AutoModelForSequenceClassification.from_pretrained(...,
+trust_remote_code=True)` and pipelines load, `results.json` and plots; `--do_predict` with `--test_file` adds
+`predictions.csv`: the rows as they were written, `prediction`, and the probability of each class. With `--do_train
+false` the columns are those that the model was trained on, unless they are named. The same command again resumes or
 reads what is there.
 """
 
 import csv
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,16 +32,17 @@ from typing import Literal
 import numpy as np
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.metrics import r2_score
+from sklearn.model_selection import train_test_split
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.files import write
+from modeling_gemma_encoder.files import read, write
 from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, pearson_and_spearman
 from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions
 from modeling_gemma_encoder.suites import cannot_run, conclude, make_parser, of_run, parse
-from modeling_gemma_encoder.tasks import Task, by_label, read_file
+from modeling_gemma_encoder.tasks import Task, by_label, predictions_of, read_file
 
 
 def one_class(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
@@ -68,9 +71,12 @@ class TableArguments:
     train_split: str = field(default="train", metadata={"help": "Of --dataset."})
     validation_split: str | None = field(default=None, metadata={"help": "Of --dataset."})
     test_split: str = field(default="test", metadata={"help": "Of --dataset, for --do_predict."})
-    text_column: list[str] = field(default_factory=lambda: ["text"], metadata={"help": "One column, or two for pairs."})
-    label_column: list[str] = field(
-        default_factory=lambda: ["label"], metadata={"help": "One column, or several of 0 and 1."}
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "One column, or two for pairs. Default: text; with --do_train false as --model was trained."},
+    )
+    label_column: list[str] | None = field(
+        default=None, metadata={"help": "One column, or several of 0 and 1. Default: label, or as --model was trained."}
     )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Of the classes, where labels are lists of 0 and 1. Default: 0, 1, 2, ..."}
@@ -94,9 +100,9 @@ class TableArguments:
             return "give either --train_file or --dataset"
         if self.lacks_training and do_eval and not self.validation_file:
             return "--do_eval needs --validation_file; or give --do_eval false"
-        if len(self.text_column) > 2:
+        if self.text_column and len(self.text_column) > 2:
             return f"--text_column takes one or two columns, got {', '.join(self.text_column)}"
-        if self.class_names and (self.lacks_training or len(self.label_column) > 1):
+        if self.class_names and (self.lacks_training or len(self.label_column or ()) > 1):
             return "--class_names is for training on one column of lists of 0 and 1"
         if do_predict and not (self.test_file or self.dataset):
             return "--do_predict needs --test_file"
@@ -134,34 +140,46 @@ class Table:
     """The splits as a task's source: classes by their names, several columns of labels joined to one of lists.
 
     Args:
-        model: A classifier, whose problem and classes these are. Default: those of the training labels.
+        model: A trained one, whose columns these are unless the command line names others, and, where there is nothing
+            to train on, whose problem and classes. Default: those of the training labels.
 
     Raises:
         ValueError: a file, a column or the model is not what the command line says.
     """
 
     def __init__(self, table: TableArguments, model: str | None = None):
-        self.table = table
+        self.table, self.began = table, began_with(model)
+        self.texts = table.text_column or self.began.get("texts") or ["text"]
+        self.columns = table.label_column or self.began.get("label_columns") or [self.began.get("label") or "label"]
         self.files = {"train": table.train_file, "validation": table.validation_file, "test": table.test_file}
         self.splits = {"train": table.train_split, "validation": table.validation_split, "test": table.test_split}
-        self.label = table.label_column[0] if len(table.label_column) == 1 else "label"
-        self.numbers, self.held_out, self.flags = False, 0.0, None
-        self.problem, self.names = self._describe(self._read("train")) if model is None else self._of_model(model)
+        self.label = self.columns[0] if len(self.columns) == 1 else "label"
+        self.numbers, self.parts, self.flags = False, {}, None
+        of_model = model is not None and table.lacks_training
+        self.problem, self.names = self._of_model(model) if of_model else self._describe(self._read("train"))
 
     def place(self, split: str) -> str:
         return self.files[split] or f"{self.table.dataset}, split {self.splits[split]!r}"
 
-    def hold_out(self) -> None:
-        """A tenth of the training rows becomes validation rows, if there are none."""
-        if not (self.files["validation"] or self.splits["validation"]):
-            self.held_out = 0.1
+    def hold_out(self) -> str:
+        """Make a tenth of the training rows validation rows, if there are none, and return in words what was done."""
+        if self.files["validation"] or self.splits["validation"]:
+            return ""
+        rows = self.rows("train")
+        if self.problem == "single_label_classification":
+            train, validation, how = stratified_tenth(list(rows[self.label]))
+            if not validation:
+                raise ValueError(f"{self.place('train')}: no class has two rows: give --validation_file.")
+        else:
+            parts = Dataset.from_dict({"row": range(len(rows))}).train_test_split(0.1, seed=0)
+            train, validation, how = parts["train"]["row"][:], parts["test"]["row"][:], "a tenth"
+        self.parts = {"train": train, "validation": validation}
+        return f"{self.place('train')}: {len(validation):,} of {len(rows):,} rows are held out, {how}"
 
     def rows(self, split: str, texts: Sequence[str] = ()) -> Dataset:
-        if self.held_out and split != "test":
-            parts = self._read("train").train_test_split(self.held_out, seed=0)
-            rows = parts["train" if split == "train" else "test"]
-        else:
-            rows = self._read(split)
+        rows = self._read(split if split not in self.parts else "train")
+        if split in self.parts:
+            rows = rows.select(self.parts[split])
         if self.label not in rows.column_names:
             return rows
         labels = [self._value(value, self.problem) for value in rows[self.label]]
@@ -188,7 +206,7 @@ class Table:
 
     def _has_flags(self, split: str, labels: list, kind) -> bool:
         """Whether a split's labels are lists of zeros and ones; ValueError if only the training's were."""
-        if self.problem != "multi_label_classification" or self.flags is False or len(self.table.label_column) > 1:
+        if self.problem != "multi_label_classification" or self.flags is False or len(self.columns) > 1:
             return False
         known = {row: value for row, value in enumerate(labels) if value is not None}
         given = are_flags(list(known.values()), kind) and len(next(iter(known.values()))) == len(self.names)
@@ -220,8 +238,15 @@ class Table:
         return problem, names
 
     def _read(self, split: str) -> Dataset:
-        columns = self.table.label_column
-        rows = self._load(split, [*self.table.text_column, *(columns if len(columns) == 1 else [])])
+        columns = self.columns
+        rows = self._load(split, [*self.texts, *(columns if len(columns) == 1 else [])])
+        absent = [column for column in self.texts if column not in rows.column_names]
+        if absent and self.began and not self.table.text_column:
+            has = ", ".join(rows.column_names)
+            raise ValueError(
+                f"{self.place(split)} has no column {', '.join(absent)}, which --model was trained on; it has {has}. "
+                "--text_column names others."
+            )
         missing = [column for column in columns if column not in rows.column_names]
         if 0 < len(missing) < len(columns) or (missing and len(columns) > 1 and split != "test"):
             has = ", ".join(rows.column_names)
@@ -239,7 +264,7 @@ class Table:
     def _describe(self, rows: Dataset) -> tuple[str, list[str]]:
         """What the training labels are, unless the command line says it, and the names of the classes."""
         if self.label not in rows.column_names:
-            missing = ", ".join(set(self.table.label_column) - set(rows.column_names))
+            missing = ", ".join(set(self.columns) - set(rows.column_names))
             raise ValueError(f"{self.place('train')} has no column {missing}; it has {', '.join(rows.column_names)}.")
         values, kind = rows[self.label], rows.features[self.label]
         problem, place = self.table.problem, f"{self.place('train')}: {self.label!r}"
@@ -270,8 +295,8 @@ class Table:
                 raise ValueError(f"--class_names is for lists of zeros and ones; {place} holds numbers.")
             self.numbers = True
             return problem, []
-        if len(self.table.label_column) > 1:
-            return problem, self.table.label_column
+        if len(self.columns) > 1:
+            return problem, self.columns
         if isinstance(values[0], list) and (names := self._of_flags(values, kind, place)):
             return problem, names
         if self.table.class_names:
@@ -311,6 +336,49 @@ class Table:
         return names
 
 
+def began_with(model: str | None) -> dict:
+    """Return what the run that trained a model wrote down when it began, `run.json`; {} where there is none."""
+    if model is None:
+        return {}
+    folder = Path(model)
+    return read((folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json")
+
+
+def is_trained(model: str) -> bool:
+    """Return whether a checkpoint has a classifier's head."""
+    architectures = GemmaEncoderConfig.from_pretrained(model).architectures
+    return GemmaEncoderForSequenceClassification.__name__ in (architectures or ())
+
+
+FEW = 10  # rows of a class, a tenth of which is less than one
+
+
+def stratified_tenth(labels: Sequence[str]) -> tuple[list[int], list[int], str]:
+    """
+    Return the rows that are trained on, those that are held out, a tenth of each class, and that in words.
+
+    A class with fewer than `FEW` rows has its first one trained on, so that no class is held out as a whole; a tenth of
+    the further rows of all such classes together is held out.
+    """
+    counts = Counter(labels)
+    few = sorted(label for label in counts if counts[label] < FEW)
+    first = {label: row for row, label in reversed([*enumerate(labels)]) if label in few}
+    further = [row for row, label in enumerate(labels) if label in few and row != first[label]]
+    many = [row for row, label in enumerate(labels) if label not in few]
+    train, validation = list(first.values()), []
+    for rows, strata in ((many, [labels[row] for row in many]), (further, None)):
+        if len(rows) > 1:
+            size = math.ceil(len(rows) / 10)
+            kept, rows = train_test_split(rows, test_size=size, stratify=strata, random_state=0)
+            train += kept
+        validation += rows
+    how = "a tenth of each class"
+    if few:
+        names = ", ".join(few[:5]) + ", ..." * (len(few) > 5)
+        how += f"; classes with fewer than {FEW} rows ({names}) each have one trained on, and share their tenth"
+    return sorted(train), sorted(validation), how
+
+
 def say_alike(names: set[str], place: str) -> None:
     """Say which classes differ by blanks or case alone, or are one number; they stay what was written."""
     groups = defaultdict(list)
@@ -335,17 +403,18 @@ def as_names(value, kind):
 
 def task_of(table: TableArguments, model: str | None = None) -> tuple[str, Task, Table]:
     """What results and cards call a table, what is to be learned of it, or was by `model`, and its splits."""
-    source = Table(table, model if table.lacks_training else None)
+    source = Table(table, model)
     metric = METRICS[source.problem]
     if metric is one_class:
         metric = partial(one_class, classes=len(source.names))
     task = Task(
-        tuple(table.text_column),
+        tuple(source.texts),
         by_label(metric),
         tuple(source.names),
         problem=source.problem,
         label=source.label,
-        template=table.template or (None if table.lacks_training else Task.template),
+        label_columns=tuple(source.columns[1:] and source.columns),
+        template=table.template or (None if model and is_trained(model) else Task.template),
         max_length=512,
     )
     file = table.train_file or table.validation_file or table.test_file
@@ -359,22 +428,26 @@ def main():
     if problem := table.complaint(given.do_train, given.do_eval, given.do_predict):
         fail(parser, problem)
     with failing(parser):
-        name, task, source = task_of(table, given.model)
-        print(f"{name}: {task.problem}, " + (f"classes {', '.join(task.labels)}" if task.labels else task.label))
+        name, task, source = task_of(table, None if given.do_train else given.model)
+        of_what = f"classes {', '.join(task.labels)}" if task.labels else task.label
+        print(f"{name}: {task.problem}, {of_what}; reads {' and '.join(task.texts)}")
         table, options, args = parse(parser, task)
         folder, seeds = Path(args.output_dir), table.seeds or [args.seed]
         if problem := cannot_run(args, [task], seeds, options):
             fail(parser, problem)
         if not table.lacks_training:
             task.load(source, "train")  # all of them, in the file's order, for messages that name a row
-            source.hold_out()
+            if (said := source.hold_out()) and args.process_index == 0:
+                print(said)
         data = Data.load(name, task, source, options, args)
         runs = {seed: of_run(args, folder / f"seed-{seed}", seed, "classify") for seed in seeds}
         for run_args in runs.values():
             claim(name, task, data, options, run_args, None)
         answered = source.as_written("test") if data.test else None
-        if answered and (taken := {"prediction", "probability"} & set(answered.column_names)):
-            raise ValueError(f"{source.place('test')} has a column {taken.pop()!r} already; rename it.")
+        nothing = np.zeros((0, max(len(task.labels), 1)))
+        names = answers(task, predictions_of(task, nothing), nothing)
+        if answered and (taken := [column for column in answered.column_names if column in names]):
+            raise ValueError(f"{source.place('test')} has a column {taken[0]!r} already; rename it.")
 
     for seed, run_args in runs.items():
         fine_tune(name, task, data, options, run_args)
@@ -396,14 +469,19 @@ def as_csv(rows: pandas.DataFrame) -> str:
 
 
 def answers(task: Task, predicted: np.ndarray, logits: np.ndarray) -> dict[str, list]:
-    """Predictions in the words of the data: a class and its probability, classes with | between them, or a number."""
+    """Columns in the words of the data: `prediction`, a class, classes with | between them, or a number; for one class
+    a row its `probability`; for classes `probability_<name>` of each."""
     if task.problem == "regression":
         return {"prediction": predicted.tolist()}
     if task.problem == "multi_label_classification":
-        names = np.array(task.labels)
-        return {"prediction": ["|".join(names[row == 1]) for row in predicted]}
-    probabilities = softmax(logits, axis=-1).max(-1)
-    return {"prediction": [task.labels[value] for value in predicted], "probability": probabilities.round(4).tolist()}
+        names, probabilities = np.array(task.labels), expit(logits)
+        columns = {"prediction": ["|".join(names[row == 1]) for row in predicted]}
+    else:
+        probabilities = softmax(logits, axis=-1)
+        columns = {"prediction": [task.labels[value] for value in predicted]}
+        columns["probability"] = probabilities.max(-1).tolist()
+    of_each = zip(task.labels, probabilities.T.tolist(), strict=True)
+    return {**columns, **{f"probability_{name}": values for name, values in of_each}}
 
 
 if __name__ == "__main__":

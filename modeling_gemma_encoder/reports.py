@@ -110,6 +110,14 @@ def markdown(summary: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def without_scores(runs: list[dict]) -> str:
+    """What runs did of which nothing was scored: rows that were trained on, and rows that were predicted."""
+    lines = ["| task | seed | split | rows, of which none was scored |", "| --- | ---: | --- | ---: |"]
+    for run in runs:
+        lines += [f"| {run['task']} | {run['seed']} | {split} | {rows:,} |" for split, rows in run["rows"].items()]
+    return "\n".join(lines)
+
+
 def average(summary: list[dict], tasks: dict[str, tuple[str, ...]]) -> float:
     """GLUE's and SuperGLUE's score: metrics averaged within a task and its named splits, then over tasks."""
     scores = [

@@ -178,7 +178,7 @@ def claim(
     finished = folder / "results.json"
     recipe = {key: getattr(args, key) for key in RECIPE}
     recipe["batch_size"] = rows_per_step(args)
-    what = {key: getattr(task, key) for key in ("texts", "template", "labels", "problem")}
+    what = {key: getattr(task, key) for key in ("texts", "template", "label", "label_columns", "labels", "problem")}
     chosen = {key: value for key, value in asdict(options).items() if key not in SAME_RUN}
     run = {"task": name, **what, **chosen, **recipe, "max_length": data.max_length}
     run |= {"rows": data.digests.get("train"), "trained": trained and str(trained)}

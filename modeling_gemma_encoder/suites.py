@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from .files import is_local, write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from .recipes import Help, RecipeParser, fail, failing, share_batch
-from .reports import average, markdown, summarize
+from .reports import average, markdown, summarize, without_scores
 from .runs import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
 from .training import names_checkpoint, rows_per_step, under_fsdp
@@ -101,7 +101,7 @@ def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, t
     reports = [json.loads(path.read_text()) for path in finished]
     of_model = [report for report, path in zip(reports, finished, strict=True) if run_of(path)["model"] == model]
     summary = summarize(of_model)
-    table = markdown(summary)
+    table = markdown(summary) if summary else without_scores(of_model)
     scored = {task: splits for task, splits in scored.items() if any(row["task"] == task for row in summary)}
     if len(scored) > 1:
         table += f"\n\nAverage of {len(scored)} tasks' validation scores: {average(summary, scored) * 100:.1f}"
@@ -109,7 +109,7 @@ def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, t
     results = {"summary": summary, "model": model, "real_tokens_per_second": speeds}
     write(folder / "results.json", json.dumps(results, indent=2))
     write(folder / "results.md", table)
-    print("\n" + f"{table}\n\n" * bool(summary) + f"Models, plots and results are in {folder}")
+    print(f"\n{table}\n\nModels, plots and results are in {folder}")
 
 
 def run_of(results: Path) -> dict:

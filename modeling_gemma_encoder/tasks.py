@@ -41,6 +41,7 @@ class Task:
         columns: What `prepare` asks of a row, besides `texts` and the label.
         template: How two texts are read as one; saved in the tokenizer. None: as it has it.
         label: Name of the column with the label; none where `prepare` finds it.
+        label_columns: The columns of the data that the label's values are from, where there are several.
         max_length: Tokens that are read, unless the user says otherwise.
         validation, test: Names of the splits.
         group: Name of the column whose value rows have in common that belong together: when some rows are set aside,
@@ -60,6 +61,7 @@ class Task:
     columns: tuple[str, ...] = ()
     template: str | None = "{first}\n{second}"
     label: str | None = "label"
+    label_columns: tuple[str, ...] = ()
     group: str | None = None
     max_length: int = 128
     validation: tuple[str, ...] = ("validation",)

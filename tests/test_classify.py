@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -209,7 +210,8 @@ def test_a_trained_model_needs_no_table_and_reads_as_in_training(run, trained, t
     assert AutoTokenizer.from_pretrained(trained[1]).model_max_length == 12
     answers = pipeline("text-classification", model=str(trained[1]))(texts, truncation=True)
     assert [row["prediction"] for row in rows] == [answer["label"] for answer in answers]
-    assert [float(row["probability"]) for row in rows] == pytest.approx([a["score"] for a in answers], abs=1e-4)
+    assert [float(row["probability"]) for row in rows] == pytest.approx([a["score"] for a in answers], abs=1e-6)
+    assert "| new.csv | 42 | test | 4 |" in (tmp_path / "predicted" / "results.md").read_text()  # nothing to score
     with pytest.raises(SystemExit):
         run(*flags, "--output_dir", tmp_path / "other")  # the decoder as it is
     assert "is no trained classifier: give --train_file" in capsys.readouterr().err
@@ -286,3 +288,101 @@ def test_a_head_for_other_classes_is_not_read_as_ours(run, trained, tmp_path, ca
     assert not torch.equal(before.classifier.out_proj.weight, after.classifier.out_proj.weight)
     weight = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(before.get_parameter(weight), after.get_parameter(weight))
+
+
+def read_predictions(folder: Path) -> tuple[list[dict], dict]:
+    """The rows of `predictions.csv`, and what `predictions-test.json` has."""
+    with (folder / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file)), json.loads((folder / "predictions-test.json").read_text())
+
+
+def test_predictions_have_the_probability_of_every_class_to_the_last_digit(run, trained, tmp_path, capsys):
+    """By the definition of softmax; what is written comes back as the same float."""
+    new = write_csv(tmp_path / "new.csv", {"text": ["sun", "rain", "wind and rain"]})
+    flags = ("--do_train", "False", "--do_eval", "False", "--do_predict", "--test_file")
+    run(*flags, new, "--output_dir", tmp_path / "new", model=trained[1])
+    rows, found = read_predictions(tmp_path / "new" / "seed-42")
+    assert list(rows[0]) == ["text", "prediction", "probability", "probability_dry", "probability_wet"]
+    for row, (dry, wet) in zip(rows, found["logits"], strict=True):
+        right = {"dry": 1 / (1 + math.exp(wet - dry)), "wet": 1 / (1 + math.exp(dry - wet))}
+        given = {name: float(row[f"probability_{name}"]) for name in right}
+        assert given == pytest.approx(right, rel=1e-14)
+        assert all(repr(value) == row[f"probability_{name}"] for name, value in given.items())
+        assert float(row["probability"]) == max(given.values()) == given[row["prediction"]]
+    taken = write_csv(tmp_path / "taken.csv", {"text": ["sun"], "probability_dry": [1]})
+    with pytest.raises(SystemExit):
+        run(*flags, taken, "--output_dir", tmp_path / "taken", model=trained[1])
+    assert "has a column 'probability_dry' already; rename it" in capsys.readouterr().err
+
+
+def test_predictions_of_several_labels_have_the_probability_of_each(run, tmp_path):
+    columns = {"text": [f"text {n}" for n in range(8)], "toxic": [0, 1] * 4, "rude": [1, 1, 0, 0] * 2}
+    file = write_csv(tmp_path / "several.csv", columns)
+    flags = ("--label_column", "toxic", "rude", "--do_predict", "--test_file", file)
+    run("--train_file", file, *flags, "--validation_file", file, "--output_dir", tmp_path / "out")
+    rows, found = read_predictions(tmp_path / "out" / "seed-42")
+    for row, logits in zip(rows, found["logits"], strict=True):
+        given = {name: float(row[f"probability_{name}"]) for name in ("toxic", "rude")}
+        right = [1 / (1 + math.exp(-logit)) for logit in logits]
+        assert list(given.values()) == pytest.approx(right, rel=1e-14)
+        assert row["prediction"] == "|".join(name for name, value in given.items() if value > 0.5)
+    again = ("--do_train", "False", "--validation_file", file, "--output_dir", tmp_path / "again")  # columns as trained
+    run(*again, model=tmp_path / "out" / "seed-42")
+    first, second = (json.loads((tmp_path / name / "seed-42/results.json").read_text()) for name in ("out", "again"))
+    assert second["scores"]["validation"] == first["scores"]["validation"]
+
+
+def test_a_number_is_written_as_it_was_predicted(run, tmp_path):
+    file = write_csv(
+        tmp_path / "stars.csv", {"text": [f"text {n}" for n in range(8)], "label": [n / 2 for n in range(8)]}
+    )
+    run("--train_file", file, "--do_predict", "--test_file", file, "--output_dir", tmp_path / "out")
+    rows, found = read_predictions(tmp_path / "out" / "seed-42")
+    assert [float(row["prediction"]) for row in rows] == [logit for (logit,) in found["logits"]]
+
+
+def test_a_trained_model_reads_the_columns_it_was_trained_on(run, tmp_path, capsys):
+    """Unless others are named; the new file's `text` and `label` are something else."""
+    texts = [f"{'rain' if n % 2 else 'sun'} and {n} winds" for n in range(12)]
+    columns = {"review": texts, "sky": ["wet", "dry"] * 6, "text": ["same"] * 12, "label": ["x", "y"] * 6}
+    file, model = write_csv(tmp_path / "reviews.csv", columns), tmp_path / "out" / "seed-42"
+    flags = ("--text_column", "review", "--label_column", "sky", "--learning_rate", 1e-2)
+    run("--train_file", file, "--validation_file", file, *flags, "--output_dir", tmp_path / "out")
+    flags = ("--do_train", "False", "--validation_file", file, "--do_predict", "--test_file", file, "--output_dir")
+    run(*flags, tmp_path / "again", model=model)
+    first, second = (json.loads((tmp_path / name / "seed-42/results.json").read_text()) for name in ("out", "again"))
+    assert second["scores"]["validation"] == first["scores"]["validation"]
+    answers = pipeline("text-classification", model=str(model))(texts, truncation=True)
+    rows, _ = read_predictions(tmp_path / "again" / "seed-42")
+    assert [float(row["probability"]) for row in rows] == pytest.approx([a["score"] for a in answers], abs=1e-6)
+    run(*flags, tmp_path / "named", "--text_column", "text", model=model)
+    rows, _ = read_predictions(tmp_path / "named" / "seed-42")
+    assert len({row["probability"] for row in rows}) == 1
+    other = write_csv(tmp_path / "other.csv", {"text": ["a"]})
+    with pytest.raises(SystemExit):
+        run("--do_train", "False", "--do_eval", "False", "--do_predict", "--test_file", other, model=model)
+    assert "other.csv has no column review, which --model was trained on; it has text. --text_column names" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_held_out_tenth_has_a_tenth_of_each_class(tmp_path):
+    """And never all of a class; by hand, of 100, 31 and 20 rows, and three classes with 3 further rows in all."""
+    labels = ["a"] * 100 + ["b"] * 31 + ["c"] * 20 + ["once", "twice", "thrice", "thrice", "twice", "thrice"]
+    found = table(tmp_path, labels)
+    said = found.hold_out()
+    train, validation = found.rows("train"), found.rows("validation")
+    held = {name: list(validation["label"]).count(name) for name in validation.unique("label")}
+    rare = held.pop("twice", 0) + held.pop("thrice", 0)
+    assert (held["a"], held["b"], held["c"]) in [(10, 4, 2), (10, 3, 3), (11, 3, 2)]  # 16 of 151
+    assert held.keys() == {"a", "b", "c"} and rare == 1 and set(train["label"]) == set(labels)
+    assert sorted([*train["text"], *validation["text"]]) == sorted(f"text {n}" for n in range(len(labels)))
+    assert (
+        "17 of 157 rows are held out, a tenth of each class; classes with fewer than 10 rows (once, thrice, twice)"
+        in said
+    )
+    again = table(tmp_path, labels)
+    again.hold_out()
+    assert again.rows("validation").to_dict() == validation.to_dict()
+    with pytest.raises(ValueError, match="no class has two rows: give --validation_file"):
+        table(tmp_path, ["a", "b", "c"]).hold_out()
