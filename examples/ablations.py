@@ -30,6 +30,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,7 @@ from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfi
 from modeling_gemma_encoder.differences import LeftOut, add_differences, split_in_parts
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
-from modeling_gemma_encoder.metrics import pearson_and_spearman
+from modeling_gemma_encoder.metrics import of_columns, pearson_and_spearman
 from modeling_gemma_encoder.recipes import RecipeParser, fail, failing
 from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run
 from modeling_gemma_encoder.tasks import Source, Task, by_label
@@ -234,7 +235,9 @@ def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
     name, task, source = classify.task_of(table)
     source.hold_out()
     if task.problem == "regression":  # without R², which has no least value and would drown the others in a mean
-        task = replace(task, metric=by_label(pearson_and_spearman))
+        several = task.label_columns
+        metric = partial(of_columns, pearson_and_spearman, several) if several else pearson_and_spearman
+        task = replace(task, metric=by_label(metric))
     return {name: (task, source)}
 
 

@@ -6,7 +6,8 @@
     python examples/classify.py ... --text_column question answer --template "Question: {first} Answer: {second}"
     python examples/classify.py ... --label_column toxic obscene insult     # several labels a row, columns of 0 and 1
     python examples/classify.py ... --train_file train.jsonl --class_names toxic obscene insult     # lists of 0 and 1
-    python examples/classify.py ... --label_column stars --problem regression
+    python examples/classify.py ... --label_column stars --problem regression      # or several columns of numbers
+    python examples/classify.py ... --class_weights balanced                            # rare classes count as much
     python examples/classify.py --model runs/classify/seed-42 --do_train false --do_eval false --do_predict \\
         --test_file new.csv --output_dir runs/new                           # with a model that was trained before
 
@@ -38,7 +39,7 @@ from sklearn.model_selection import train_test_split
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.files import read, write
-from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, pearson_and_spearman
+from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, of_columns, pearson_and_spearman
 from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions
 from modeling_gemma_encoder.suites import cannot_run, conclude, make_parser, of_run, parse
@@ -76,7 +77,11 @@ class TableArguments:
         metadata={"help": "One column, or two for pairs. Default: text; with --do_train false as --model was trained."},
     )
     label_column: list[str] | None = field(
-        default=None, metadata={"help": "One column, or several of 0 and 1. Default: label, or as --model was trained."}
+        default=None,
+        metadata={
+            "help": "One column, several of 0 and 1, or several of numbers with --problem regression. Default: label; "
+            "with --do_train false as --model was trained."
+        },
     )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Of the classes, where labels are lists of 0 and 1. Default: 0, 1, 2, ..."}
@@ -87,6 +92,10 @@ class TableArguments:
     template: str | None = field(
         default=None,
         metadata={"help": "How two texts are read as one. Default: {first}\n{second}, or as a trained --model does."},
+    )
+    class_weights: Literal["balanced"] | None = field(
+        default=None,
+        metadata={"help": "What a row counts in the loss; balanced: training rows / (classes x rows of its class)."},
     )
     seeds: list[int] | None = field(default=None, metadata={"help": "A run for each. Default: --seed alone."})
 
@@ -104,6 +113,10 @@ class TableArguments:
             return f"--text_column takes one or two columns, got {', '.join(self.text_column)}"
         if self.class_names and (self.lacks_training or len(self.label_column or ()) > 1):
             return "--class_names is for training on one column of lists of 0 and 1"
+        if self.problem == "single_label_classification" and len(self.label_column or ()) > 1:
+            return f"--problem {self.problem} takes one --label_column, got {', '.join(self.label_column)}"
+        if self.class_weights and not do_train:
+            return f"--class_weights {self.class_weights} is for training"
         if do_predict and not (self.test_file or self.dataset):
             return "--do_predict needs --test_file"
         if not (do_train or do_eval or do_predict):
@@ -154,7 +167,7 @@ class Table:
         self.files = {"train": table.train_file, "validation": table.validation_file, "test": table.test_file}
         self.splits = {"train": table.train_split, "validation": table.validation_split, "test": table.test_split}
         self.label = self.columns[0] if len(self.columns) == 1 else "label"
-        self.numbers, self.parts, self.flags = False, {}, None
+        self.numbers, self.parts, self.flags, self.problem = False, {}, None, table.problem
         of_model = model is not None and table.lacks_training
         self.problem, self.names = self._of_model(model) if of_model else self._describe(self._read("train"))
 
@@ -233,7 +246,15 @@ class Table:
         problem = config.problem_type or problem
         if self.table.problem not in (None, problem):
             raise ValueError(f"--problem {self.table.problem}: --model {model} was trained for {problem}.")
-        names = [] if problem == "regression" else list(config.id2label.values())
+        names = list(config.id2label.values())
+        if problem == "regression":
+            if self.table.label_column is None and len(names) > 1:
+                self.columns, self.label = names, "label"
+            if len(self.columns) != len(names):
+                raise ValueError(
+                    f"--label_column {' '.join(self.columns)}: --model {model} predicts {len(names)} numbers."
+                )
+            names = []
         self.numbers = all(map(is_plain, names))
         return problem, names
 
@@ -251,15 +272,33 @@ class Table:
         if 0 < len(missing) < len(columns) or (missing and len(columns) > 1 and split != "test"):
             has = ", ".join(rows.column_names)
             raise ValueError(f"{self.place(split)} has no column {', '.join(missing)}; it has {has}.")
-        if missing or len(columns) == 1:
+        if len(columns) == 1:
             return rows
+        own = rows.remove_columns({*columns, "label"} & set(rows.column_names))  # "label" is what they become
+        if missing:
+            return own
+        if self.problem == "regression":
+            return own.add_column("label", self._numbers(split, rows))
         for column in columns:
             if others := [row for row, value in enumerate(rows[column]) if value not in (0, 1)]:
                 found = f"{column!r} is {rows[column][others[0]]!r} in row {others[0]}"
-                raise ValueError(f"{self.place(split)}: {found}; several columns of labels hold 0 and 1.")
+                hint = "are numbers with --problem regression"
+                raise ValueError(f"{self.place(split)}: {found}; several columns of labels hold 0 and 1, or {hint}.")
         flags = np.array([rows[column] for column in columns]).T
         lists = [[columns[number] for number in np.flatnonzero(row)] for row in flags]
-        return rows.remove_columns(columns).add_column("label", lists)
+        return own.add_column("label", lists)
+
+    def _numbers(self, split: str, rows: Dataset) -> list[list[float] | None]:
+        """The numbers of several columns, a list a row; of rows to be predicted None where one is empty."""
+        self.numbers, lists = True, []
+        for row, cells in enumerate(zip(*(rows[column] for column in self.columns), strict=True)):
+            values = [self._value(cell, "regression") for cell in cells]
+            for column, value in zip(self.columns, values, strict=True):
+                if isinstance(value, str) or (value is None and split != "test"):
+                    found = "empty" if value is None else f"{value!r}, no number"
+                    raise ValueError(f"{self.place(split)}, row {row}: {column!r} is {found}.")
+            lists.append(None if None in values else values)
+        return lists
 
     def _describe(self, rows: Dataset) -> tuple[str, list[str]]:
         """What the training labels are, unless the command line says it, and the names of the classes."""
@@ -283,6 +322,8 @@ class Table:
         written, values = values, [self._value(value, "regression") for value in values]
         if None in values:
             raise ValueError(f"{place} is empty in row {values.index(None)}.")
+        if problem == "regression" and len(self.columns) > 1:
+            return problem, []
         if isinstance(values[0], list) and problem not in (None, "multi_label_classification"):
             raise ValueError(f"{self.place('train')}: {self.label!r} holds lists, which are several labels a row.")
         if problem is None and isinstance(values[0], list):
@@ -407,13 +448,19 @@ def task_of(table: TableArguments, model: str | None = None) -> tuple[str, Task,
     metric = METRICS[source.problem]
     if metric is one_class:
         metric = partial(one_class, classes=len(source.names))
+    elif table.class_weights:
+        raise ValueError(f"--class_weights {table.class_weights} is for one class a row; this is {source.problem}.")
+    several = tuple(source.columns[1:] and source.columns)
+    if source.problem == "regression" and several:
+        metric = partial(of_columns, number, several)
     task = Task(
         tuple(source.texts),
         by_label(metric),
         tuple(source.names),
         problem=source.problem,
         label=source.label,
-        label_columns=tuple(source.columns[1:] and source.columns),
+        label_columns=several,
+        class_weights=table.class_weights,
         template=table.template or (None if model and is_trained(model) else Task.template),
         max_length=512,
     )
@@ -429,7 +476,7 @@ def main():
         fail(parser, problem)
     with failing(parser):
         name, task, source = task_of(table, None if given.do_train else given.model)
-        of_what = f"classes {', '.join(task.labels)}" if task.labels else task.label
+        of_what = f"classes {', '.join(task.labels)}" if task.labels else ", ".join(task.label_columns or [task.label])
         print(f"{name}: {task.problem}, {of_what}; reads {' and '.join(task.texts)}")
         table, options, args = parse(parser, task)
         folder, seeds = Path(args.output_dir), table.seeds or [args.seed]
@@ -444,7 +491,7 @@ def main():
         for run_args in runs.values():
             claim(name, task, data, options, run_args, None)
         answered = source.as_written("test") if data.test else None
-        nothing = np.zeros((0, max(len(task.labels), 1)))
+        nothing = np.zeros((0, task.outputs))
         names = answers(task, predictions_of(task, nothing), nothing)
         if answered and (taken := [column for column in answered.column_names if column in names]):
             raise ValueError(f"{source.place('test')} has a column {taken[0]!r} already; rename it.")
@@ -469,10 +516,12 @@ def as_csv(rows: pandas.DataFrame) -> str:
 
 
 def answers(task: Task, predicted: np.ndarray, logits: np.ndarray) -> dict[str, list]:
-    """Columns in the words of the data: `prediction`, a class, classes with | between them, or a number; for one class
-    a row its `probability`; for classes `probability_<name>` of each."""
+    """Columns in the words of the data: `prediction`, a class, classes with | between them, or a number, of several
+    `prediction_<column>`; for one class a row its `probability`; for classes `probability_<name>` of each."""
     if task.problem == "regression":
-        return {"prediction": predicted.tolist()}
+        if not task.label_columns:
+            return {"prediction": predicted.tolist()}
+        return {f"prediction_{name}": predicted[:, n].tolist() for n, name in enumerate(task.label_columns)}
     if task.problem == "multi_label_classification":
         names, probabilities = np.array(task.labels), expit(logits)
         columns = {"prediction": ["|".join(names[row == 1]) for row in predicted]}

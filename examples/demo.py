@@ -46,7 +46,7 @@ from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequen
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
 from modeling_gemma_encoder.data import RankingCollator
-from modeling_gemma_encoder.finetuning import freeze_embeddings, parameters_of
+from modeling_gemma_encoder.finetuning import freeze_embeddings, parameters_of, refuse_smoothing
 from modeling_gemma_encoder.ranking import choose
 from modeling_gemma_encoder.recipes import ScriptParser, failing
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
@@ -378,6 +378,8 @@ def main():
     tasks = {"classify": classify, "rank": rank}
     if unknown := set(demo.tasks) - set(tasks):
         parser.error(f"--tasks: {', '.join(sorted(unknown))} is not one of {', '.join(tasks)}")
+    with failing(parser):
+        refuse_smoothing("choice" if "rank" in demo.tasks else "single_label_classification", args)
     started, folder = time.time(), Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 

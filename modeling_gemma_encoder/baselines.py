@@ -27,7 +27,7 @@ from .tasks import Task, most_frequent
 
 def head_of(task: Task) -> dict:
     """What upstream's configs say of a task."""
-    return {"num_labels": len(task.labels) or 1, "problem_type": task.problem}
+    return {"num_labels": task.outputs, "problem_type": task.problem}
 
 
 def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:

@@ -1,15 +1,21 @@
 """What is fine-tuned and how: options of the command line, defaults by size, and the model they make."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
+from datasets import Dataset
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
 from .encoding_gemma_encoder import refuse_dropout
 from .fused_gemma_encoder import FUSED
+from .losses_gemma_encoder import IGNORE, mean_over
 from .modeling_gemma_encoder import GemmaEncoderHead
 from .pretrained_gemma_encoder import find_adapter
 from .tasks import Task
@@ -150,22 +156,30 @@ def refuse_training(implementation: str | None, dropout: float, softcap: float |
         )
 
 
+def refuse_smoothing(problem: str, args: TrainingArguments) -> None:
+    """Raise ValueError where the Trainer's label smoothing, a cross-entropy over classes, is no loss of the problem."""
+    if args.label_smoothing_factor and problem != "single_label_classification":
+        other = {"choice": "ranking", "multi_label_classification": "several labels a row"}.get(problem, problem)
+        given = f"--label_smoothing_factor {args.label_smoothing_factor:g}"
+        raise ValueError(f"{given} is for tasks with one class a row, and this is {other}: leave it out.")
+
+
 def check_model(task: Task, options: FineTuningArguments, args: TrainingArguments) -> None:
     """Raises ValueError where the options do not go with the checkpoint, before anything is loaded."""
     config = GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options))
-    outputs = len(task.labels) if "classification" in task.problem else 1
+    refuse_smoothing(task.problem, args)
     has_head = bool(set(config.architectures) & set(TASK_HEADS))
-    if has_head and config.num_labels != outputs and not options.ignore_mismatched_sizes:
+    if has_head and config.num_labels != task.outputs and not options.ignore_mismatched_sizes:
         raise ValueError(
-            f"--model {options.model} has a head with {config.num_labels} outputs, the task needs {outputs}. "
+            f"--model {options.model} has a head with {config.num_labels} outputs, the task needs {task.outputs}. "
             "--ignore_mismatched_sizes begins with a fresh one."
         )
     if other_classes(config, task) and not (args.do_train and options.ignore_mismatched_sizes):
         how = "If they are the same, write them alike, in the data or in `id2label` and `label2id` of its config.json"
         how += "; --ignore_mismatched_sizes begins with a fresh head." if args.do_train else "."
         raise ValueError(
-            f"--model {options.model} has a head for the classes {', '.join(config.id2label.values())}, the data has "
-            f"{', '.join(task.labels)}. {how}"
+            f"--model {options.model} has a head for the {'classes' if task.labels else 'columns'} "
+            f"{', '.join(config.id2label.values())}, the data has {', '.join(task.labels or task.label_columns)}. {how}"
         )
     with torch.device("meta"):  # what cannot run as asked says so
         task.head._from_config(config, attn_implementation=options.attn_implementation)
@@ -188,7 +202,8 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
 def other_classes(config: GemmaEncoderConfig, task: Task) -> bool:
     """Whether a checkpoint's head is for as many classes, of other names."""
     named = bool(set(config.architectures) & set(TASK_HEADS)) and config.id2label.get(0) != "LABEL_0"
-    return named and config.num_labels == len(task.labels) > 1 and list(config.id2label.values()) != list(task.labels)
+    names = list(task.labels or task.label_columns)
+    return named and config.num_labels == len(names) > 1 and list(config.id2label.values()) != names
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
@@ -204,7 +219,7 @@ def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
     encoder["attn_implementation"] = options.attn_implementation
     encoder |= {"calibration_temperature": None, "calibration_bias": 0.0}  # a fit of other weights is none
     if task.problem != "choice":
-        labels = task.labels or (task.label,)
+        labels = task.labels or task.label_columns or (task.label,)
         encoder |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
         encoder["problem_type"] = task.problem
     if options.load_in_4bit:
@@ -224,3 +239,27 @@ def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
 
         model = add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
     return model
+
+
+def weighted_loss(task: Task, train: Dataset) -> Callable:
+    """
+    Return the Trainer's `compute_loss_func` of cross-entropy with a weight for each class, `task.class_weights`.
+
+    The weighted sum is divided by the number of rows that the Trainer counts over all accumulated batches and devices,
+    so neither changes a gradient. The mean weight of the training rows is 1, so that the loss is as large as without.
+    `torch`'s own weighted mean divides by the sum of a batch's weights, which is another one in every batch.
+
+    Raises:
+        ValueError: a class has no training row.
+    """
+    labels, classes = np.array(train["label"]), np.arange(len(task.labels))
+    if absent := [task.labels[number] for number in np.setdiff1d(classes, labels)]:
+        raise ValueError(f"--class_weights {task.class_weights}: no training row is {', '.join(absent)}.")
+    weights = torch.tensor(compute_class_weight(task.class_weights, classes=classes, y=labels), dtype=torch.float32)
+
+    def loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        logits = outputs["logits"].float()
+        options = {"weight": weights.to(logits.device), "ignore_index": IGNORE, "reduction": "sum"}
+        return mean_over(F.cross_entropy(logits, labels.reshape(-1).long(), **options), labels, num_items_in_batch)
+
+    return loss

@@ -7,7 +7,7 @@ SuperGLUE: arXiv 1905.00537, table 1 and section 3.
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -51,6 +51,18 @@ def pearson_and_spearman(predictions: np.ndarray, labels: np.ndarray) -> dict[st
         "pearson": float(pearsonr(predictions, labels).statistic),
         "spearman": float(spearmanr(predictions, labels).statistic),
     }
+
+
+def of_columns(
+    metric: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    columns: Sequence[str],
+    predictions: np.ndarray,
+    labels: np.ndarray,
+) -> dict[str, float]:
+    """Score several numbers a row, (n, columns): a score's mean over the columns, and `<score>_<column>` of each."""
+    found = {name: metric(predictions[:, n], labels[:, n]) for n, name in enumerate(columns)}
+    means = {score: float(np.mean([of[score] for of in found.values()])) for score in next(iter(found.values()))}
+    return means | {f"{score}_{name}": value for name, of in found.items() for score, value in of.items()}
 
 
 def answer_f1_and_exact_match(

@@ -33,7 +33,7 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
             scores.set_ylabel("validation score")
         axes.set(xlabel="step", ylabel="loss", title=f"{report['task']}, seed {report['seed']}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5))
         figure.savefig(folder / "learning_curve.png", dpi=120)
 
     for split, (predictions, rows) in predicted.items():
@@ -44,7 +44,10 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
         figure = Figure(figsize=(side, side * 5 / 6), layout="constrained")
         axes = figure.subplots()
         if task.problem == "regression":
-            axes.plot(labels, predictions, ".", alpha=0.4, label="row")
+            for name, right, given in zip(
+                task.label_columns or ["row"], np.atleast_2d(labels.T), np.atleast_2d(predictions.T), strict=True
+            ):
+                axes.plot(right, given, ".", alpha=0.4, label=name)
             axes.plot([labels.min(), labels.max()], [labels.min(), labels.max()], color="silver", label="equal")
             axes.set(xlabel="label", ylabel="prediction")
             axes.legend()

@@ -30,7 +30,7 @@ from .checkpoints import load_tokenizer
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .data import collate_lists
 from .files import write
-from .finetuning import FineTuningArguments, build
+from .finetuning import FineTuningArguments, build, weighted_loss
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of
 from .training import (
@@ -52,6 +52,8 @@ RECIPE = (
     *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed"),
     *("train_sampling_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
+# And of the task.
+LEARNED = ("texts", "template", "label", "label_columns", "labels", "problem", "class_weights")
 # Options that do not.
 SAME_RUN = ("total_batch_size", "max_length", "max_eval_samples", "preprocessing_num_workers", "attn_implementation")
 
@@ -86,6 +88,8 @@ class Data:
         test = {split: task.load(source, split, labelled=False) for split in task.test} if predicted else {}
         if train and options.max_train_samples and options.max_train_samples < len(train["train"]):
             train["train"] = train["train"].shuffle(seed=args.seed).select(range(options.max_train_samples))
+        if train and task.class_weights:
+            weighted_loss(task, train["train"])  # says now where a class has no row
         if limit := options.max_eval_samples:
             validation = {split: rows.select(range(min(limit, len(rows)))) for split, rows in validation.items()}
 
@@ -178,12 +182,13 @@ def claim(
     finished = folder / "results.json"
     recipe = {key: getattr(args, key) for key in RECIPE}
     recipe["batch_size"] = rows_per_step(args)
-    what = {key: getattr(task, key) for key in ("texts", "template", "label", "label_columns", "labels", "problem")}
+    what = {key: getattr(task, key) for key in LEARNED}
     chosen = {key: value for key, value in asdict(options).items() if key not in SAME_RUN}
     run = {"task": name, **what, **chosen, **recipe, "max_length": data.max_length}
     run |= {"rows": data.digests.get("train"), "trained": trained and str(trained)}
     began_with = str(finished) if finished.exists() else checkpoint
-    refuse_another_run(run, folder, began_with, args.process_index == 0, defaults_of(options))
+    defaults = {"class_weights": None, **defaults_of(options)}
+    refuse_another_run(run, folder, began_with, args.process_index == 0, defaults)
     return checkpoint
 
 
@@ -220,6 +225,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
         eval_dataset=data.encoded.get(first),
         data_collator=collate,
         processing_class=tokenizer,
+        compute_loss_func=weighted_loss(task, data.train) if task.class_weights and train else None,
         compute_metrics=score if first else None,
         callbacks=[timer],
     )

@@ -169,8 +169,8 @@ def cannot_run(
         return "DeepSpeed runs one task and one seed a process: give one --task and one --seed"
     if under_fsdp(args) and any(task.train_on for task in tasks):
         return "diagnostics, which train on another task, cannot run under FSDP2; run them later, in one process"
-    if args.label_smoothing_factor and any(task.problem != "single_label_classification" for task in tasks):
-        return "--label_smoothing_factor is for tasks with one class a row"
+    if args.label_smoothing_factor and any(task.class_weights for task in tasks):
+        return "--class_weights and --label_smoothing_factor are two losses: give one of them"
     return None
 
 

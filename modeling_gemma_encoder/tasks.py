@@ -48,6 +48,8 @@ class Task:
             a group is as a whole.
         train_on: Name of the task that is trained instead, for a task without training rows.
         config: Name of the Hub's config, when it is not the task's.
+        class_weights: What a row counts in the loss, by its class: "balanced", the training rows / (number of classes x
+            rows of its class).
         epochs, batch_size: Of training, unless the user says otherwise. Our choice.
     """
 
@@ -68,6 +70,7 @@ class Task:
     test: tuple[str, ...] = ("test",)
     train_on: str | None = None
     config: str | None = None
+    class_weights: Literal["balanced"] | None = None
     epochs: int = 3
     batch_size: int = 32
 
@@ -75,6 +78,11 @@ class Task:
     def head(self) -> type:
         """The class that is fine-tuned."""
         return GemmaEncoderForRanking if self.problem == "choice" else GemmaEncoderForSequenceClassification
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the model gives for a text."""
+        return len(self.labels) if "classification" in self.problem else len(self.label_columns) or 1
 
     def load(self, source: "Source", split: str, labelled: bool = True) -> Dataset:
         """
@@ -113,6 +121,15 @@ class Task:
             return [float(number in found) for number in range(len(self.labels))]
         if self.labels:
             return self._class(value, where)
+        if self.label_columns:
+            if not isinstance(value, Sequence) or len(value) != len(self.label_columns):
+                raise ValueError(f"{where}: label {value!r} is not {len(self.label_columns)} numbers.")
+            return [
+                self._number(item, f"{where}, {name!r}") for item, name in zip(value, self.label_columns, strict=True)
+            ]
+        return self._number(value, where)
+
+    def _number(self, value: Any, where: str) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
             raise ValueError(f"{where}: label {value!r} is not a number.")
         return float(value)
@@ -266,7 +283,8 @@ def most_frequent(task: Task, train: Dataset, rows: Dataset) -> np.ndarray:
 
 
 def predictions_of(task: Task, logits: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
-    """Scores -> classes (n,), zeros and ones (n, num_labels), numbers (n,), or the best candidates' numbers (n,).
+    """Scores -> classes (n,), zeros and ones (n, num_labels), numbers (n,) or (n, num_labels), or which candidate of
+    each list is the best (n,).
 
     Args:
         labels: Of choices, whose shorter lists are padded with -100.
@@ -275,4 +293,6 @@ def predictions_of(task: Task, logits: np.ndarray, labels: np.ndarray | None = N
         return np.where(labels == IGNORE, -np.inf, logits).argmax(-1)
     if task.problem == "multi_label_classification":
         return (logits > 0).astype(int)
-    return logits.argmax(-1) if task.problem == "single_label_classification" else logits[:, 0]
+    if task.problem == "single_label_classification":
+        return logits.argmax(-1)
+    return logits if task.label_columns else logits[:, 0]

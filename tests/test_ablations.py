@@ -369,6 +369,19 @@ def test_a_users_table_is_a_task_of_its_own(command, tmp_path, labels, metrics):
     assert json.loads(report.read_text())["scores"]["validation"].keys() == metrics
 
 
+def test_several_numbers_of_a_users_table_are_scored_without_r2(tmp_path):
+    """By hand: predictions that are the labels, and in one column their opposites."""
+    rows = [{"text": f"text {n}", "a": n, "b": 7 * n % 30} for n in range(30)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--problem regression --label_column a b"
+    own = script.AblationArguments(study=["attention"], table=[str(tmp_path / "x.jsonl")], table_flags=flags)
+    ((task, source),) = script.own_table(own).values()
+    validation = task.load(source, "validation")
+    scores = task.metric(np.array(validation["label"]) * [1, -1], validation)
+    right = {f"{name}_{column}": sign for name in ("pearson", "spearman") for column, sign in (("a", 1), ("b", -1))}
+    assert scores == pytest.approx({"pearson": 0, "spearman": 0, **right}, abs=1e-9)
+
+
 def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder, capsys):
     """It is trained by `msmarco.py`; rates are chosen on queries set aside, and BM25 stands beside it."""
     for name, size in (("train", 10), ("judged", 4)):

@@ -11,7 +11,13 @@ import datasets
 import pandas
 import pytest
 import torch
+from safetensors.torch import load_file
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from modeling_gemma_encoder.finetuning import weighted_loss
+from modeling_gemma_encoder.tasks import Task
 
 FEW = ("--max_steps", 3, "--per_device_train_batch_size", 4, "--use_cpu", "True", "--disable_tqdm", "True")
 
@@ -386,3 +392,163 @@ def test_the_held_out_tenth_has_a_tenth_of_each_class(tmp_path):
     assert again.rows("validation").to_dict() == validation.to_dict()
     with pytest.raises(ValueError, match="no class has two rows: give --validation_file"):
         table(tmp_path, ["a", "b", "c"]).hold_out()
+
+
+def test_a_balanced_weight_is_worked_out_by_hand():
+    """Of three rows and one: 4 / (2 x 3) and 4 / (2 x 1). The sum is over the rows, whatever parts they come in."""
+    task = Task(("text",), None, ("often", "once"), class_weights="balanced")
+    loss = weighted_loss(task, datasets.Dataset.from_dict({"label": [0, 0, 1, 0]}))
+    probabilities = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.8, 0.2], [0.25, 0.75]])
+    outputs, labels = {"logits": probabilities.log()}, torch.tensor([0, 0, 1, 0])
+    of_rows = [2 / 3 * math.log(1 / 0.9), 2 / 3 * math.log(2), 2 * math.log(5), 2 / 3 * math.log(4)]
+    assert loss(outputs, labels, torch.tensor(4)).item() == pytest.approx(sum(of_rows) / 4)
+    assert loss(outputs, labels).item() == pytest.approx(sum(of_rows) / 4)
+    parts = [loss({"logits": probabilities[part].log()}, labels[part], 4) for part in (slice(0, 1), slice(1, 4))]
+    assert sum(parts).item() == pytest.approx(sum(of_rows) / 4)
+    with pytest.raises(ValueError, match="--class_weights balanced: no training row is once"):
+        weighted_loss(task, datasets.Dataset.from_dict({"label": [0, 0]}))
+
+
+def test_accumulation_never_changes_what_weighted_classes_learn(run, tmp_path):
+    """The loss of the first step is the mean over all rows, by hand from the logits of a model that learned nothing."""
+    labels = ["rain", *["sun"] * 6, "rain"]
+    file = write_csv(tmp_path / "few.csv", {"text": [f"text {n} " * (1 + n % 3) for n in range(8)], "label": labels})
+    flags = ("--train_file", file, "--validation_file", file, "--optim", "sgd", "--lr_scheduler_type", "constant")
+    flags += ("--attention_dropout", 0, "--feedforward_dropout", 0, "--max_steps", 2, "--logging_steps", 1)
+    flags += ("--warmup_steps", 0, "--do_eval", "False", "--max_grad_norm", 0)
+
+    def train(name: str, rate: float, batch: int = 8, steps: int = 1, weights=("--class_weights", "balanced")):
+        of_batch = ("--per_device_train_batch_size", batch, "--gradient_accumulation_steps", steps)
+        run(*flags, *weights, "--learning_rate", rate, *of_batch, "--output_dir", tmp_path / name)
+        folder = tmp_path / name / "seed-42"
+        history = json.loads((folder / "results.json").read_text())["history"]
+        return folder, [entry["loss"] for entry in history if "loss" in entry]
+
+    untrained, losses = train("untrained", 0)
+    tokenizer, model = (kind.from_pretrained(untrained) for kind in (AutoTokenizer, AutoModelForSequenceClassification))
+    texts = list(classify.read_file(file, ["text"])["text"])
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.double()
+    weights = [8 / (2 * labels.count(label)) for label in labels]
+    of_rows = [
+        weight * (row.exp().sum().log() - row[["rain", "sun"].index(label)]).item()
+        for weight, row, label in zip(weights, logits, labels, strict=True)
+    ]
+    assert losses[0] == pytest.approx(sum(of_rows) / 8, rel=1e-4)
+
+    whole, losses = train("whole", 0.1)
+    expected = load_file(whole / "model.safetensors")
+    for batch, steps in ((4, 2), (2, 4)):
+        parts, found = train(f"{steps} parts", 0.1, batch, steps)
+        assert found == pytest.approx(losses, abs=1e-4)
+        for name, weight in load_file(parts / "model.safetensors").items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+    plain, _ = train("plain", 0.1, weights=())
+    name = "classifier.out_proj.weight"
+    assert not torch.allclose(load_file(plain / "model.safetensors")[name], expected[name], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "flags", "message"),
+    [
+        ([0.5, 1.5, 2.5, 3.5], ("--class_weights", "balanced"), "is for one class a row; this is regression"),
+        (["a", "b"] * 2, ("--class_weights", "balanced", "--label_smoothing_factor", 0.1), "are two losses: give one"),
+        (["a", "b"] * 2, ("--class_weights", "balanced", "--do_train", "False"), "--class_weights balanced is for tr"),
+        (
+            ["a", "a", "a", "b"],
+            ("--class_weights", "balanced", "--max_train_samples", 1),
+            "--class_weights balanced: no training row is ",
+        ),
+        (
+            [0.5, 1.5, 2.5, 3.5],
+            ("--label_smoothing_factor", 0.1),
+            "is for tasks with one class a row, and this is regr",
+        ),
+        ([1, 0, 1, 0], ("--label_column", "label", "more", "--label_smoothing_factor", 0.1), "is several labels a row"),
+        (
+            [1, 0, 1, 0],
+            ("--label_column", "label", "more", "--class_weights", "balanced"),
+            "is for one class a row; this is multi_label_classification",
+        ),
+        (
+            [1, 0, 1, 0],
+            ("--label_column", "label", "more", "--problem", "single_label_classification"),
+            "takes one --label_column, got label, more",
+        ),
+    ],
+)
+def test_a_loss_that_is_none_of_the_problem_is_refused(run, tmp_path, capsys, labels, flags, message):
+    columns = {"text": [f"text {n}" for n in range(4)], "label": labels, "more": [0, 1, 1, 0]}
+    file = write_csv(tmp_path / "x.csv", columns)
+    with pytest.raises(SystemExit):
+        run("--train_file", file, "--validation_file", file, *flags, "--output_dir", tmp_path / "out")
+    assert message in capsys.readouterr().err
+
+
+def test_other_weights_are_another_run(run, tmp_path, capsys):
+    """Also of a run that began before there were weights."""
+    file = write_csv(tmp_path / "x.csv", {"text": [f"text {n}" for n in range(8)], "label": ["a", "b"] * 4})
+    flags = ("--train_file", file, "--validation_file", file, "--output_dir", tmp_path / "out")
+    run(*flags)
+    began = json.loads((tmp_path / "out" / "seed-42" / "run.json").read_text())
+    del began["class_weights"]
+    (tmp_path / "out" / "seed-42" / "run.json").write_text(json.dumps(began))
+    run(*flags)
+    with pytest.raises(SystemExit):
+        run(*flags, "--class_weights", "balanced")
+    assert "holds another run (class_weights: None -> balanced)" in capsys.readouterr().err
+
+
+def test_several_columns_of_numbers_are_predicted_together(run, tmp_path, capsys):
+    """Scores of each column and their mean, by scipy and scikit-learn of `predictions.csv`; names in the model."""
+    columns = {"text": [f"{'rain ' * (n % 5)} and {n} winds" for n in range(12)], "label": ["some"] * 12}
+    numbers = {"warmth": [n / 2 for n in range(12)], "wet": [n % 5 for n in range(12)], "x y": [-n for n in range(12)]}
+    file, folder = write_csv(tmp_path / "weather.csv", {**columns, **numbers}), tmp_path / "out" / "seed-42"
+    flags = ("--problem", "regression", "--label_column", "warmth", "wet", "x y", "--learning_rate", 1e-2)
+    flags += ("--validation_file", file, "--do_predict", "--test_file", file)
+    run("--train_file", file, *flags, "--output_dir", tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "warmth", 1: "wet", 2: "x y"} and model.config.problem_type == "regression"
+    rows, found = read_predictions(folder)
+    given = {name: [float(row[f"prediction_{name}"]) for row in rows] for name in numbers}
+    assert [list(row) for row in zip(*given.values(), strict=True)] == found["predictions"] == found["logits"]
+    right = {}
+    for name, values in numbers.items():
+        right[f"pearson_{name}"] = pearsonr(given[name], values).statistic
+        right[f"spearman_{name}"] = spearmanr(given[name], values).statistic
+        right[f"r2_{name}"] = r2_score(values, given[name])
+    means = {score: sum(right[f"{score}_{name}"] for name in numbers) / 3 for score in ("pearson", "spearman", "r2")}
+    scores = json.loads((folder / "results.json").read_text())["scores"]
+    assert scores["validation"] == scores["test"] == pytest.approx(means | right)
+    assert (folder / "predictions-validation.png").stat().st_size > 5000
+
+    again = ("--do_train", "False", "--validation_file", file, "--do_predict", "--test_file", file)
+    run(*again, "--output_dir", tmp_path / "again", model=folder)
+    assert read_predictions(tmp_path / "again" / "seed-42")[1]["logits"] == [pytest.approx(r) for r in found["logits"]]
+    (folder / "run.json").unlink()  # as on the Hub
+    run(*again, "--output_dir", tmp_path / "hub", model=folder)
+    assert json.loads((tmp_path / "hub/seed-42/results.json").read_text())["scores"] == {
+        split: pytest.approx(of_split) for split, of_split in scores.items()
+    }
+    for order, message in (
+        (("wet", "warmth", "x y"), "has a head for the columns warmth, wet, x y, the data has wet, warmth, x y"),
+        (("wet",), "predicts 3 numbers"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*again, "--label_column", *order, "--output_dir", tmp_path / "order", model=folder)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cell", "options", "message"),
+    [
+        ("", {"problem": "regression"}, r"x\.csv, row 1: 'b' is empty"),
+        ("much", {"problem": "regression"}, r"x\.csv, row 1: 'b' is 'much', no number"),
+        ("0.5", {}, "'b' is 0.5 in row 1; several columns of labels hold 0 and 1, or are numbers with --problem regr"),
+    ],
+)
+def test_a_cell_of_several_columns_that_is_none_is_named(tmp_path, cell, options, message):
+    file = write_csv(tmp_path / "x.csv", {"text": ["s", "t", "u"], "a": [0, 1, 1], "b": [0, cell, 1]})
+    given = classify.TableArguments(train_file=str(file), label_column=["a", "b"], **options)
+    with pytest.raises(ValueError, match=message):
+        classify.Table(given)

@@ -86,6 +86,36 @@ def test_two_processes_train_and_predict_what_one_does(launch, flags, alone, dec
     assert predictions == pytest.approx(predictions_alone, abs=1e-4)
 
 
+def test_two_processes_weigh_classes_as_one_does(decoder, tmp_path):
+    """In two accumulation steps each; a class is rare, so the devices' batches have other sums of weights."""
+    rows = [{"text": "word " * (1 + 5 * n % 7), "label": "rare" if n % 8 == 3 else "common"} for n in range(24)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--class_weights balanced --max_steps 3 --optim sgd --learning_rate 0.1 --lr_scheduler_type constant"
+    flags += " --attention_dropout 0 --feedforward_dropout 0 --warmup_steps 0 --total_batch_size 8 --use_cpu True"
+    flags += " --disable_tqdm True --eval_strategy no --do_eval False --save_strategy no --logging_steps 1"
+    found = []
+    for launch, batch_size in (([sys.executable], 8), (DDP, 2)):
+        command = [*launch, "examples/classify.py", *flags.split(), "--per_device_train_batch_size", batch_size]
+        command += [
+            "--model",
+            decoder,
+            "--train_file",
+            tmp_path / "train.jsonl",
+            "--output_dir",
+            tmp_path / f"{batch_size}",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*map(str, command)], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = tmp_path / f"{batch_size}" / "seed-42"
+        history = json.loads((folder / "results.json").read_text())["history"]
+        found.append(([entry["loss"] for entry in history if "loss" in entry], load_file(folder / "model.safetensors")))
+    (alone, expected), (losses, weights) = found
+    assert len(losses) == 3 and losses == pytest.approx(alone, abs=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_the_configs(path):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import classify
 import glue
+import msmarco
 import numpy as np
 import pytest
 import superglue
@@ -392,7 +393,7 @@ def test_the_summary_is_that_of_a_calculator():
         ),
         (("--task", "sst2", "--max_length", 2), "--max_length 2 leaves no room"),
         (("--task", "sst2", "--list_chunk_size", 4), "are for tasks that choose among candidates"),
-        (("--task", "sst2", "--label_smoothing_factor", 0.1, "--task", "stsb"), "is for tasks with one class a row"),
+        (("--label_smoothing_factor", 0.1, "--task", "stsb"), "factor 0.1 is for tasks with one .* this is regression"),
         (("--task", "sst2", "--lora_r", 2, "--lora_target_modules", "foo"), "has no layers named foo"),
         (("--task", "sst2", "--pooling", "kv_probe", "--pooling_num_heads", 3), "pooling_num_heads"),
         (("--task", "sst2", "--attention", "sideways"), "invalid choice: 'sideways'"),
@@ -423,6 +424,17 @@ def test_bad_command_lines_end_before_any_training(run, tmp_path, capsys, argume
     with pytest.raises(SystemExit):
         run(run_glue, "--data_dir", tmp_path, "--output_dir", tmp_path / "out", *arguments)
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("script", [run_superglue, msmarco.main], ids=["superglue", "msmarco"])
+def test_label_smoothing_of_rankings_is_refused(run, tmp_path, capsys, script):
+    flags = ("--label_smoothing_factor", 0.1, "--output_dir", tmp_path / "out")
+    flags += ("--task", "copa") if script is run_superglue else ("--train_data", tmp_path / "pairs.csv")
+    with pytest.raises(SystemExit):
+        run(script, *flags)
+    assert (
+        "--label_smoothing_factor 0.1 is for tasks with one class a row, and this is ranking" in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path, capsys):

@@ -1,8 +1,11 @@
 """The README's code runs as it stands, with the nano decoder in the place of the one it names."""
 
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import NANO
 from gguf_files import Q8_0, write_gguf
@@ -28,7 +31,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     write_gguf(decoder, tmp_path / "folder" / "gemma-3-1b-Q8_0.gguf", kind=Q8_0)
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in (block for block in blocks if "langchain" not in block):  # not installed here
         exec(re.sub("google/gemma-[23]-\\w+", "gemma", block), names)
     assert names["logits"].shape == (2, 3)
@@ -43,3 +46,21 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
     assert type(names["merged"]).__name__ == "GemmaEncoderForSequenceClassification"
     assert names["merged"].config.pooling == "kv_probe"
+
+
+def test_the_readmes_own_loss_is_worked_out_by_hand_and_has_no_parts():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    block = next(block for block in blocks if "own_loss" in block)
+    assert len(block.splitlines()) <= 12
+    names = {"torch": torch}
+    exec(block.partition("\n\n\nTrainer(")[0], names)
+    probabilities = [[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]]
+    logits, labels = torch.tensor(probabilities).log(), torch.tensor([0, 2])
+    rows = []
+    for (of_row, label), weight in zip(((probabilities[0], 0), (probabilities[1], 2)), (1, 5), strict=True):
+        smoothed = [0.9 * (number == label) + 0.1 / 3 for number in range(3)]
+        cross_entropy = -sum(share * math.log(p) for share, p in zip(smoothed, of_row, strict=True))
+        rows.append(weight * (1 - of_row[label]) ** 2 * cross_entropy)
+    whole = names["own_loss"](SimpleNamespace(logits=logits), labels, 2)
+    parts = [names["own_loss"](SimpleNamespace(logits=logits[n : n + 1]), labels[n : n + 1], 2) for n in (0, 1)]
+    assert whole.item() == pytest.approx(sum(rows) / 2) == sum(parts).item()
