@@ -43,7 +43,7 @@ from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macr
 from modeling_gemma_encoder.recipes import fail, failing
 from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions
 from modeling_gemma_encoder.suites import cannot_run, conclude, make_parser, of_run, parse
-from modeling_gemma_encoder.tasks import Task, by_label, predictions_of, read_file
+from modeling_gemma_encoder.tasks import Task, at_row, by_label, fill_texts, predictions_of, read_file
 
 
 def one_class(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
@@ -172,7 +172,13 @@ class Table:
         self.problem, self.names = self._of_model(model) if of_model else self._describe(self._read("train"))
 
     def place(self, split: str) -> str:
+        split = "train" if split in self.parts else split
         return self.files[split] or f"{self.table.dataset}, split {self.splits[split]!r}"
+
+    def where(self, split: str, row: int) -> str:
+        """Return the place of a row, counted from 0 in its file, with its line where there is one."""
+        file = self.files["train" if split in self.parts else split]
+        return at_row(self.place(split), self.parts[split][row] if split in self.parts else row, file and Path(file))
 
     def hold_out(self) -> str:
         """Make a tenth of the training rows validation rows, if there are none, and return in words what was done."""
@@ -261,6 +267,7 @@ class Table:
     def _read(self, split: str) -> Dataset:
         columns = self.columns
         rows = self._load(split, [*self.texts, *(columns if len(columns) == 1 else [])])
+        rows = fill_texts(rows, self.texts, self.place(split))
         absent = [column for column in self.texts if column not in rows.column_names]
         if absent and self.began and not self.table.text_column:
             has = ", ".join(rows.column_names)

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -52,6 +53,18 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     for line, where in _lines(path):
         if line.strip():
             yield line, where
+
+
+def line_of(path: Path, row: int) -> int | None:
+    """Return the line where a row of a .csv, .tsv or .jsonl file begins, counted from 1; None for other files."""
+    if path.suffix in (".csv", ".tsv"):
+        places = (where for _, where in islice(read_table(path), 1, None))
+    elif path.suffix == ".jsonl":
+        places = (where for _, where in read_lines(path))
+    else:
+        return None
+    where = next(islice(places, row, None), None)
+    return where and int(where.rpartition(" ")[2])
 
 
 def read_table(path: Path) -> Iterator[tuple[list[str], str]]:

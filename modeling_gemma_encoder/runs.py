@@ -32,7 +32,7 @@ from .data import collate_lists
 from .files import write
 from .finetuning import FineTuningArguments, build, weighted_loss
 from .reports import plot_run
-from .tasks import Source, Task, most_frequent, predictions_of
+from .tasks import Source, Task, most_frequent, predictions_of, say_empty
 from .training import (
     StepTimer,
     checkpoint_to_resume,
@@ -86,8 +86,13 @@ class Data:
         validation = {split: task.load(source, split) for split in task.validation} if args.do_eval else {}
         predicted = args.do_predict or task.train_on  # a task without training rows is there for its test set
         test = {split: task.load(source, split, labelled=False) for split in task.test} if predicted else {}
+        for split, rows in {**train, **validation, **test}.items() if args.process_index == 0 else ():
+            say_empty(name, source, split, rows, task.texts)
+        numbers = {}  # of the rows of a split, where they are not all, or in another order
         if train and options.max_train_samples and options.max_train_samples < len(train["train"]):
-            train["train"] = train["train"].shuffle(seed=args.seed).select(range(options.max_train_samples))
+            order = Dataset.from_dict({"row": range(len(train["train"]))}).shuffle(seed=args.seed)
+            numbers["train"] = order["row"][: options.max_train_samples]
+            train["train"] = train["train"].select(numbers["train"])
         if train and task.class_weights:
             weighted_loss(task, train["train"])  # says now where a class has no row
         if limit := options.max_eval_samples:
@@ -106,7 +111,9 @@ class Data:
         for split, rows in {**train, **validation, **test}.items():
             with args.main_process_first():
                 encoded[split] = rows.map(
-                    lambda row: task.encode(row, tokenizer, max_length),
+                    encode_row,
+                    with_indices=True,
+                    fn_kwargs={"task": task, "of": (tokenizer, max_length), "at": (source, split, numbers.get(split))},
                     remove_columns=rows.column_names,
                     new_fingerprint=task.fingerprint(rows, tokenizer, max_length),
                     num_proc=options.preprocessing_num_workers,
@@ -116,6 +123,16 @@ class Data:
                 print(f"{name}, {split}: {cut:.1%} of the rows are cut to {max_length} tokens", flush=True)
         digests = {split: digest(rows) for split, rows in {**train, **validation, **test}.items()}
         return cls(train.get("train"), validation, test, encoded, digests, tokenizer, max_length)
+
+
+def encode_row(row: dict, number: int, task: Task, of: tuple, at: tuple[Source, str, list[int] | None]) -> dict:
+    """`Task.encode` by a tokenizer and a length, whose ValueErrors say which row of a source's split it is."""
+    source, split, numbers = at
+    try:
+        return task.encode(row, *of)
+    except ValueError as error:
+        where = source.where(split, number if numbers is None else numbers[number])
+        raise ValueError(f"{where}: {error}") from error
 
 
 def fine_tune(

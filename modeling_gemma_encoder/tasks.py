@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .files import read_table
+from .files import line_of, read_table
 from .losses_gemma_encoder import IGNORE
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from .templates import set_template
@@ -101,7 +101,7 @@ class Task:
             has = ", ".join(map(repr, rows.column_names))
             raise ValueError(f"{place} has no column {', '.join(map(repr, missing))}; it has {has}.")
         for column in self.texts:
-            # Empty ones pass: a few of QQP's questions are.
+            # Empty ones pass, see `fill_texts`: a few of QQP's questions are.
             wrong = next((number for number, text in enumerate(rows[column]) if not isinstance(text, str)), None)
             if wrong is not None:
                 raise ValueError(f"{place}, row {wrong}: {column!r} is {rows[column][wrong]!r}, not a text.")
@@ -168,14 +168,21 @@ class Task:
         """`input_ids`, `attention_mask`, whether they were `cut`, and `labels`: of a choice always, zeros if unknown.
 
         Labels of a choice also say, when lists are padded, which candidates there are.
+
+        Raises:
+            ValueError: a text has no token, or what is to be kept of it does not fit.
         """
         read = self.read(row)
         chooses = self.problem == "choice"
         seconds = read["second"] if chooses else [read.get("second")]
         kept = read.get("keep") if chooses else [read.get("keep")]
         pairs = ([read["first"]] * len(seconds), *([seconds] if seconds[0] is not None else []))
-        # An empty text has no token where the tokenizer begins with none, as Qwen's: it gets one.
-        whole = [ids or [tokenizer.pad_token_id] for ids in tokenizer(*pairs, verbose=False)["input_ids"]]
+        whole = tokenizer(*pairs, verbose=False)["input_ids"]
+        if not all(whole):  # an empty text, where the tokenizer begins with nothing, as Qwen's
+            raise ValueError(
+                f"{read['first']!r} has no token, as this tokenizer puts none around a text: give the row a text, or "
+                "leave it out."
+            )
         ids = [
             ids if len(ids) <= max_length else truncate(tokenizer, read["first"], second, max_length, keep or {})
             for ids, second, keep in zip(whole, seconds, kept or [{}] * len(seconds), strict=True)
@@ -200,6 +207,11 @@ class Source:
     def place(self, split: str) -> str:
         return f"{self.folder}, split {split!r}" if self.folder else f"{self.dataset} ({self.config}), split {split!r}"
 
+    def where(self, split: str, row: int) -> str:
+        """Return the place of a row, counted from 0, with its line where the file has one a row."""
+        path = self._path(split)
+        return at_row(str(path or self.place(split)), row, path)
+
     def splits(self) -> list[str]:
         if self.folder is None:
             return get_dataset_split_names(self.dataset, self.config)
@@ -207,12 +219,51 @@ class Source:
 
     def rows(self, split: str, texts: Sequence[str] = ()) -> Dataset:
         if self.folder is None:
-            return load_dataset(self.dataset, self.config, split=split)
-        for suffix in FORMATS:
-            if (path := self.folder / f"{split}{suffix}").exists():
-                return read_file(path, texts)
+            return fill_texts(load_dataset(self.dataset, self.config, split=split), texts, self.place(split))
+        if path := self._path(split):
+            return fill_texts(read_file(path, texts), texts, self.place(split))
         found = ", ".join(self.splits()) or "none"
         raise ValueError(f"{self.folder / split}.jsonl does not exist; splits there: {found}.")
+
+    def _path(self, split: str) -> Path | None:
+        paths = [self.folder / f"{split}{suffix}" for suffix in FORMATS] if self.folder else []
+        return next((path for path in paths if path.exists()), None)
+
+
+def at_row(place: str, row: int, path: Path | None) -> str:
+    """Return what a message calls a row of a split, counted from 0, with its line in a file that has one."""
+    line = path and line_of(path, row)
+    return f"{place}, row {row}" + f" (line {line})" * (line is not None)
+
+
+def fill_texts(rows: Dataset, texts: Sequence[str], place: str) -> Dataset:
+    """
+    Make a null an empty text, as an empty field of a .csv file is one.
+
+    Raises:
+        ValueError: a column is empty in every row.
+    """
+    for column in texts:
+        if column not in rows.column_names or not len(rows):
+            continue
+        values = list(rows[column])
+        if all(value is None or (isinstance(value, str) and not value.strip()) for value in values):
+            raise ValueError(f"{place}: {column!r} is empty in every row.")
+        if None in values and all(isinstance(value, str) for value in values if value is not None):
+            filled = f"{column}, filled"  # first, as rows without a column are none
+            rows = rows.add_column(filled, [value or "" for value in values])
+            rows = rows.remove_columns(column).rename_column(filled, column)
+    return rows
+
+
+def say_empty(name: str, source: "Source", split: str, rows: Dataset, texts: Sequence[str]) -> None:
+    """Print how many rows of a split have a text without a word, and which is the first."""
+    columns = [list(rows[column]) for column in texts]
+    empty = [row for row, found in enumerate(zip(*columns, strict=True)) if not all(map(str.strip, found))]
+    if empty:
+        column = next(column for column, values in zip(texts, columns, strict=True) if not values[empty[0]].strip())
+        first = f"the first is {source.where(split, empty[0])}, column {column!r}"
+        print(f"{name}, {split}: {len(empty):,} of {len(rows):,} rows have an empty text; {first}", flush=True)
 
 
 def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -552,3 +553,49 @@ def test_a_cell_of_several_columns_that_is_none_is_named(tmp_path, cell, options
     given = classify.TableArguments(train_file=str(file), label_column=["a", "b"], **options)
     with pytest.raises(ValueError, match=message):
         classify.Table(given)
+
+
+def test_empty_texts_are_said_once_by_their_place_in_the_file(run, tmp_path, capsys):
+    """Of rows held out, and of a few of the training rows, too; each row has one line, and one is before them."""
+    columns = {"text": [f"text {n}" for n in range(30)], "label": [n % 2 for n in range(30)]}
+    plain = table(tmp_path, columns["label"])
+    plain.hold_out()
+    held, trained_on = plain.parts["validation"][1], plain.parts["train"][4]
+    columns["text"][held] = columns["text"][trained_on] = ""
+    file, other = write_csv(tmp_path / "x.csv", columns), tmp_path / "new.jsonl"
+    other.write_text('{"text": "a"}\n{"text": null}\n')
+    flags = ("--max_train_samples", 5, "--seeds", 1, 2, "--do_predict", "--test_file", other)
+    run("--train_file", file, *flags, "--output_dir", tmp_path / "out")
+    said = [line for line in capsys.readouterr().out.splitlines() if "empty text" in line]
+    begin = "rows have an empty text; the first is"
+    assert said == [
+        f"x.csv, train: 1 of 27 {begin} {file}, row {trained_on} (line {trained_on + 2}), column 'text'",
+        f"x.csv, validation: 1 of 3 {begin} {file}, row {held} (line {held + 2}), column 'text'",
+        f"x.csv, test: 1 of 2 {begin} {other}, row 1 (line 2), column 'text'",
+    ]
+
+
+def test_a_text_without_a_token_is_named_by_its_row(run, decoder, tmp_path, capsys):
+    """Of a tokenizer that begins with nothing, as Qwen's; also where some rows are drawn."""
+    shutil.copytree(decoder, tmp_path / "qwen")
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.backend_tokenizer.post_processor = None
+    for flag in ("add_bos_token", "add_eos_token", "bos_token"):
+        tokenizer.init_kwargs.pop(flag, None)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    texts = ["" if n == 7 else f"text {n}" for n in range(12)]
+    file = write_csv(tmp_path / "x.csv", {"text": texts, "label": [n % 2 for n in range(12)]})
+    for flags in ((), ("--max_train_samples", 11, "--seed", 3)):
+        with pytest.raises(SystemExit):
+            run(
+                "--train_file",
+                file,
+                "--validation_file",
+                file,
+                *flags,
+                "--output_dir",
+                tmp_path / "out",
+                model=tmp_path / "qwen",
+            )
+        assert f"{file}, row 7 (line 9): '' has no token" in capsys.readouterr().err

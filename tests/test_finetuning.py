@@ -560,7 +560,7 @@ def test_fractions_are_regression_and_lists_are_several_labels(tmp_path):
         (("--train_file", "{}/train.csv", "--do_predict"), "--do_predict needs --test_file"),
         (("--train_file", "{}/train.csv", "--text_column", "a", "b", "c"), "one or two columns, got a, b, c"),
         (("--train_file", "{}/one.csv"), "'label' holds nothing but 'a'"),
-        (("--train_file", "{}/null.jsonl"), "row 1: 'text' is None"),
+        (("--train_file", "{}/null.jsonl"), "null.jsonl: 'text' is empty in every row"),
         (("--train_file", "{}/train.csv", "--template", "{first}"), "must contain {first} and {second}"),
         (
             ("--train_file", "{}/train.csv", "--test_file", "{}/taken.csv", "--do_predict"),
@@ -573,7 +573,7 @@ def test_a_table_that_is_not_as_the_command_line_says_is_refused(run, tmp_path, 
     write_csv(tmp_path / "train.csv", [{"text": f"a {n}", "label": n % 2} for n in range(10)])
     write_csv(tmp_path / "taken.csv", [{"text": f"a {n}", "prediction": n % 2} for n in range(10)])
     write_csv(tmp_path / "one.csv", [{"text": f"a {n}", "label": "a"} for n in range(10)])
-    write_rows(tmp_path, "null", [{"text": "a" if n != 1 else None, "label": n % 2} for n in range(10)])
+    write_rows(tmp_path, "null", [{"text": None, "label": n % 2} for n in range(10)])
     write_rows(tmp_path, "list", [{"text": "a", "label": ["x", "y"]}])
     with pytest.raises(SystemExit):
         arguments = [argument.replace("{}", str(tmp_path)) for argument in arguments]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from modeling_gemma_encoder.data import collate_lists
 from modeling_gemma_encoder.metrics import accuracy
-from modeling_gemma_encoder.tasks import Source, Task, by_label, most_frequent, predictions_of, read_file
+from modeling_gemma_encoder.tasks import Source, Task, by_label, most_frequent, predictions_of, read_file, say_empty
 from modeling_gemma_encoder.truncation import mark, share, truncate
 
 PAIR = Task(("first", "second"), by_label(accuracy), ("no", "yes"))
@@ -125,7 +125,7 @@ def test_test_rows_without_labels_have_none(tmp_path):
         ([{"first": "a", "second": "b", "label": 2}], "row 0: label 2 is none of no, yes"),
         ([{"first": "a", "second": "b", "label": "maybe"}], "label 'maybe' is none of no, yes"),
         ([{"first": "a", "second": "b", "label": -1}], "label -1 is none of"),
-        ([{"first": "a", "second": "b", "label": 0}, {"first": None, "second": "b", "label": 0}], "row 1: 'first' is"),
+        ([{"first": 1, "second": "b", "label": 0}, {"first": None, "second": "b", "label": 0}], "row 0: 'first' is 1,"),
     ],
 )
 def test_rows_that_are_not_the_tasks_are_refused_by_name(tmp_path, rows, message):
@@ -251,11 +251,49 @@ def test_winogender_pairs_differ_in_a_pronoun_alone():
     assert scores == {"accuracy": 0.75, "gender_parity": 0.5}
 
 
-def test_an_empty_text_has_a_token_even_without_a_beginning():
-    """Qwen's tokenizers begin with nothing; a text of no tokens could not be alone in a batch."""
+def test_a_text_without_a_token_is_refused():
+    """Qwen's tokenizers begin with nothing, so an empty text has none; two texts have the template's between them."""
     tokenizer = AutoTokenizer.from_pretrained(NANO)
     tokenizer.bos_token = None
     tokenizer.backend_tokenizer.post_processor = None
     task = Task(("text",), by_label(accuracy), ("no", "yes"))
     task.set_template(tokenizer)
-    assert task.encode({"text": "", "label": 1}, tokenizer, 8)["input_ids"] == [tokenizer.pad_token_id]
+    with pytest.raises(ValueError, match="'' has no token, as this tokenizer puts none around a text"):
+        task.encode({"text": "", "label": 1}, tokenizer, 8)
+    assert len(PAIR.encode({"first": "", "second": "", "label": 1}, tokenizer, 8)["input_ids"]) == 1
+
+
+EMPTY = {
+    "csv": 'first,second,label\n"two\nlines",b,yes\n,c,no\nd,e,no\n',
+    "tsv": "first\tsecond\tlabel\na\tb\tyes\n\n\tc\tno\nd\te\tno\n",
+    "jsonl": '{"first": "a", "second": "b", "label": 1}\n\n{"first": null, "second": "c", "label": 0}\n'
+    '{"first": "d", "second": "e", "label": 0}\n',
+    "json": '[{"first": "a", "second": "b", "label": 1}, {"second": "c", "label": 0}, {"first": "d", "second": "e", '
+    '"label": 0}]',
+}
+
+
+@pytest.mark.parametrize(("kind", "line"), [("csv", 4), ("tsv", 4), ("jsonl", 3), ("json", None), ("parquet", None)])
+def test_an_empty_field_and_a_null_are_the_same_empty_text(tmp_path, capsys, kind, line):
+    """With the line of the first as an editor shows it, by hand."""
+    if kind == "parquet":
+        columns = {"first": ["a", None, "d"], "second": ["b", "c", "e"], "label": [1, 0, 0]}
+        Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    else:
+        (tmp_path / f"train.{kind}").write_text(EMPTY[kind])
+    source = Source(folder=tmp_path)
+    rows = PAIR.load(source, "train")
+    assert (rows["first"][1:], rows["second"][:], rows["label"][:]) == (["", "d"], ["b", "c", "e"], [1, 0, 0])
+    say_empty("pairs", source, "train", rows, PAIR.texts)
+    place = f"{tmp_path / 'train'}.{kind}, row 1" + f" (line {line})" * (line is not None)
+    said = f"pairs, train: 1 of 3 rows have an empty text; the first is {place}, column 'first'\n"
+    assert capsys.readouterr().out.endswith(said)
+    say_empty("pairs", source, "train", rows.select([0, 2]), PAIR.texts)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("empty", [None, "", "  "])
+def test_a_column_that_is_empty_in_every_row_is_refused(tmp_path, empty):
+    rows = [{"first": "a", "second": empty, "label": 0}, {"first": "b", "second": empty, "label": 1}]
+    with pytest.raises(ValueError, match="split 'train': 'second' is empty in every row"):
+        PAIR.load(write(tmp_path, "train", rows), "train")
