@@ -108,7 +108,8 @@ class Task:
         if self.label in rows.column_names:
             labels = list(rows[self.label])
             rows = rows.remove_columns({self.label, "label"} & set(rows.column_names))
-            if labelled or not any(label in (None, -1) for label in labels):
+            of_minus_one = all if self.problem == "regression" else any  # -1 may be a number
+            if labelled or not (None in labels or of_minus_one(label == -1 for label in labels)):
                 labels = [self._label(label, f"{place}, row {number}") for number, label in enumerate(labels)]
                 rows = rows.add_column("label", labels)
         return rows

@@ -117,6 +117,15 @@ def test_test_rows_without_labels_have_none(tmp_path):
     assert "label" not in loaded.column_names
 
 
+def test_minus_one_is_a_number_and_stands_for_no_label_only_where_all_are(tmp_path):
+    """As in GLUE's test rows; a sentiment from -1 to 1 has one now and then."""
+    number = Task(("text",), by_label(accuracy), problem="regression")
+    for name, labels, loaded in (("some", [-1.0, 0.5], [-1.0, 0.5]), ("all", [-1.0, -1.0], None)):
+        source = write(tmp_path / name, "test", [{"text": "a", "label": label} for label in labels])
+        rows = number.load(source, "test", labelled=False)
+        assert (rows["label"][:] if "label" in rows.column_names else None) == loaded
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
