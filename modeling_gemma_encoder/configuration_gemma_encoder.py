@@ -83,7 +83,9 @@ def _of_decoder(name: str) -> OfDecoder:
 
 Attention = Literal["bidirectional", "causal"]
 Pooling = Literal["mean", "first_k", "last_k", "query_probe", "kv_probe"]
-RankingLoss = Literal["point_ce", "pair", "softmax", "poly1", "lambdarank", "margin_mse", "kl"]
+RankingLoss = Literal[
+    "point_ce", "pair", "softmax", "poly1", "rankt5_softmax", "rankt5_poly1", "lambdarank", "margin_mse", "kl"
+]
 MaskedLMObjective = Literal["mlm", "mntp"]
 
 
@@ -114,7 +116,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
         classifier_hidden_sizes: Sizes of the task MLP's hidden layers; empty for one linear layer.
         classifier_activation: Activation between the task MLP's layers, a key of transformers' `ACT2FN`.
         classifier_dropout: Probability of dropping an input of each of the task MLP's layers while training; None is 0.
-        ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`.
+        ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`. The targets of "softmax" and "poly1"
+            sum to one in every list; "rankt5_softmax" and "rankt5_poly1" weigh a list by its sum of grades (the paper).
         list_chunk_size: Documents of a batch that `GemmaEncoderForRanking` encodes at a time; the chunks are computed
             again in the backward pass, so that memory does not grow with the lists. `None` for all at once.
         calibration_temperature, calibration_bias: What `probabilities` of a classifier or ranker divides logits by, and

@@ -66,7 +66,19 @@ def pair_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    r"""Listwise softmax cross-entropy, RankT5's Softmax (equation 3), ListNet's with graded labels as weights.
+    r"""Listwise softmax cross-entropy, RankT5's Softmax (equation 3) with targets that sum to one in every list.
+
+    .. math:: \ell(y, s) = -\sum_j \frac{y_j}{\sum_{j'} y_{j'}} \log \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}
+
+    A list of n equal scores costs log n, whatever its grades. Where one document is labelled 1 and the others 0, it is
+    `rankt5_softmax_loss`. Where several are labelled 1, it is the mean over them, and RankT5's is the sum.
+    """
+    valid = relevance(labels)
+    return -(target_shares(labels, valid) * log_softmax(scores, valid).where(valid, 0)).sum(-1).mean()
+
+
+def rankt5_softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    r"""RankT5's Softmax as the paper has it (equation 3): a list weighs as much as its grades sum to.
 
     .. math:: \ell(y, s) = -\sum_j y_j \log \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}
     """
@@ -76,16 +88,20 @@ def softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def poly1_loss(scores: torch.Tensor, labels: torch.Tensor, epsilon: float = 1.0) -> torch.Tensor:
-    r"""RankT5's Poly1 (equation 4): the softmax loss and the first term of its polynomial (arXiv 2204.12511) once more.
+    r"""RankT5's Poly1 (equation 4): `softmax_loss` and the first term of its polynomial (arXiv 2204.12511) once more.
 
     .. math:: \ell(y, s) = \text{Softmax} + \epsilon (1 - p), \quad
         p = \sum_j \frac{y_j}{\sum_{j'} y_{j'}} \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}
+
+    Targets sum to one in both terms, so grades do not change their balance. `rankt5_poly1_loss` differs where
+    `rankt5_softmax_loss` does.
     """
-    valid = relevance(labels)
-    gains = labels.float().where(valid, 0)
-    total = gains.sum(-1)
-    probability = (gains * log_softmax(scores, valid).exp()).sum(-1) / total.clamp(min=1e-9)
-    return softmax_loss(scores, labels) + (epsilon * (1 - probability)).where(total > 0, 0).mean()
+    return softmax_loss(scores, labels) + epsilon * mean_miss(scores, labels)
+
+
+def rankt5_poly1_loss(scores: torch.Tensor, labels: torch.Tensor, epsilon: float = 1.0) -> torch.Tensor:
+    """RankT5's Poly1 as the paper has it (equation 4): `poly1_loss` on `rankt5_softmax_loss`."""
+    return rankt5_softmax_loss(scores, labels) + epsilon * mean_miss(scores, labels)
 
 
 def lambdarank_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -144,6 +160,21 @@ def relevance(labels: torch.Tensor) -> torch.Tensor:
     return valid
 
 
+def target_shares(labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Each label over the sum of its list's, zeros where that is zero. (batch, num_docs)"""
+    gains = labels.float().where(valid, 0)
+    total = gains.sum(-1, keepdim=True)
+    return gains / total.where(total > 0, 1)
+
+
+def mean_miss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """1 - p of Poly1, averaged over the lists; zero in a list without a positive."""
+    valid = relevance(labels)
+    targets = target_shares(labels, valid)
+    probability = (targets * log_softmax(scores, valid).exp()).sum(-1)
+    return (1 - probability).where(targets.sum(-1) > 0, 0).mean()
+
+
 def log_softmax(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Over the documents that there are; finite everywhere."""
     return scores.float().masked_fill(~valid, torch.finfo(torch.float32).min).log_softmax(-1)
@@ -163,6 +194,8 @@ RANKING_LOSSES = {
     "pair": pair_loss,
     "softmax": softmax_loss,
     "poly1": poly1_loss,
+    "rankt5_softmax": rankt5_softmax_loss,
+    "rankt5_poly1": rankt5_poly1_loss,
     "lambdarank": lambdarank_loss,
     "margin_mse": margin_mse_loss,
     "kl": kl_loss,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_gemma_encoder.losses_gemma_encoder import CLASSIFICATION_LOSSES, softmax_loss
+from modeling_gemma_encoder.losses_gemma_encoder import CLASSIFICATION_LOSSES, rankt5_softmax_loss, softmax_loss
 
 LN2 = math.log(2)
 
@@ -14,8 +14,9 @@ def test_softmax_loss_by_hand():
     # Scores ln 1, ln 2, ln 5 have softmax 1/8, 2/8, 5/8.
     scores = torch.tensor([[1.0, 2.0, 5.0]]).log()
     assert softmax_loss(scores, torch.tensor([[0, 1, 0]])).item() == pytest.approx(2 * LN2)
-    # Graded labels weigh: 3 * ln 8 + 1 * ln 4 = 11 ln 2.
-    assert softmax_loss(scores, torch.tensor([[3, 1, 0]])).item() == pytest.approx(11 * LN2)
+    # Grades are shares: 3/4 * ln 8 + 1/4 * ln 4 = 11/4 ln 2; the paper's weigh: 3 * ln 8 + 1 * ln 4.
+    assert softmax_loss(scores, torch.tensor([[3, 1, 0]])).item() == pytest.approx(11 / 4 * LN2)
+    assert rankt5_softmax_loss(scores, torch.tensor([[3, 1, 0]])).item() == pytest.approx(11 * LN2)
     # The third document is not there: softmax 1/3, 2/3.
     assert softmax_loss(scores, torch.tensor([[1.0, 0, -100]])).item() == pytest.approx(math.log(3))
     # The mean over two lists; the one without a positive adds nothing.

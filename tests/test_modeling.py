@@ -330,7 +330,7 @@ def test_ranking_loss_is_listwise_and_ragged_lists_do_not_matter():
     model = build(GemmaEncoderForRanking, encoder_config())
     labels = torch.tensor([[0, 1, 0], [2, 0, 0]])
     outputs = model(**LISTS, labels=labels)
-    expected = F.cross_entropy(outputs.logits, labels.float())  # with graded targets: -sum y log softmax
+    expected = F.cross_entropy(outputs.logits, labels / labels.sum(-1, keepdim=True))  # grades as shares
     torch.testing.assert_close(outputs.loss, expected)
     outputs.loss.backward()
     gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()

@@ -9,12 +9,15 @@ from sentence_transformers.cross_encoder import losses as peers
 
 from modeling_gemma_encoder import RANKING_LOSSES
 from modeling_gemma_encoder.losses_gemma_encoder import (
+    DISTILLATION_LOSSES,
     kl_loss,
     lambdarank_loss,
     margin_mse_loss,
     pair_loss,
     point_ce_loss,
     poly1_loss,
+    rankt5_poly1_loss,
+    rankt5_softmax_loss,
     softmax_loss,
 )
 
@@ -77,9 +80,39 @@ def test_poly1_by_hand():
     # Softmax 1/8, 2/8, 5/8. The right one has 2/8: 2 ln 2 + 3/4. Grades 3 and 1: p = 3/4 * 1/8 + 1/4 * 2/8 = 5/32.
     scores = torch.tensor([[1.0, 2.0, 5.0]]).log()
     assert poly1_loss(scores, torch.tensor([[0, 1, 0]])).item() == pytest.approx(2 * LN2 + 0.75)
-    assert poly1_loss(scores, torch.tensor([[3, 1, 0]])).item() == pytest.approx(11 * LN2 + 27 / 32)
+    assert poly1_loss(scores, torch.tensor([[3, 1, 0]])).item() == pytest.approx(11 / 4 * LN2 + 27 / 32)
+    assert rankt5_poly1_loss(scores, torch.tensor([[3, 1, 0]])).item() == pytest.approx(11 * LN2 + 27 / 32)
     assert poly1_loss(scores, torch.tensor([[0, 0, 0]])).item() == 0
     assert poly1_loss(scores, torch.tensor([[0, 1, 0]]), epsilon=2.0).item() == pytest.approx(2 * LN2 + 1.5)
+
+
+@pytest.mark.parametrize("grades", [[1, 0, 0, 0, 0, 0, 0, 0], [3, 3, 2, 0, 0, 1, 0, 2], [1] * 8, [0.25, 0.5] + [0] * 6])
+def test_a_list_of_equal_scores_costs_the_same_whatever_its_grades(grades):
+    # Of eight equal scores each has softmax 1/8: ln 8, and Poly1 another 1 - 1/8.
+    labels = torch.tensor([grades])
+    assert softmax_loss(torch.zeros(1, 8), labels).item() == pytest.approx(math.log(8))
+    assert poly1_loss(torch.zeros(1, 8), labels).item() == pytest.approx(math.log(8) + 7 / 8)
+    # The paper's form weighs a list by its sum of grades.
+    assert rankt5_softmax_loss(torch.zeros(1, 8), labels).item() == pytest.approx(sum(grades) * math.log(8))
+
+
+def test_softmax_is_cross_entropy_against_the_shares_of_the_grades():
+    scores, labels = torch.randn(4, 8), torch.randint(1, 4, (4, 8)).float()
+    expected = torch.nn.functional.cross_entropy(scores, labels / labels.sum(-1, keepdim=True))
+    torch.testing.assert_close(softmax_loss(scores, labels), expected)
+    torch.testing.assert_close(softmax_loss(scores, 10 * labels), expected)
+
+
+@pytest.mark.parametrize("ours,papers", [(softmax_loss, rankt5_softmax_loss), (poly1_loss, rankt5_poly1_loss)])
+def test_one_relevant_document_has_the_papers_loss_to_the_bit(ours, papers):
+    generator = torch.Generator()
+    labels = torch.tensor([[0, 0, 1, 0], [1, 0, 0, -100], [0, 0, 0, 0]])
+    found = []
+    for loss in (ours, papers):
+        scores = torch.randn(3, 4, generator=generator.manual_seed(0)).requires_grad_()
+        loss(scores, labels).backward()
+        found.append((loss(scores, labels), scores.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_lambdarank_by_hand():
@@ -194,7 +227,7 @@ def test_training_on_one_list_ranks_it(name):
     assert min(scores[0, 1], scores[0, 2]) > max(scores[0, 0], scores[0, 3])
 
 
-@pytest.mark.parametrize("name", ["point_ce", "pair", "softmax", "poly1", "lambdarank"])
+@pytest.mark.parametrize("name", [name for name in RANKING_LOSSES if name not in DISTILLATION_LOSSES])
 def test_negative_relevance_is_refused_but_a_teacher_may_give_it(name):
     with pytest.raises(ValueError, match="`labels` must be 0 or more, or -100"):
         RANKING_LOSSES[name](torch.zeros(1, 2), torch.tensor([[-1, 1]]))
