@@ -9,12 +9,13 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from .tasks import Task
+from .training import mean_losses
 
 
 def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Dataset]], folder: Path) -> None:
     """`learning_curve.png`, and `predictions-<split>.png`: a confusion matrix, or predictions against labels."""
     history = report.get("history", [])
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    losses = [(entry["step"], loss) for entry, loss in mean_losses(history)]
     evaluations = [entry for entry in history if "eval_loss" in entry]
     if losses or evaluations:
         figure = Figure(figsize=(8, 5), layout="constrained")

@@ -71,7 +71,10 @@ def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, blo
 
 
 class StepTimer(TrainerCallback):
-    """Times each optimizer step, from the batch on: compiling, evaluation and pauses are not in the median."""
+    """Times each optimizer step, from the batch on: compiling, evaluation and pauses are not in the median.
+
+    Writes beside each logged training loss of how many steps it is the mean, as `loss_steps`.
+    """
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -79,6 +82,7 @@ class StepTimer(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.before = state.num_input_tokens_seen
+        self.logged = state.global_step  # the Trainer forgets the losses between its last log and a checkpoint
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -86,6 +90,11 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self.began)
         self.tokens = state.num_input_tokens_seen - self.before
+
+    def on_log(self, args, state, control, **kwargs):
+        if "loss" in state.log_history[-1]:
+            state.log_history[-1]["loss_steps"] = state.global_step - self.logged
+            self.logged = state.global_step
 
     def tokens_per_second(self, state) -> float | None:
         """Tokens of a step over the median step's time; None when no step was taken."""
@@ -203,6 +212,34 @@ def leave_report(trainer: Trainer, timer: StepTimer, options, extra: dict, histo
     write(Path(args.output_dir) / "training_log.json", json.dumps(history or state.log_history, indent=1))
 
 
+def mean_losses(history: list[dict]) -> list[tuple[dict, float]]:
+    """
+    Return training losses as means over equally many steps, each with the entry of the history where these end.
+
+    The Trainer logs means over fewer steps than others where it logs the first step alone, goes on from a checkpoint or
+    ends within an epoch. They are merged to the number of steps that leaves out the fewest, or left out.
+    """
+    losses, before = [], 0
+    for entry in history:
+        if "loss" in entry:
+            losses.append((entry, entry.get("loss_steps", entry["step"] - before)))
+            before = entry["step"]
+    merged = {size: _merge(losses, size) for size in sorted({steps for _, steps in losses})}
+    return max(merged.items(), key=lambda item: item[0] * len(item[1]), default=(0, []))[1]
+
+
+def _merge(losses: list[tuple[dict, int]], size: int) -> list[tuple[dict, float]]:
+    found, total, count = [], 0.0, 0
+    for entry, steps in losses:
+        if count + steps > size:
+            total, count = 0.0, 0
+        total, count = total + steps * entry["loss"], count + steps
+        if count == size:
+            found.append((entry, total / size))
+            total, count = 0.0, 0
+    return found
+
+
 def plot_losses(
     history: list[dict],
     held_out: list[str],
@@ -210,20 +247,22 @@ def plot_losses(
     levels: dict[str, dict[str, float]] | None = None,
     ylabel: str = "loss (nats a token)",
 ):
-    """Training and held-out loss over tokens; `levels` of each held-out text are drawn as horizontal lines."""
+    """Training and held-out loss over tokens, the former as `mean_losses` has it; `levels` of each held-out text are
+    drawn as horizontal lines."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
 
-    def draw(key: str, label: str, **style):
-        points = [(entry["num_input_tokens_seen"], entry[key]) for entry in history if key in entry]
+    def draw(entries: list[tuple[dict, float]], label: str, **style):
+        points = [(entry["num_input_tokens_seen"], loss) for entry, loss in entries]
         if points:
             style.setdefault("marker", "." if len(points) < 20 else None)
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
-    draw("loss", "training", color="silver")
+    draw(mean_losses(history), "training", color="silver")
     for number, name in enumerate(held_out):
         label = "held-out" if name == "held_out" else f"held-out {name}"
-        draw(f"eval_{name}_loss", label, color=f"C{number}", marker=".")
+        key = f"eval_{name}_loss"
+        draw([(entry, entry[key]) for entry in history if key in entry], label, color=f"C{number}", marker=".")
         for line, (label, loss) in zip(("--", ":"), (levels or {}).get(name, {}).items(), strict=False):
             axes.axhline(loss, color=f"C{number}", linestyle=line, label=f"{name}, {label}")
     axes.set(xlabel="tokens", ylabel=ylabel, title=path.parent.name)

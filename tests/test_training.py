@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, encoder_config, pad, texts
+from matplotlib.axes import Axes
 from transformers import Trainer, TrainingArguments
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.training import refuse_another_run, under_fsdp
+from modeling_gemma_encoder.reports import plot_run
+from modeling_gemma_encoder.training import StepTimer, mean_losses, plot_losses, refuse_another_run, under_fsdp
 
 NO_DROPOUT = {"attention_dropout": 0, "feedforward_dropout": 0}
 LENGTHS = (9, 3, 5, 7, 2, 8, 4, 6)
@@ -152,3 +154,52 @@ def test_the_trainer_predicts_ragged_lists(tmp_path):
     predictions = trainer.predict(lists)
     assert predictions.predictions.shape == (8, 3) and "test_loss" in predictions.metrics
     assert (predictions.label_ids[4:, 2] == -100).all()
+
+
+class CountingLoss(torch.nn.Module):
+    """A model whose loss of a row is what the row says."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, values, labels=None):
+        return {"loss": values.mean() + 0 * self.weight.sum()}
+
+
+def test_points_of_a_training_curve_are_means_of_equally_many_steps(tmp_path):
+    """The loss of step n is n, so the mean over the four steps up to n is n - 1.5."""
+
+    def train(resume=None, **fields):
+        fields = {"save_strategy": "steps", "save_steps": 6, "per_device_train_batch_size": 1, **fields}
+        fields |= {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
+        data = [{"values": float(n)} for n in range(1, 31)]
+        trainer = Trainer(CountingLoss(), arguments(tmp_path, **fields), train_dataset=data, callbacks=[StepTimer()])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.log_history
+
+    def points(history):
+        return {entry["step"]: pytest.approx(loss) for entry, loss in mean_losses(history)}
+
+    train(max_steps=6, logging_steps=4, logging_first_step=True)  # steps 5 and 6 were not logged when it stopped
+    resumed = train(str(tmp_path / "checkpoint-6"), max_steps=22, logging_steps=4)
+    assert points(resumed) == {4: 2.5, 12: 10.5, 16: 14.5, 20: 18.5}
+    # The last epoch is cut short after 10 of its 30 steps.
+    assert points(train(max_steps=70, logging_strategy="epoch")) == {30: 15.5, 60: 15.5}
+
+
+def test_a_history_that_does_not_say_how_many_steps_is_read_by_its_steps():
+    history = [{"step": step, "loss": loss} for step, loss in ((1, 9.0), (10, 4.0), (20, 3.0), (25, 7.0))]
+    assert [(entry["step"], loss) for entry, loss in mean_losses(history)] == [(10, 4.5), (20, 3.0)]
+    assert mean_losses([{"step": 5, "eval_loss": 1.0}]) == []
+
+
+def test_plots_have_the_points_of_mean_losses(tmp_path, monkeypatch):
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *xy, **style: drawn.append(xy) or plot(axes, *xy, **style))
+    losses = ((1, 9.0), (10, 4.0), (20, 3.0), (25, 7.0))
+    history = [{"step": step, "loss": loss, "num_input_tokens_seen": 100 * step} for step, loss in losses]
+    plot_losses(history, [], tmp_path / "training.png")
+    report = {"history": history, "task": "a", "seed": 1}
+    plot_run(None, report, {}, tmp_path)
+    assert drawn == [((1000, 2000), (4.5, 3.0)), ((10, 20), (4.5, 3.0))]
