@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_gemma_encoder.evaluation import heading
 from modeling_gemma_encoder.files import write
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "msmarco.py"
@@ -41,7 +42,7 @@ def markdown(found: dict, seeds: list[int]) -> str:
     for name, table in found.items():
         measures = list(table[BASELINES[0]])
         title = f"{name}, x 100, mean ± sample deviation of seeds {', '.join(map(str, seeds))}"
-        lines += [f"| {title} | {' | '.join(measures)} |", "| --- |" + " ---: |" * len(measures)]
+        lines += [f"| {title} | {' | '.join(map(heading, measures))} |", "| --- |" + " ---: |" * len(measures)]
         for row, values in table.items():
             cells = [np.atleast_1d(values[measure]) * 100 for measure in measures]
             shown = [f"{c.mean():.1f}" + (f" ± {c.std(ddof=1):.1f}" if len(c) > 1 else "") for c in cells]

@@ -3,11 +3,16 @@
     python examples/evaluate_ranking.py --model my-ranker --data trec_dl/dl2020 --relevance_level 2
     python examples/evaluate_ranking.py --model my-ranker --data trec_dl/dl2019 --run bm25.run --depth 100
     python examples/evaluate_ranking.py --model my-ranker --data sentence-transformers/NanoBEIR-en:NanoMSMARCO
+    python examples/evaluate_ranking.py --model my-ranker --data judged --run bm25 --held_out_of my-ranker
 
 --data is a folder with queries, passages and qrels (see the README here), a file of labelled pairs, or
 a data set on the Hub with configs `queries`, `corpus` and `qrels` (or `default`), `name:split` where it has several.
 Reranked is a run, the 100 best of `--run bm25`, the Hub's own candidates, or what was judged: a judged pool has no
-passages that nobody looked at, so its numbers are above those of a run and cannot be compared with them.
+passages that nobody looked at, so its numbers are above those of a run and cannot be compared with them. How much of
+it is relevant is printed; where most is, or random order beats BM25, no difference is claimed.
+
+BM25 is fitted on the whole collection. nDCG@10 has linear gain, as trec_eval has it; exponential gain is that of
+`--measures "nDCG(dcg='exp-log2')@10"`. --held_out_of measures only the queries that a training by msmarco.py held out.
 
 Leaves the runs in TREC's format, results.json, results.md and per_query.png. Equal scores are ordered by the CRC-32 of
 the passage's id. Queries without candidates count 0; those without a relevant passage, or in a judged pool without an
@@ -19,9 +24,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, parse_measures
+from modeling_gemma_encoder.queries import count_trained_on, only_held_out, say_trained_on
 from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, rerank
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
-from modeling_gemma_encoder.retrieval import read_collection, read_run, retrieve
+from modeling_gemma_encoder.retrieval import add_run, read_collection
 
 
 @dataclass(kw_only=True)
@@ -31,6 +37,9 @@ class EvaluationArguments(ScoringArguments):
     data: str = field(metadata={"help": "What it is measured on."})
     run: str | None = field(default=None, metadata={"help": "A TREC run file to rerank, or `bm25`."})
     depth: int | None = field(default=None, metadata={"help": "Reranks the best so many of a run."})
+    held_out_of: str | None = field(
+        default=None, metadata={"help": "Measures only the queries that the training in this folder held out."}
+    )
     pair_columns: list[str] = field(
         default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of a file of pairs."}
     )
@@ -50,9 +59,10 @@ def main():
     with failing(parser):
         measures = parse_measures(args.measures, args.relevance_level)
         collection = read_collection(args.data, tuple(args.pair_columns))
+        if args.held_out_of:
+            collection = only_held_out(collection, args.held_out_of, args.data)
         if args.run:
-            collection.run = retrieve(collection, args.depth or 100) if args.run == "bm25" else read_run(Path(args.run))
-            collection.check(args.run)
+            add_run(collection, args.run, args.depth)
         if args.depth and collection.run is None:
             raise ValueError(f"--depth {args.depth} is of a run: give --run")
         collection = collection.without_incomparable(args.data)
@@ -65,12 +75,15 @@ def main():
         "data": args.data,
         "dtype": args.dtype,
         "run": args.run or ("its own" if collection.run else "judged pool"),
+        "held_out_of": args.held_out_of,
+        "queries_trained_on": count_trained_on(args.model, collection),
     }
     folder = Path(
         args.output_dir or f"runs/evaluation/{Path(args.model).name}-{Path(args.data).name.replace(':', '-')}"
     )
     found = evaluate(collection, runs, measures, folder, facts)
-    print(f"\n{args.data}, {found['queries']} queries, reranked: {facts['run']}\n\n{found['table']}")
+    number, trained_on = found["queries"], say_trained_on(facts["queries_trained_on"])
+    print(f"\n{args.data}, {number} queries, {trained_on}; reranked: {facts['run']}\n\n{found['table']}")
     print(f"\nRuns, table and plot are in {folder}")
 
 

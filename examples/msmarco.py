@@ -14,8 +14,11 @@ Training data, in whose place `name:config:split` names others with the same col
     a folder                             queries, passages, qrels (.jsonl, .tsv, .txt), perhaps with --train_run
     a file                               labelled pairs, whose columns --pair_columns names
 
-Of a query's passages every epoch draws another list: a relevant one, and --list_size - 1 of the others. Then the
-candidates of --eval_data are reranked. The same command goes on where it was interrupted.
+Of a query's passages every epoch draws another list: a relevant one, and --list_size - 1 of the others. Then what was
+judged of --eval_data, and of the queries that --held_out kept from training, is reranked, or with --eval_run bm25 the
+100 best of the whole collection. nDCG@10 has linear gain, and BM25 is fitted on the whole collection. Where the judged
+pool is mostly relevant, or random order beats BM25, no difference is claimed. The same command goes on where it was
+interrupted.
 """
 
 import json
@@ -29,13 +32,14 @@ from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
 from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
-from modeling_gemma_encoder.files import is_local, read, write
+from modeling_gemma_encoder.files import is_local, write
 from modeling_gemma_encoder.finetuning import build
 from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
+from modeling_gemma_encoder.queries import count_trained_on, say_trained_on, write_queries
 from modeling_gemma_encoder.ranking import load_ranker, rerank
 from modeling_gemma_encoder.recipes import fail, failing
-from modeling_gemma_encoder.retrieval import Collection, lists_of, read_collection, read_run
+from modeling_gemma_encoder.retrieval import Collection, add_run, lists_of, read_collection
 from modeling_gemma_encoder.runs import RECIPE
 from modeling_gemma_encoder.suites import make_parser, parse
 from modeling_gemma_encoder.tasks import FORMATS, Task
@@ -93,7 +97,11 @@ class RankingArguments:
         default=None, metadata={"help": "Folders, files, or judged data on the Hub, `name[:split]`."}
     )
     eval_run: list[str] | None = field(
-        default=None, metadata={"help": "A TREC run file for each of --eval_data to rerank. Default: what was judged."}
+        default=None,
+        metadata={
+            "help": "What to rerank: `bm25`, the 100 best of all passages, for all that is evaluated, or for each of "
+            "--eval_data, the --held_out queries before them, it or a TREC run file. Default: what was judged."
+        },
     )
     eval_depth: int | None = field(default=None, metadata={"help": "Reranks the best so many of a run."})
     pair_columns: list[str] = field(
@@ -111,9 +119,21 @@ class RankingArguments:
             return f"--held_out is a share, at least 0 and below 1, got {self.held_out}"
         if len(self.pair_columns) != 3:
             return f"--pair_columns are three, of query, passage and label, got {' '.join(self.pair_columns)}"
-        if self.eval_run and len(self.eval_run) != len(self.eval_data or ()):
-            return f"--eval_run names {len(self.eval_run)} files for {len(self.eval_data or ())} of --eval_data"
+        several, held = len(self.eval_data or ()), int(self.held_out > 0)
+        if self.eval_run == ["bm25"]:
+            return None if several + held else "--eval_run bm25 needs --eval_data or --held_out to rerank"
+        if self.eval_run and len(self.eval_run) not in (several, several + held):
+            return f"--eval_run names {len(self.eval_run)} files for {several} of --eval_data; bm25 alone is for all"
         return None
+
+    def runs(self) -> tuple[str | None, list[str | None]]:
+        """What is reranked of the queries that are held out, and of each of --eval_data; None for what was judged."""
+        several = len(self.eval_data or ())
+        if not self.eval_run:
+            return None, [None] * several
+        if self.eval_run == ["bm25"]:
+            return "bm25", ["bm25"] * several
+        return (None if len(self.eval_run) == several else self.eval_run[0]), self.eval_run[-several:][:several]
 
 
 # 1. What is measured, and what fits
@@ -121,22 +141,15 @@ class RankingArguments:
 
 def judged(ranking: RankingArguments, held_out: Collection) -> dict[str, Collection]:
     found = {"held-out": held_out.without_incomparable("held-out")} if held_out.qrels else {}
-    for number, source in enumerate(ranking.eval_data or ()):
+    for number, (source, run) in enumerate(zip(ranking.eval_data or (), ranking.runs()[1], strict=True)):
         collection = read_collection(source, tuple(ranking.pair_columns))
-        if ranking.eval_run:
-            collection.run = read_run(Path(ranking.eval_run[number]))
-            collection.check(ranking.eval_run[number])
-        if ranking.eval_depth and collection.run is None:
-            raise ValueError(f"--eval_depth {ranking.eval_depth} is of a run: give --eval_run")
+        if run:
+            add_run(collection, run, ranking.eval_depth)
         short = Path(source).name.replace(":", "-")
         found[short if short not in found else f"{number}-{short}"] = collection.without_incomparable(source)
+    if ranking.eval_depth and (pools := [name for name, collection in found.items() if collection.run is None]):
+        raise ValueError(f"--eval_depth {ranking.eval_depth} is of a run: give --eval_run, also for {', '.join(pools)}")
     return found
-
-
-def trained_on(queries: list[str], collection: Collection) -> int:
-    """How many queries of a collection are among those that are trained on."""
-    known = set(queries)
-    return sum(collection.queries[qid] in known for qid in collection.qrels)
 
 
 def check_lengths(tokenizer, lists: RankingDataset, queries: list[str], max_length: int) -> None:
@@ -180,6 +193,7 @@ def main():
             raise ValueError("--train_data of several places, --held_out and --train_run are for folders and files.")
         if local:
             form = {"pairs": tuple(ranking.pair_columns), "run": ranking.train_run, "held_out": ranking.held_out}
+            form |= {"eval_run": ranking.runs()[0], "eval_depth": ranking.eval_depth}
             lists, queries, digest, held_out = local_lists(
                 ranking.train_data, ranking.list_size, args.seed, options.max_train_samples, **form
             )
@@ -214,8 +228,12 @@ def main():
             )
         elif not finished.exists():
             load_ranker(options.model, device="cpu")  # or a random head would be measured
-    seen = {name: trained_on(queries, collection) for name, collection in collections.items()}
     if args.process_index == 0:
+        if args.do_train:
+            kept = [held_out.queries[qid] for qid in held_out.qrels]
+            write_queries(folder, queries, kept, base=options.model)
+        model_of = folder if args.do_train or finished.exists() else options.model
+        seen = {name: count_trained_on(model_of, collection) for name, collection in collections.items()}
         to_evaluate = ", ".join(collections) or "nothing"
         if ranking.held_out and not held_out.qrels:
             to_evaluate += f" (--held_out {ranking.held_out} of so few queries is none)"
@@ -224,7 +242,7 @@ def main():
             f"{len(lists):,} queries to train on, {steps}lists of up to {ranking.list_size}; to evaluate: {to_evaluate}"
         )
         for name, count in seen.items():
-            if count and args.do_train:
+            if count:
                 print(f"WARNING: {count} of {len(collections[name].qrels)} queries of {name} are also trained on")
 
     set_seed(args.seed)
@@ -239,13 +257,9 @@ def main():
     for name, collection in collections.items() if args.do_eval and model and args.process_index == 0 else ():
         ours = rerank(model, tokenizer, collection, ranking.eval_depth, max_length)
         runs = {"Gemma Encoder": ours, **baselines(collection, ranking.eval_depth)}
-        facts = {"trained_on": ranking.train_data, **asdict(options)}
-        if read(folder / "run.json").get("lists") == digest:  # it was these that the model learned from
-            facts["queries_trained_on"] = seen[name]
+        facts = {"trained_on": ranking.train_data, **asdict(options), "queries_trained_on": seen[name]}
         found = evaluate(collection, runs, measures, folder / name, facts)
-        print(
-            f"\n{name}, {found['queries']} queries, {'a run' if collection.run else 'judged pool'}\n\n{found['table']}"
-        )
+        print(f"\n{name}, {found['queries']} queries, {say_trained_on(seen[name])}\n\n{found['table']}")
     if args.process_index == 0:
         print(f"\nEverything is in {folder}")
 

@@ -147,7 +147,11 @@ def add_ranking(run: Run, name: str, found: dict) -> None:
         for ranker, means in found["means"].items()
     ]
     title = f"{name}, {found['queries']} queries, x 100" if "queries" in found else f"{name}, x 100"
-    table = [f"| {title} | {' | '.join(measures)} |", "| --- |" + " ---: |" * len(measures), *rows]
+    gains = found.get("gains", {})
+    heads = [f"{measure} ({gains[measure]} gain)" if measure in gains else measure for measure in measures]
+    table = [f"| {title} | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(measures), *rows]
+    if warning := found.get("pool", {}).get("warning"):
+        table += ["", f"No finding: {warning}."]
     if seen := found.get("queries_trained_on"):
         queries = found["queries"]
         table += ["", f"{seen} of these {queries} queries were also trained on, so this says little of new ones."]

@@ -44,14 +44,42 @@ def measure(qrels: dict[str, dict[str, int]], run: Run, measures: Sequence) -> d
     Measure -> query -> value, of all queries of `qrels`; one the run does not have is worth 0, as `trec_eval -c` says.
 
     The libraries behind `ir_measures` break ties each in its own way; here they see ranks, in the order of `ranked`.
+    An nDCG of exponential gain is given its gains: `ir_measures` would leave it to a program that takes no ids of text.
     """
     places = {
         qid: {pid: -float(rank) for rank, pid in enumerate(ranked(scores))} for qid, scores in run.items() if scores
     }
     found = {str(one): dict.fromkeys(qrels, 0.0) for one in measures}
-    for value in ir_measures.iter_calc(list(measures), qrels, places):
-        found[str(value.measure)][value.query_id] = value.value
+    for one in measures:  # alone: in one call with gains, other nDCGs would be given them too
+        for value in ir_measures.iter_calc([_with_gains(one, qrels)], qrels, places):
+            found[str(one)][value.query_id] = value.value
     return found
+
+
+def _with_gains(measure, qrels: dict[str, dict[str, int]]):
+    if gain_of(measure) != "exponential":
+        return measure
+    grades = {grade for of_query in qrels.values() for grade in of_query.values() if grade > 0}
+    return measure(dcg="log2", gains={grade: 2**grade - 1 for grade in sorted(grades)})
+
+
+def gain_of(measure) -> str | None:
+    """
+    Say what a passage of grade g is worth to an nDCG before the discount by its rank: "linear", g, as trec_eval has it
+    and so `nDCG@10`; "exponential", 2^g - 1, of `nDCG(dcg='exp-log2')@10`; "own", where the name gives gains. None of
+    other measures.
+    """
+    if measure.NAME != "nDCG":
+        return None
+    if "gains" in measure.params:
+        return "own"
+    return "exponential" if measure.params.get("dcg") == "exp-log2" else "linear"
+
+
+def heading(name: str) -> str:
+    """A measure's name as the head of a column, an nDCG's with its gain."""
+    gain = gain_of(ir_measures.parse_measure(name))
+    return f"{name} ({gain} gain)" if gain else name
 
 
 def measure_lists(scores: np.ndarray, labels: np.ndarray, measures: Sequence) -> dict[str, float]:
@@ -63,12 +91,16 @@ def measure_lists(scores: np.ndarray, labels: np.ndarray, measures: Sequence) ->
 
 
 def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -> dict[str, Run]:
-    """What the same candidates are worth by BM25, in random order, and, if they are a run's, as they came."""
-    first = {}
+    """What the same candidates are worth by BM25 of the whole collection, in random order, and, if they are another
+    run's, as they came."""
+    rows = {}
     if collection.run is not None:
         chosen = collection.candidates(depth)
-        first["first stage"] = {qid: {pid: collection.run[qid][pid] for pid in pids} for qid, pids in chosen.items()}
-    return {"BM25": bm25(collection, depth), **first, "random order": random_order(collection, depth, seed)}
+        run = {qid: collection.run.get(qid, {}) for qid in chosen}
+        rows[collection.first_stage] = {qid: {pid: run[qid][pid] for pid in pids} for qid, pids in chosen.items()}
+    if "BM25" not in rows:
+        rows = {"BM25": bm25(collection, depth), **rows}
+    return {**rows, "random order": random_order(collection, depth, seed)}
 
 
 def random_order(collection: Collection, depth: int | None = None, seed: int = 0) -> Run:
@@ -102,12 +134,34 @@ def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> 
     return {**result, "p": float(test.pvalue), "interval": bounds}
 
 
+def describe_pool(collection: Collection, candidates: Run, means: dict[str, float]) -> dict:
+    """
+    Count the candidates and those of them with a grade above 0, and say as `warning`, else None, why their order tells
+    little: random order beats BM25, or most of what was judged is relevant. Of a run's candidates most may be.
+
+    Args:
+        means: Of one measure, by the names of the runs.
+    """
+    grades = [collection.qrels[qid].get(pid, 0) for qid, passages in candidates.items() for pid in passages]
+    relevant = sum(grade > 0 for grade in grades)
+    share, reasons = relevant / max(1, len(grades)), []
+    if collection.run is None and share > 0.5:
+        reasons.append(f"{share:.1%} of the judged pool is relevant")
+    if means.get("random order", 0) > means.get("BM25", np.inf):
+        reasons.append("random order beats BM25")
+    warning = f"{' and '.join(reasons)}, so that no difference is claimed" if reasons else None
+    if warning and collection.run is None:
+        warning += "; rerank a run of the whole collection, such as bm25"
+    return {"candidates": len(grades), "relevant": relevant, "relevant_share": share, "warning": warning}
+
+
 def evaluate(
     collection: Collection, runs: dict[str, Run], measures: Sequence, folder: Path, facts: dict | None = None
 ) -> dict:
     """
     Measures runs of a collection, the first against each other one, and leaves in `folder` `<name>.run` of each,
-    `results.json` with every query's values, `results.md` and `per_query.png`, the first against the second.
+    `results.json` with every query's values, `results.md` and `per_query.png`, the first against the second. Where
+    `describe_pool` warns, differences have neither p nor interval.
 
     Args:
         facts: Go into `results.json` as they are.
@@ -117,23 +171,38 @@ def evaluate(
     means = {name: {m: float(np.mean([*v.values()])) for m, v in found.items()} for name, found in values.items()}
     first, *others = runs
     main = str(measures[0])
+    pool = describe_pool(collection, runs[first], {name: found[main] for name, found in means.items()})
     compared = {name: compare(values[first][main], values[name][main]) for name in others}
+    if pool["warning"]:
+        compared = {name: {**found, "p": None, "interval": None} for name, found in compared.items()}
     for name, run in runs.items():
         write_run(run, folder / f"{name.replace(' ', '-')}.run", tag=name.replace(" ", "-"))
     result = {**(facts or {}), "means": means, "compared": {f"{main}, {first} - {n}": c for n, c in compared.items()}}
-    result["queries"] = len(collection.qrels)
-    table = markdown(means, compared, main)
+    result |= {"queries": len(collection.qrels), "pool": pool}
+    result["gains"] = {str(one): gain for one in measures if (gain := gain_of(one))}
+    table = "\n".join([markdown(means), "", *conclusions(compared, main, pool, collection.run is None)])
     if others:
-        plot_queries(values[first][main], values[others[0]][main], (first, others[0]), main, folder / "per_query.png")
+        names, path = (first, others[0]), folder / "per_query.png"
+        plot_queries(values[first][main], values[others[0]][main], names, main, path, pool["warning"])
     write(folder / "results.md", table)
     write(folder / "results.json", json.dumps({**result, "per_query": values}, indent=2))
     return {**result, "table": table}
 
 
-def markdown(means: dict[str, dict[str, float]], compared: dict[str, dict], main: str) -> str:
+def markdown(means: dict[str, dict[str, float]]) -> str:
     measures = list(next(iter(means.values())))
-    lines = [f"| x 100 | {' | '.join(measures)} |", "| --- |" + " ---: |" * len(measures)]
+    lines = [f"| x 100 | {' | '.join(map(heading, measures))} |", "| --- |" + " ---: |" * len(measures)]
     lines += [f"| {name} | {' | '.join(f'{100 * found[m]:.1f}' for m in measures)} |" for name, found in means.items()]
+    return "\n".join(lines)
+
+
+def conclusions(compared: dict[str, dict], main: str, pool: dict, judged: bool) -> list[str]:
+    """Lines on what was ranked and by how much the first run is better, or why that is not said."""
+    of_what = "judged pool" if judged else "a run's candidates"
+    share = f"{pool['relevant']:,} of them relevant ({pool['relevant_share']:.1%})"
+    lines = [f"Ranked: {of_what}, {pool['candidates']:,} passages, {share}"]
+    if pool["warning"]:
+        return [*lines, f"\nWARNING: {pool['warning']}."]
     for name, found in compared.items():
         line = f"\n{main} against {name}: {100 * found['difference']:+.1f} over {found['queries']} queries"
         if found["p"] is not None:
@@ -142,11 +211,18 @@ def markdown(means: dict[str, dict[str, float]], compared: dict[str, dict], main
         elif found["queries"] < 10:
             line += ", too few for more"
         lines.append(line)
-    return "\n".join(lines)
+    return lines
 
 
-def plot_queries(ours: dict[str, float], theirs: dict[str, float], names: tuple[str, str], main: str, path: Path):
-    """Each query's difference as a bar, sorted."""
+def plot_queries(
+    ours: dict[str, float],
+    theirs: dict[str, float],
+    names: tuple[str, str],
+    main: str,
+    path: Path,
+    warning: str | None = None,
+):
+    """Each query's difference as a bar, sorted; under the warning, where there is one."""
     differences = np.sort([ours[qid] - theirs[qid] for qid in ours])[::-1]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -156,10 +232,9 @@ def plot_queries(ours: dict[str, float], theirs: dict[str, float], names: tuple[
     axes.bar(range(len(differences)), differences, width=1, color=np.where(differences > 0, "C0", "C3"))
     axes.axhline(differences.mean(), color="black", linestyle="--", label=f"mean {differences.mean():+.3f}")
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    axes.set(
-        xlabel="query, sorted",
-        ylabel=f"{main}, {names[0]} - {names[1]}",
-        title=f"{names[0]} better on {better} of {len(differences)} queries, {names[1]} on {worse}",
-    )
+    title = f"{names[0]} better on {better} of {len(differences)} queries, {names[1]} on {worse}"
+    ylabel = f"{heading(main)}, {names[0]} - {names[1]}"
+    axes.set(xlabel="query, sorted", ylabel=ylabel)
+    axes.set_title(warning.replace("; ", "\n") if warning else title)
     axes.legend()
     figure.savefig(path, dpi=120)

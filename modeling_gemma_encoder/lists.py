@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -11,7 +11,7 @@ from datasets import Dataset, load_dataset
 
 from .data import RankingDataset
 from .losses_gemma_encoder import DISTILLATION_LOSSES
-from .retrieval import Collection, Texts, lists_of, read_collection, read_run, retrieve
+from .retrieval import Collection, Texts, add_run, lists_of, read_collection
 
 CONFIGS = {"sentence-transformers/msmarco-bm25": "triplet-50", "sentence-transformers/msmarco": "labeled-list"}
 CORPORA = {"Tevatron/msmarco-passage-new": "Tevatron/msmarco-passage-corpus-new"}
@@ -107,6 +107,8 @@ def local_lists(
     pairs: tuple[str, str, str] | None = None,
     run: str | None = None,
     held_out: float = 0.0,
+    eval_run: str | None = None,
+    eval_depth: int | None = None,
 ) -> tuple[RankingDataset, list[str], str, Collection]:
     """
     Lists of all queries of folders and files, their queries' texts, a digest of them, and what is held out.
@@ -115,20 +117,19 @@ def local_lists(
         pairs: Columns of query, passage and label in files of pairs.
         run: A TREC run file whose passages are candidates too, or `bm25`, the 100 best.
         held_out: Share of the queries, chosen by their texts, that come back as a collection instead.
+        eval_run: Candidates of what is held out, each query's from its own folder or file; as for `add_run`.
     """
-    queries, passages, rows, rest = {}, {}, [], Collection({}, {}, {})
+    rows, rest = [], Collection({}, {}, {})
     for number, source in enumerate(sources):
         found = read_collection(source, pairs)
         found.run = None
-        out = {qid for qid in found.qrels if crc32(found.queries[qid].encode()) % 1000 < 1000 * held_out}
         mark = f"{number}-" if len(sources) > 1 else ""
-        passages |= {mark + pid: text for pid, text in found.passages.items()}
-        queries |= {mark + qid: text for qid, text in found.queries.items()}
-        rest.qrels |= {mark + qid: {mark + pid: grade for pid, grade in found.qrels[qid].items()} for qid in out}
-        found.qrels = {qid: grades for qid, grades in found.qrels.items() if qid not in out}
+        held = _hold_out(found, held_out)
+        if eval_run and held.qrels:
+            add_run(held, eval_run, eval_depth)
+        _add_marked(rest, held, mark)
         if run:
-            found.run = retrieve(found) if run == "bm25" else read_run(Path(run))
-            found.check(run)
+            add_run(found, run)
         lists, without = lists_of(found, found.run)
         if without:
             print(f"{source}: {without} of {len(found.qrels)} queries have no relevant passage or no other: left out")
@@ -139,6 +140,29 @@ def local_lists(
         raise ValueError(f"{', '.join(sources)}: no query has both a relevant passage and another one{how}.")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
-    rest.queries, rest.passages = queries, passages
-    lists = RankingDataset(rows, list_size, seed, passages, queries)
-    return lists, [queries[row["query"]] for row in rows], sha256(json.dumps(rows).encode()).hexdigest()[:16], rest
+    lists = RankingDataset(rows, list_size, seed, rest.passages, rest.queries)
+    asked = [rest.queries[row["query"]] for row in rows]
+    return lists, asked, sha256(json.dumps(rows).encode()).hexdigest()[:16], rest
+
+
+def _hold_out(found: Collection, share: float) -> Collection:
+    """Takes a share of the judged queries, chosen by their texts, out of a collection."""
+    out = {qid for qid in found.qrels if crc32(found.queries[qid].encode()) % 1000 < 1000 * share}
+    held = replace(found, qrels={qid: grades for qid, grades in found.qrels.items() if qid in out})
+    found.qrels = {qid: grades for qid, grades in found.qrels.items() if qid not in out}
+    return held
+
+
+def _add_marked(rest: Collection, held: Collection, mark: str) -> None:
+    """Adds a collection to another one, its ids after a mark, so that ids of several folders stay apart."""
+
+    def marked(table: dict[str, dict]) -> dict[str, dict]:
+        return {
+            mark + qid: {mark + pid: value for pid, value in table[qid].items()} for qid in held.qrels if qid in table
+        }
+
+    rest.passages |= {mark + pid: text for pid, text in held.passages.items()}
+    rest.queries |= {mark + qid: text for qid, text in held.queries.items()}
+    rest.qrels |= marked(held.qrels)
+    if held.run is not None:
+        rest.run, rest.first_stage = (rest.run or {}) | marked(held.run), held.first_stage

@@ -57,12 +57,14 @@ class Collection:
     Args:
         qrels: Query id -> passage id -> grade, 0 for what was judged and found irrelevant.
         run: Candidates of each query to be reranked, with their first scores. None: what was judged.
+        first_stage: What the run is called in a table.
     """
 
     queries: Mapping[str, str]
     passages: Mapping[str, str]
     qrels: dict[str, dict[str, int]]
     run: Run | None = None
+    first_stage: str = "first stage"
 
     def candidates(self, depth: int | None = None) -> dict[str, list[str]]:
         """Passages of each judged query that are to be ranked: the best `depth` of the run, or what was judged."""
@@ -332,12 +334,12 @@ def _bm25(collection: Collection, pids: list[str]) -> Iterator[tuple[str, np.nda
 def bm25(collection: Collection, depth: int | None = None) -> Run:
     """
     The collection's candidates by BM25 (bm25s: Lucene's, k1 1.5, b 0.75, lower case, no stemming, no stop words),
-    whose statistics are those of all queries' candidates; `depth` as for `candidates`.
+    whose statistics are those of all passages; `depth` as for `candidates`.
     """
-    everything = dict.fromkeys(pid for pids in collection.candidates().values() for pid in pids)
-    places = {pid: place for place, pid in enumerate(everything)}
-    chosen = collection.candidates(depth)
-    return {qid: {pid: float(s[places[pid]]) for pid in chosen[qid]} for qid, s in _bm25(collection, list(everything))}
+    chosen, pids = collection.candidates(depth), list(collection.passages)
+    needed = {pid for of_query in chosen.values() for pid in of_query}
+    places = {pid: place for place, pid in enumerate(pids) if pid in needed}
+    return {qid: {pid: float(s[places[pid]]) for pid in chosen[qid]} for qid, s in _bm25(collection, pids)}
 
 
 def retrieve(collection: Collection, depth: int = 100) -> Run:
@@ -348,6 +350,20 @@ def retrieve(collection: Collection, depth: int = 100) -> Run:
         best = np.argpartition(-scores, depth - 1)[:depth]
         run[qid] = {pids[i]: float(scores[i]) for i in best}
     return run
+
+
+def add_run(collection: Collection, run: str, depth: int | None = None) -> None:
+    """
+    Give a collection candidates: a TREC run file's, or with `bm25` the best `depth`, by default 100, of all passages.
+
+    Raises:
+        ValueError: the run has none of the judged queries, or names what is not there.
+    """
+    if run == "bm25":
+        collection.run, collection.first_stage = retrieve(collection, depth or 100), "BM25"
+    else:
+        collection.run = read_run(Path(run))
+    collection.check(run)
 
 
 def lists_of(collection: Collection, run: Run | None = None) -> tuple[list[dict], int]:

@@ -109,6 +109,15 @@ def test_a_rerankers_card_has_its_baselines(tmp_path):
     assert "\n\n3 of these 54 queries were also trained on, so this says little of new ones." in text
 
 
+def test_a_card_names_the_gain_and_sells_no_finding_that_there_is_not():
+    found = {"means": {"BM25": {"nDCG@10": 0.5, "AP": 0.5}}, "queries": 9, "gains": {"nDCG@10": "linear"}}
+    run = Run()
+    add_ranking(run, "a", {**found, "pool": {"warning": None}})
+    add_ranking(run, "b", {**found, "pool": {"warning": "random order beats BM25"}})
+    assert "| nDCG@10 (linear gain) | AP |" in run.results[0] and "No finding" not in run.results[0]
+    assert run.results[1].endswith("\n\nNo finding: random order beats BM25.")
+
+
 def test_results_from_elsewhere_are_added(tmp_path):
     run = Run()
     add_ranking(run, "dl2023", {"means": {"Gemma Encoder": {"AP": 0.125}}, "queries": 25})

@@ -13,6 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder import lists as lists_module
+from modeling_gemma_encoder.queries import count_trained_on, only_held_out, write_queries
+from modeling_gemma_encoder.retrieval import Collection, read_collection, retrieve, write_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 CORPUS = [{"docid": pid, "text": text} for pid, text in PASSAGES.items()]
@@ -109,7 +111,7 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     other = ["--do_train", "False", "--eval_strategy", "no", "--load_best_model_at_end", "False"]
     command(monkeypatch, msmarco.main, *flags, *other, "--train_data", pairs)  # which it has not learned from
     saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
-    assert "queries_trained_on" not in saved
+    assert saved["queries_trained_on"] == 2  # as its folder says
     capsys.readouterr()
 
     model = AutoModelForSequenceClassification.from_pretrained(runs / "ranker", dtype=torch.float32).eval()
@@ -153,6 +155,94 @@ def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypa
     held_out.check("held-out")
 
 
+@pytest.fixture
+def many(tmp_path):
+    """Thirty queries, each with a relevant passage and an irrelevant one, and passages that nobody judged."""
+    queries = {str(n): f"rain number{n}" for n in range(30)}
+    passages = {f"{n}-{word}": f"{word} number{n}" for n in range(30) for word in ("rain", "sun", "unjudged")}
+    jsonl(tmp_path / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in queries.items()])
+    jsonl(tmp_path / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in passages.items()])
+    (tmp_path / "qrels.txt").write_text("".join(f"{qid} 0 {qid}-rain 1\n{qid} 0 {qid}-sun 0\n" for qid in queries))
+    return tmp_path
+
+
+def test_held_out_queries_rerank_bm25s_best_of_the_whole_collection(many, tmp_path_factory):
+    both = [str(many), str(many)]
+    form = {"list_size": 2, "seed": 0, "held_out": 0.3, "eval_run": "bm25", "eval_depth": 3}
+    _, asked, _, held_out = lists_module.local_lists(both[:1], **form)
+    expected = retrieve(read_collection(str(many)), depth=3)
+    assert held_out.run == {qid: expected[qid] for qid in held_out.qrels} and 1 < len(held_out.run) < 29
+    assert not {held_out.queries[qid] for qid in held_out.run} & set(asked)
+    assert any("unjudged" in pid for scores in held_out.run.values() for pid in scores)
+    # Of two folders each query has the passages of its own.
+    _, _, _, of_both = lists_module.local_lists(both, **form)
+    marked = {f"{n}-{q}": {f"{n}-{p}": s for p, s in held_out.run[q].items()} for n in (0, 1) for q in held_out.run}
+    assert of_both.run == marked and of_both.first_stage == "BM25"
+    # A run file has candidates of the queries that are trained on, too.
+    write_run(expected, tmp_path_factory.mktemp("run") / "it.run", tag="it")
+    form["eval_run"] = str(next(tmp_path_factory.getbasetemp().glob("run*/it.run")))
+    assert lists_module.local_lists(both[:1], **form)[3].run == held_out.run
+
+
+def test_what_a_training_held_out_is_measured_alone(many, decoder, tmp_path_factory, monkeypatch, capsys):
+    runs = tmp_path_factory.mktemp("runs")
+    flags = ["--model", decoder, "--train_data", many, "--held_out", 0.4, "--eval_run", "bm25", "--eval_depth", 4]
+    flags += ["--list_size", 2, "--max_steps", 1, "--use_cpu", "--save_strategy", "no", "--output_dir", runs / "ranker"]
+    command(monkeypatch, msmarco.main, *flags)
+    ours = json.loads((runs / "ranker" / "held-out" / "results.json").read_text())
+    assert ours["means"].keys() == {"Gemma Encoder", "BM25", "random order"} and ours["queries_trained_on"] == 0
+    assert ours["pool"]["candidates"] == 4 * ours["queries"] and 1 < ours["queries"] < 29
+    assert f"held-out, {ours['queries']} queries, 0 of them trained on" in capsys.readouterr().out
+
+    evaluation = ["--model", runs / "ranker", "--data", many, "--run", "bm25", "--depth", 4, "--output_dir", runs / "e"]
+    command(monkeypatch, evaluate_main, *evaluation, "--held_out_of", runs / "ranker")
+    alone = json.loads((runs / "e" / "results.json").read_text())
+    assert alone["per_query"]["BM25"] == ours["per_query"]["BM25"] and alone["queries_trained_on"] == 0
+    assert alone["means"]["Gemma Encoder"] == pytest.approx(ours["means"]["Gemma Encoder"])
+    command(monkeypatch, evaluate_main, *evaluation)
+    everything = json.loads((runs / "e" / "results.json").read_text())
+    assert everything["queries"] == 30 and everything["queries_trained_on"] == 30 - ours["queries"]
+    assert f"30 queries, {30 - ours['queries']} of them trained on; reranked: bm25" in capsys.readouterr().out
+
+    (runs / "ranker" / "queries.json").rename(runs / "queries.json")
+    command(monkeypatch, evaluate_main, *evaluation)
+    assert json.loads((runs / "e" / "results.json").read_text())["queries_trained_on"] is None
+    assert "30 queries, trained on or not is unknown (no queries.json)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command(monkeypatch, evaluate_main, *evaluation, "--held_out_of", runs / "ranker")
+    assert "has no queries.json, which msmarco.py writes" in capsys.readouterr().err
+
+
+def test_a_model_was_trained_on_the_queries_of_the_one_it_began_with(tmp_path):
+    for name, base in (("first", "someone/decoder"), ("second", str(tmp_path / "first"))):
+        (tmp_path / name / "checkpoint-5").mkdir(parents=True)
+        write_queries(tmp_path / name, [f"{name} query"], ["kept"], base)
+    collection = Collection({"1": "first query", "2": "second query", "3": "kept"}, {}, {"1": {}, "2": {}, "3": {}})
+    assert count_trained_on(tmp_path / "first", collection) == 1
+    assert count_trained_on(tmp_path / "second" / "checkpoint-5", collection) == 2
+    assert count_trained_on("someone/decoder", collection) is None
+    assert only_held_out(collection, str(tmp_path / "second"), "it").qrels == {"3": {}}
+    del collection.qrels["3"]
+    with pytest.raises(ValueError, match=r"it has none of the 1 queries that .*second held out"):
+        only_held_out(collection, str(tmp_path / "second"), "it")
+    write_queries(tmp_path / "first", ["a"], [], "someone/decoder")
+    with pytest.raises(ValueError, match="first held out no queries: train with --held_out"):
+        only_held_out(collection, str(tmp_path / "first"), "it")
+
+
+def test_every_evaluated_collection_has_its_run():
+    def runs(**given):
+        ranking = msmarco.RankingArguments(**given)
+        assert ranking.problem() is None
+        return ranking.runs()
+
+    assert runs(eval_data=["a", "b"], held_out=0.1) == (None, [None, None])
+    assert runs(eval_data=["a", "b"], held_out=0.1, eval_run=["bm25"]) == ("bm25", ["bm25", "bm25"])
+    assert runs(held_out=0.1, eval_run=["x.run"]) == ("x.run", [])
+    assert runs(eval_data=["a"], held_out=0.1, eval_run=["x.run"]) == (None, ["x.run"])
+    assert runs(eval_data=["a"], held_out=0.1, eval_run=["bm25", "x.run"]) == ("bm25", ["x.run"])
+
+
 def test_a_checkpoint_that_learned_from_a_teacher_is_not_given_grades(folder, decoder, tmp_path, monkeypatch, capsys):
     model = GemmaEncoderForRanking.from_pretrained(decoder, ranking_loss="kl", dtype=torch.float32)
     model.save_pretrained(tmp_path / "student")
@@ -174,6 +264,7 @@ def test_a_checkpoint_that_learned_from_a_teacher_is_not_given_grades(folder, de
         (["--ranking_loss", "kl"], "needs a teacher's scores"),
         (["--train_run", "not-there.run"], "not-there.run"),
         (["--eval_run", "a", "b"], "--eval_run names 2 files for 0"),
+        (["--eval_run", "bm25"], "--eval_run bm25 needs --eval_data or --held_out"),
         (["--max_length", 14], "leaves no room for a document after the query"),
         (["--max_length", 8], "leaves no room for a query and a document"),
         (["--eval_strategy", "epoch"], "needs --eval_data or --held_out"),

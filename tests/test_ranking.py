@@ -13,13 +13,14 @@ from modeling_gemma_encoder.evaluation import (
     baselines,
     compare,
     evaluate,
+    heading,
     measure,
     measure_lists,
     parse_measures,
     random_order,
 )
 from modeling_gemma_encoder.ranking import load_ranker, rerank, score_pairs
-from modeling_gemma_encoder.retrieval import Collection, read_run
+from modeling_gemma_encoder.retrieval import Collection, add_run, bm25, read_run, retrieve
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 PAIRS = [(f"query {n % 3}", "some words " * (n * 7 % 11)) for n in range(12)]
@@ -95,6 +96,21 @@ def test_measures_are_those_of_the_hand():
     assert found["nDCG@10"]["q"] == pytest.approx(expected)
 
 
+def test_the_gain_of_ndcg_is_the_one_that_its_heading_names():
+    """Grades 2, 0, 1, 3 in this order; the best is 3, 2, 1, 0. A grade g is worth g, or 2^g - 1."""
+    qrels, run = {"q": {"a": 2, "b": 0, "c": 1, "d": 3}}, {"q": {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}}
+    linear = (2 + 1 / 2 + 3 / np.log2(5)) / (3 + 2 / np.log2(3) + 1 / 2)
+    exponential = (3 + 1 / 2 + 7 / np.log2(5)) / (7 + 3 / np.log2(3) + 1 / 2)
+    names = ["nDCG@10", "nDCG(dcg='exp-log2')@10", "RR@10"]
+    for order in (names, names[::-1]):
+        found = measure(qrels, run, parse_measures(order))
+        assert [found[name]["q"] for name in names] == pytest.approx([linear, exponential, 1])
+    assert measure({"q": {"a": 0}}, run, parse_measures(names))[names[1]] == {"q": 0}
+    assert [heading(name) for name in names] == [f"{names[0]} (linear gain)", f"{names[1]} (exponential gain)", "RR@10"]
+    found = measure({"r": {"x": 1, "y": 0}}, RUN, parse_measures(names))  # of grades 0 and 1 both are the same
+    assert found[names[0]]["r"] == found[names[1]]["r"] == pytest.approx(1 / np.log2(3))
+
+
 def test_a_level_of_relevance_counts_where_grades_do_not():
     names = [str(one) for one in parse_measures(["nDCG@10", "RR@10", "AP(rel=1)", "R@100"], relevance_level=2)]
     assert names == ["nDCG@10", "RR(rel=2)@10", "AP", "R(rel=2)@100"]
@@ -153,6 +169,64 @@ def test_a_difference_is_tested_by_its_signs():
     assert compare(ours, theirs)["p"] is compare(ours, theirs)["interval"] is None  # of nine
 
 
+def pooled(irrelevant: int) -> tuple[Collection, dict]:
+    """Twelve queries of ten judged passages, the last irrelevant; we are right, others in the first query alone."""
+    qrels = {f"q{n}": {f"{n}-{i}": int(i < 10 - irrelevant) for i in range(10)} for n in range(12)}
+    best = {qid: {pid: -float(i) for i, pid in enumerate(grades)} for qid, grades in qrels.items()}
+    worst = {qid: {pid: -score for pid, score in scores.items()} for qid, scores in best.items()} | {"q0": best["q0"]}
+    return Collection(dict.fromkeys(qrels, ""), {}, qrels), {"ours": best, "BM25": worst, "random order": worst}
+
+
+def test_the_relevant_share_of_the_pool_is_printed_and_saved(tmp_path):
+    collection, runs = pooled(irrelevant=8)
+    found = evaluate(collection, runs, parse_measures(["RR@10"]), tmp_path)
+    pool = {"candidates": 120, "relevant": 24, "relevant_share": 0.2, "warning": None}
+    assert json.loads((tmp_path / "results.json").read_text())["pool"] == found["pool"] == pool
+    text = (tmp_path / "results.md").read_text()
+    assert "Ranked: judged pool, 120 passages, 24 of them relevant (20.0%)" in text and "WARNING" not in text
+    assert "RR@10 against BM25: +81.5 over 12 queries" in text  # 11/12 of 1 - 1/9
+    assert found["compared"]["RR@10, ours - BM25"]["p"] == pytest.approx(2 / 2**11, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    "irrelevant,random_is_right,reason",
+    [
+        (1, False, "90.0% of the judged pool is relevant"),
+        (8, True, "random order beats BM25"),
+        (1, True, "90.0% of the judged pool is relevant and random order beats BM25"),
+    ],
+)
+def test_no_difference_is_claimed_where_the_order_tells_little(tmp_path, irrelevant, random_is_right, reason):
+    collection, runs = pooled(irrelevant)
+    if random_is_right:
+        runs["random order"] = runs["ours"]
+    found = evaluate(collection, runs, parse_measures(["AP"]), tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert f"WARNING: {reason}, so that no difference is claimed; rerank a run" in text
+    assert "against" not in text and "p = " not in text
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["pool"]["warning"].startswith(reason) and found["compared"] == saved["compared"]
+    assert all(one["p"] is one["interval"] is None for one in saved["compared"].values())
+
+
+def test_most_of_a_runs_candidates_may_be_relevant(tmp_path):
+    """They are what a first stage found, and not what somebody chose to judge."""
+    collection, runs = pooled(irrelevant=1)
+    collection.run = runs["BM25"]
+    found = evaluate(collection, runs, parse_measures(["AP"]), tmp_path)
+    assert found["pool"]["relevant_share"] == 0.9 and found["pool"]["warning"] is None
+    assert "Ranked: a run's candidates, 120 passages" in found["table"] and "AP against BM25: +" in found["table"]
+
+
+def test_bm25_has_one_row():
+    passages = {"a": "sun", "b": "rain", "c": "the sun", "d": "wind"}
+    collection = Collection({"q": "sun"}, passages, {"q": {"a": 1}})
+    add_run(collection, "bm25", depth=3)
+    rows = baselines(collection, depth=2)
+    assert rows.keys() == {"BM25", "random order"} and rows["BM25"] == retrieve(collection, depth=2)
+    assert rows["BM25"] == bm25(collection, depth=2)
+
+
 def test_reranking_leaves_runs_tables_and_a_plot(ranker, tmp_path):
     model, tokenizer = ranker
     queries = {"1": "rain", "2": "sun", "3": "without candidates"}
@@ -171,4 +245,5 @@ def test_reranking_leaves_runs_tables_and_a_plot(ranker, tmp_path):
     assert (tmp_path / "per_query.png").stat().st_size > 5000
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["means"] == found["means"] and set(saved["per_query"]["BM25"]["nDCG@10"]) == {"1", "2", "3"}
-    assert (tmp_path / "results.md").read_text().startswith("| x 100 | nDCG@10 | R@100 |")
+    assert (tmp_path / "results.md").read_text().startswith("| x 100 | nDCG@10 (linear gain) | R@100 |")
+    assert saved["gains"] == {"nDCG@10": "linear"}

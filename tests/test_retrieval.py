@@ -11,6 +11,7 @@ from modeling_gemma_encoder import retrieval
 from modeling_gemma_encoder.retrieval import (
     Collection,
     Texts,
+    add_run,
     bm25,
     lists_of,
     ranked,
@@ -222,6 +223,24 @@ def test_bm25_is_lucenes_by_hand(tmp_path):
     """log(1 + (N - n + 0.5) / (n + 0.5)) * tf / (tf + 1.5 * (0.25 + 0.75 * length / average)), one word a text."""
     collection = Collection({"q": "sun"}, {"a": "sun", "b": "rain", "c": "rain"}, {"q": {"a": 1, "b": 0, "c": 0}})
     assert bm25(collection)["q"]["a"] == pytest.approx(log(1 + 2.5 / 1.5) / 2.5, rel=1e-5)
+
+
+def test_bm25_is_fitted_on_the_whole_collection_and_not_on_the_pool():
+    """By hand as above: three passages, of which two were judged or retrieved."""
+    passages = {"a": "sun", "b": "rain", "c": "rain"}
+    judged = Collection({"q": "sun"}, passages, {"q": {"a": 1, "b": 0}})
+    retrieved = Collection({"q": "sun"}, passages, {"q": {"a": 1}}, run={"q": {"a": 0.1, "b": 0.2}})
+    for collection in (judged, retrieved):
+        assert bm25(collection)["q"] == {"a": pytest.approx(log(1 + 2.5 / 1.5) / 2.5, rel=1e-5), "b": 0}
+
+
+def test_the_candidates_of_bm25_are_the_best_of_all_passages(folder):
+    collection = read_collection(str(folder))
+    add_run(collection, "bm25", depth=3)
+    assert collection.run == retrieve(read_collection(str(folder)), depth=3) and collection.first_stage == "BM25"
+    write_run({"1": {"d": 1.0}}, folder / "other.run", tag="other")
+    add_run(collection := read_collection(str(folder)), str(folder / "other.run"))
+    assert collection.run == {"1": {"d": 1.0}} and collection.first_stage == "first stage"
 
 
 def test_lists_are_what_was_judged_and_the_runs_passages(folder):
