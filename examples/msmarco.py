@@ -273,8 +273,6 @@ def cannot_do(options, args) -> str | None:
     """Flags of other scripts, which would do nothing here."""
     if options.max_eval_samples is not None or options.preprocessing_num_workers is not None:
         return "--max_eval_samples and --preprocessing_num_workers do nothing here; see --eval_depth"
-    if args.label_smoothing_factor:
-        return "--label_smoothing_factor is for tasks with one class a row"
     if args.do_predict:
         return "--do_predict does nothing here: rerank.py writes scores"
     return None

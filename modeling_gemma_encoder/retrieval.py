@@ -258,12 +258,15 @@ def read_run(path: Path) -> Run:
 
 
 def write_run(run: Run, path: Path, tag: str) -> None:
-    """TREC's format, best first; all of it or nothing."""
+    """Write TREC's format, best first; all of it or nothing. Ids that hold blanks are parted by tabs, as we read them."""
+    ids = [*run, *(pid for scores in run.values() for pid in scores)]
+    tag = re.sub(r"\s+", "-", tag)
+    gap = "\t" if any(re.search(r"\s", one) for one in ids) else " "
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         for qid, scores in run.items():
             for rank, pid in enumerate(ranked(scores), start=1):
-                file.write(f"{qid} Q0 {pid} {rank} {scores[pid]!r} {tag}\n")
+                file.write(gap.join((qid, "Q0", pid, str(rank), repr(scores[pid]), tag)) + "\n")
     part.replace(path)
 
 

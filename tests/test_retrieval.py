@@ -251,3 +251,13 @@ def test_lists_are_what_was_judged_and_the_runs_passages(folder):
     assert grades == [{"a": 2, "c": 0, "d": 0}, {"b": 1, "d": 0}]
     collection.qrels = {"1": {"a": 1}, "2": {"b": 1}}
     assert lists_of(collection) == ([], 2)
+
+
+@pytest.mark.parametrize("pid", ["p1", "passage 1", "a  b"])
+def test_a_run_that_is_written_is_read_again(pid, tmp_path):
+    """Whatever ids it has; those without blanks in the form that trec_eval reads."""
+    run = {"q1": {pid: 1.5, "p2": 0.1 + 0.2}, "q2": {"p2": -1.0}}
+    write_run(run, tmp_path / "own.run", tag="my own")
+    assert read_run(tmp_path / "own.run") == run
+    if " " not in pid:
+        assert (tmp_path / "own.run").read_text().splitlines()[0] == "q1 Q0 p1 1 1.5 my-own"
