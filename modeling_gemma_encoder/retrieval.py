@@ -258,7 +258,7 @@ def read_run(path: Path) -> Run:
 
 
 def write_run(run: Run, path: Path, tag: str) -> None:
-    """Write TREC's format, best first; all of it or nothing. Ids that hold blanks are parted by tabs, as we read them."""
+    """Write TREC's format, best first; all of it or nothing. Tabs part ids that hold blanks, as they are read."""
     ids = [*run, *(pid for scores in run.values() for pid in scores)]
     tag = re.sub(r"\s+", "-", tag)
     gap = "\t" if any(re.search(r"\s", one) for one in ids) else " "
