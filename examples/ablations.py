@@ -53,7 +53,7 @@ from modeling_gemma_encoder.differences import LeftOut, add_differences, split_i
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.metrics import of_columns, pearson_and_spearman
-from modeling_gemma_encoder.recipes import RecipeParser, fail, failing
+from modeling_gemma_encoder.recipes import RecipeParser, fail, failing, interruptible
 from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run
 from modeling_gemma_encoder.tasks import Source, Task, by_label
 from modeling_gemma_encoder.training import provenance
@@ -400,6 +400,7 @@ class BenchElsewhere(Bench):
         super().__init__(*bench)
 
 
+@interruptible()
 def main():
     parser = RecipeParser((AblationArguments, FineTuningArguments, TrainingArguments), __doc__, HelpOfSuites)
     parser.set_defaults(output_dir="runs/ablations", **COMMON)
@@ -457,8 +458,13 @@ def main():
     runs = len(wanted) * (len(own.seeds) + (len(rates) if len(rates) > 1 else 0))
     kept = "alone " * own.finished_only
     print(f"{runs} runs, to choose rates and then of each seed; those finished in {root} are {kept}read", flush=True)
-    with failing(parser):
-        found = run_studies(studies, names, options, rates, own.seeds, workers)
+    try:
+        with failing(parser):
+            found = run_studies(studies, names, options, rates, own.seeds, workers)
+    except KeyboardInterrupt:
+        done = len([*root.glob("cells/*/*/*/results.json")])
+        how = f"the same command goes on, and reads the {done} cells that are finished in {root}"
+        raise KeyboardInterrupt(how) from None
     if not found:
         fail(parser, f"--finished_only: no variant is finished in {root} with these --learning_rates and --seeds")
     studies = {name: study for name, study in studies.items() if name in found}

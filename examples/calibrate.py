@@ -17,7 +17,7 @@ import torch
 from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.ranking import DTYPE, Dtype, ScoringArguments, load_ranker, rerank
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder.retrieval import read_collection
 
 
@@ -39,6 +39,7 @@ class CalibrationArguments(ScoringArguments):
     seed: int = field(default=0, metadata={"help": "Of the halves."})
 
 
+@interruptible()
 def main():
     parser = ScriptParser(CalibrationArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]

@@ -40,7 +40,7 @@ from sklearn.model_selection import train_test_split
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.files import read, write
 from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, of_columns, pearson_and_spearman
-from modeling_gemma_encoder.recipes import fail, failing
+from modeling_gemma_encoder.recipes import fail, failing, interruptible
 from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions
 from modeling_gemma_encoder.suites import cannot_run, conclude, make_parser, of_run, parse
 from modeling_gemma_encoder.tasks import Task, at_row, by_label, fill_texts, predictions_of, read_file
@@ -475,6 +475,7 @@ def task_of(table: TableArguments, model: str | None = None) -> tuple[str, Task,
     return table.dataset or Path(file).name, task, source
 
 
+@interruptible()
 def main():
     parser = make_parser(TableArguments, "runs/classify", __doc__)
     given = parser.parse_args()

@@ -48,7 +48,7 @@ from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Poolin
 from modeling_gemma_encoder.data import RankingCollator
 from modeling_gemma_encoder.finetuning import freeze_embeddings, parameters_of, refuse_smoothing
 from modeling_gemma_encoder.ranking import choose
-from modeling_gemma_encoder.recipes import ScriptParser, failing
+from modeling_gemma_encoder.recipes import ScriptParser, failing, interruptible
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
 
@@ -355,6 +355,7 @@ def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
 # 3. Everything
 
 
+@interruptible()
 def main():
     demo, _ = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(return_remaining_strings=True)
     parser = ScriptParser((DemoArguments, TrainingArguments), __doc__)

@@ -26,7 +26,7 @@ from typing import ClassVar
 from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, parse_measures
 from modeling_gemma_encoder.queries import count_trained_on, only_held_out, say_trained_on
 from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, rerank
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder.retrieval import add_run, read_collection
 
 
@@ -51,6 +51,7 @@ class EvaluationArguments(ScoringArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Default: runs/evaluation/<model>-<data>."})
 
 
+@interruptible()
 def main():
     parser = ScriptParser(EvaluationArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]

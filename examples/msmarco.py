@@ -38,7 +38,7 @@ from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
 from modeling_gemma_encoder.queries import count_trained_on, say_trained_on, write_queries
 from modeling_gemma_encoder.ranking import load_ranker, rerank
-from modeling_gemma_encoder.recipes import fail, failing
+from modeling_gemma_encoder.recipes import fail, failing, interruptible
 from modeling_gemma_encoder.retrieval import Collection, add_run, lists_of, read_collection
 from modeling_gemma_encoder.runs import RECIPE
 from modeling_gemma_encoder.suites import make_parser, parse
@@ -52,7 +52,10 @@ from modeling_gemma_encoder.training import (
     plot_losses,
     provenance,
     refuse_another_run,
+    replacing_weights,
+    resumable,
     rows_per_step,
+    train_from,
 )
 
 # Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.
@@ -168,10 +171,17 @@ def check_lengths(tokenizer, lists: RankingDataset, queries: list[str], max_leng
 # 2. Everything
 
 
+@interruptible()
 def main():
     parser = make_parser(RankingArguments, "runs/msmarco", __doc__)
     parser.set_defaults(**DEFAULTS)
     ranking, options, args = parse(parser, TASK)
+    with resumable(args, Path(args.output_dir) / "training.json"):
+        train_and_evaluate(parser, ranking, options, args)
+
+
+def train_and_evaluate(parser, ranking, options, args):
+    """Everything, as the command line says."""
     if problem := ranking.problem() or cannot_do(options, args):
         fail(parser, problem)
     folder = Path(args.output_dir)
@@ -287,8 +297,10 @@ def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measu
 
     timer = StepTimer()
     args.include_num_input_tokens_seen = "non_padding"
+    with replacing_weights(checkpoint):
+        model = build(TASK, options)
     trainer = Trainer(
-        build(TASK, options),
+        model,
         args,
         train_dataset=lists,
         eval_dataset=lists_out,
@@ -297,7 +309,7 @@ def train(ranking, options, args, lists, lists_out, tokenizer, max_length, measu
         compute_metrics=score,
         callbacks=[FreshLists(lists), timer],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         history = trainer.state.log_history

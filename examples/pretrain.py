@@ -47,7 +47,7 @@ from transformers import (
 )
 
 from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder.text import (
     TextArguments,
     collate_blocks,
@@ -66,9 +66,11 @@ from modeling_gemma_encoder.training import (
     leave_report,
     plot_losses,
     refuse_another_run,
+    resumable,
     rows_per_step,
     say_how_long,
     set_steps,
+    train_from,
 )
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
@@ -190,6 +192,7 @@ def ngram_perplexities(train, held_out: dict, vocab_size: int, limit: int) -> di
 # 3. Training
 
 
+@interruptible()
 def main():
     parser = ScriptParser((PretrainingArguments, TrainingArguments), __doc__, HelpOfReading)
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
@@ -202,6 +205,12 @@ def main():
     )
     set_steps(parser)
     options, args = parser.parse_args_into_dataclasses()
+    with resumable(args):
+        pretrain(parser, options, args)
+
+
+def pretrain(parser, options, args):
+    """Everything, as the command line says."""
     if problem := options.problem():
         fail(parser, problem)
     with failing(parser):
@@ -233,7 +242,7 @@ def main():
         processing_class=tokenizer,
         callbacks=[timer],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
 
     # Held-out perplexity is that of the weights as they are saved.
     dtype = getattr(torch, options.save_dtype)

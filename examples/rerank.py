@@ -14,7 +14,8 @@
 
 Scores are logits, higher is better. Rows come out in their order. Batches are of like length and hold
 --tokens_per_batch tokens. Every --rows_at_once rows what is scored is on disk, in <output>.rows: after an interruption
-the same command goes on there, and nothing is lost or written twice. <output> is there when all of it is.
+the same command goes on there, and nothing is lost or written twice. <output> is there when all of it is, and beside
+it <output>.rows.json, what it was made with: the same command again changes nothing, another is refused.
 """
 
 import csv
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from modeling_gemma_encoder.files import read_lines, read_table, write
 from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
 from modeling_gemma_encoder.templates import encode_pairs
 
@@ -63,8 +64,6 @@ class RerankArguments(ScoringArguments):
             return "--run needs --data, the folder with its queries and passages"
         if self.query is None and not self.output:
             return "--output is needed"
-        if self.output and Path(self.output).exists():
-            return f"--output {self.output} is there already: delete it, or name another"
         if self.input and Path(self.input).suffix not in (".jsonl", ".csv", ".tsv"):
             return f"--input {self.input} is neither .jsonl nor .csv nor .tsv"
         ends = {Path(self.input).suffix, Path(self.output).suffix} if self.input and self.output else set()
@@ -174,6 +173,8 @@ def rerank(args: RerankArguments) -> int:
     """Scores what is left of the input, and returns the number of its rows."""
     output = Path(args.output)
     part, facts = output.with_name(output.name + ".rows"), output.with_name(output.name + ".rows.json")
+    if output.exists() and not facts.exists():
+        raise ValueError(f"--output {output} is there already, without {facts.name}: delete it, or name another.")
     sizes, queries = [], set()
     for _, pairs in rows_of(args):  # a bad row is found now, not after hours
         sizes.append(len(pairs))
@@ -183,10 +184,12 @@ def rerank(args: RerankArguments) -> int:
     args.dtype, args.device = choose(args.dtype, args.device)
     began = {key: value for key, value in asdict(args).items() if key not in ("tokens_per_batch", "device")}
     for place in (args.model, args.data, args.input or args.run):  # what the scores depend on
-        began[f"files of {place}"] = stamp(Path(place)) if place else None
-    if part.exists() and facts.exists() and (before := json.loads(facts.read_text())) != began:
-        changed = ", ".join(name for name in began if before.get(name) != began[name])
-        raise ValueError(f"{part} was begun otherwise ({changed}): delete it, or name another --output.")
+        began[f"files of {place}"] = stamp(Path(place), output) if place else None
+    if facts.exists():
+        refuse_another(began, json.loads(facts.read_text()), output, part)
+    if output.exists():
+        print("Nothing is left to do")
+        return len(sizes)
     model, tokenizer = load_ranker(args.model, args.dtype, args.device)
     positions = model.config.max_position_embeddings
     max_length = min(args.max_length or tokenizer.model_max_length, positions)
@@ -196,19 +199,7 @@ def rerank(args: RerankArguments) -> int:
     write(facts, json.dumps(began, indent=2))
     if done:
         print(f"Going on after {done:,} of {len(sizes):,} rows")
-    rows = islice(rows_of(args), done, None)
-    with (
-        part.open("a" if done else "w", encoding="utf-8", newline="\n") as file,
-        tqdm(total=sum(sizes), initial=sum(sizes[:done]), desc="Scoring", unit=" pairs") as progress,
-    ):
-        while some := list(islice(rows, args.rows_at_once)):
-            pairs = [pair for _, of_row in some for pair in of_row]
-            scores = score_pairs(model, tokenizer, pairs, args.max_length, args.tokens_per_batch, progress)
-            left = iter(scores.tolist())
-            rows_out = (write_row(row, list(islice(left, len(of_row))), args.pair_columns) for row, of_row in some)
-            file.write("".join(row + "\n" for row in rows_out))
-            file.flush()
-            os.fsync(file.fileno())
+    score_rows(args, model, tokenizer, part, sizes, done)
     if args.run:
         write_run(as_run(part), output, tag=Path(args.model).name)
         part.unlink()
@@ -217,8 +208,39 @@ def rerank(args: RerankArguments) -> int:
         part.unlink()
     else:
         part.replace(output)
-    facts.unlink()
     return len(sizes)
+
+
+def refuse_another(began: dict, before: dict, output: Path, part: Path) -> None:
+    """Raises ValueError where scores that are there, all or some, were made of something else, or otherwise."""
+    there = output if output.exists() else part
+    free = ("output", "rows_at_once") if there is output else ()
+    changed = ", ".join(name for name in began if name not in free and before.get(name) != began[name])
+    if changed and there.exists():
+        made = "made" if there is output else "begun"
+        raise ValueError(f"{there} was {made} otherwise ({changed}): delete it, or name another --output.")
+
+
+def score_rows(args: RerankArguments, model, tokenizer, part: Path, sizes: list[int], done: int) -> None:
+    """Appends the rows after the first `done`, and their scores, to `part`, --rows_at_once at a time."""
+    rows = islice(rows_of(args), done, None)
+    with (
+        part.open("a" if done else "w", encoding="utf-8", newline="\n") as file,
+        tqdm(total=sum(sizes), initial=sum(sizes[:done]), desc="Scoring", unit=" pairs") as progress,
+    ):
+        while some := list(islice(rows, args.rows_at_once)):
+            pairs = [pair for _, of_row in some for pair in of_row]
+            try:
+                scores = score_pairs(model, tokenizer, pairs, args.max_length, args.tokens_per_batch, progress)
+            except KeyboardInterrupt:
+                how = f"{done:,} of {len(sizes):,} rows are in {part}, and the same command goes on after them"
+                raise KeyboardInterrupt(how) from None
+            left = iter(scores.tolist())
+            rows_out = (write_row(row, list(islice(left, len(of_row))), args.pair_columns) for row, of_row in some)
+            file.write("".join(row + "\n" for row in rows_out))
+            file.flush()
+            os.fsync(file.fileno())
+            done += len(some)
 
 
 def keep_whole(part: Path, rows_at_once: int) -> int:
@@ -236,10 +258,14 @@ def keep_whole(part: Path, rows_at_once: int) -> int:
     return done
 
 
-def stamp(path: Path) -> dict[str, list[int]]:
-    """Sizes and times of a file, or of a folder's files; nothing of a repository's, which has a revision."""
+def stamp(path: Path, output: Path) -> dict[str, list[int]]:
+    """Sizes and times of a file, or of a folder's files but the output; nothing of a repository's, which has a
+    revision."""
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    found = {file.name: file.stat() for file in files if file.exists()}
+    ours = {
+        output.resolve().with_name(output.name + end) for end in ("", ".part", ".rows", ".rows.json", ".rows.json.part")
+    }
+    found = {file.name: file.stat() for file in files if file.exists() and file.resolve() not in ours}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
@@ -254,6 +280,7 @@ def as_run(part: Path) -> Run:
 # 3. Everything
 
 
+@interruptible()
 def main():
     parser = ScriptParser(RerankArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]

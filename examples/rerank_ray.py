@@ -21,7 +21,7 @@ import ray
 import torch
 
 from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 
 READERS = {".jsonl": "read_json", ".json": "read_json", ".parquet": "read_parquet"}
 
@@ -84,6 +84,7 @@ def read(path: Path) -> ray.data.Dataset:
     return rows
 
 
+@interruptible()
 def main():
     parser = ScriptParser(RayArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]

@@ -40,7 +40,7 @@ from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
-from modeling_gemma_encoder.recipes import RecipeParser, fail, failing
+from modeling_gemma_encoder.recipes import RecipeParser, fail, failing, interruptible
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 from modeling_gemma_encoder.training import (
     READING,
@@ -51,9 +51,12 @@ from modeling_gemma_encoder.training import (
     leave_report,
     plot_losses,
     refuse_another_run,
+    replacing_weights,
+    resumable,
     rows_per_step,
     say_how_long,
     set_steps,
+    train_from,
     under_fsdp,
 )
 
@@ -156,6 +159,7 @@ def mask_with(tokenizer, mask_token: str | None):
     return tokenizer
 
 
+@interruptible()
 def main():
     parser = RecipeParser((UptrainingArguments, TrainingArguments), __doc__, HelpOfReading)
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
@@ -167,6 +171,12 @@ def main():
     )
     set_steps(parser)
     options, args = parser.parse_args_into_dataclasses()
+    with resumable(args):
+        uptrain(parser, options, args)
+
+
+def uptrain(parser, options, args):
+    """Everything, as the command line says."""
     with failing(parser):
         problem = options.problem()
     if problem:
@@ -182,15 +192,16 @@ def main():
         run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
         refuse_another_run(run, folder, checkpoint, is_main, defaults_of(options))
 
-        model = GemmaEncoderForMaskedLM.from_pretrained(
-            options.model,
-            attention=options.attention,
-            masked_lm_objective=options.objective,
-            attention_dropout=options.dropout,
-            feedforward_dropout=options.dropout,
-            attn_implementation=options.attn_implementation,
-            dtype=getattr(torch, options.dtype),
-        )
+        with replacing_weights(checkpoint):
+            model = GemmaEncoderForMaskedLM.from_pretrained(
+                options.model,
+                attention=options.attention,
+                masked_lm_objective=options.objective,
+                attention_dropout=options.dropout,
+                feedforward_dropout=options.dropout,
+                attn_implementation=options.attn_implementation,
+                dtype=getattr(torch, options.dtype),
+            )
         softcap = getattr(model.config.text_config, "attn_logit_softcapping", None)
         refuse_training(options.attn_implementation, options.dropout, softcap, args)
         verify_attention(model)
@@ -226,7 +237,7 @@ def main():
         callbacks=[masking, timer],
     )
     before = perplexities(trainer, held_out)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     verify_attention(model)
     if adapted is not model:
         model.float()  # or the sum is rounded once more

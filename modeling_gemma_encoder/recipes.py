@@ -40,6 +40,22 @@ def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
         fail(parser, f"{begin}{error}: {error.__cause__}")
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """
+    End the process on Ctrl-C with one line and the code 130, as shells have it; also a decorator.
+
+    What is interrupted says how to go on by raising `KeyboardInterrupt` with that text.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":  # one line for all processes
+            how = str(interrupt) or "nothing new was saved; give the same command again"
+            print(f"\nInterrupted: {how}.", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """A script's description as it is written, and defaults of all flags."""
 

@@ -40,7 +40,10 @@ from .training import (
     defaults_of,
     provenance,
     refuse_another_run,
+    replacing_weights,
+    resumable,
     rows_per_step,
+    train_from,
     under_fsdp,
 )
 from .verification_gemma_encoder import verify_attention
@@ -171,7 +174,8 @@ def fine_tune(
             "run this command again in one process."
         )
     try:
-        return _run(name, task, data, options, args, trained, make, checkpoint, report, wanted)
+        with resumable(args, finished):
+            return _run(name, task, data, options, args, trained, make, checkpoint, report, wanted)
     finally:  # the Trainer and its model hold each other: the next run needs the memory
         gc.collect()
         if torch.accelerator.is_available():
@@ -222,7 +226,8 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     folder = Path(args.output_dir)
     train = trained is None and args.do_train
     attention = {"attn_implementation": options.attn_implementation}
-    model = task.head.from_pretrained(trained, **attention) if trained else (make or build)(task, options)
+    with replacing_weights(checkpoint if train else None):
+        model = task.head.from_pretrained(trained, **attention) if trained else (make or build)(task, options)
     tokenizer, first = data.tokenizer, next(iter(data.validation), None)
     pad, timer = DataCollatorWithPadding(tokenizer), StepTimer()
 
@@ -253,7 +258,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
         rate = f"learning rate {args.learning_rate:g}, up to {data.max_length} tokens"
         print(f"{name}, seed {args.seed}: {len(data.train):,} rows, {long}, {batch} rows a step, {rate}", flush=True)
     if train:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train_from(trainer, checkpoint)
         trainer.save_model()
     if make is None and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         verify_attention(trainer.model)

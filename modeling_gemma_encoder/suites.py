@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from .files import is_local, write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
-from .recipes import Help, RecipeParser, fail, failing, share_batch
+from .recipes import Help, RecipeParser, fail, failing, interruptible, share_batch
 from .reports import average, markdown, summarize, without_scores
 from .runs import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
@@ -45,6 +45,7 @@ class HelpOfSuites(Help):
     }
 
 
+@interruptible()
 def run_suite(
     tasks: dict[str, Task], dataset: str, output_dir: str, submission: Submission, unscored=(), description: str = ""
 ) -> None:

@@ -8,6 +8,8 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +21,7 @@ from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from .cards import masked
 from .files import write
@@ -142,6 +145,51 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():
         raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint of the Trainer")
     return args.resume_from_checkpoint
+
+
+def step_of(checkpoint: str) -> int:
+    """The optimizer step at which a checkpoint was written."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+
+
+def train_from(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from the start or from a checkpoint, which is said."""
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"Resuming from step {step_of(checkpoint)}, {checkpoint}", flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextmanager
+def resumable(args: TrainingArguments, finished: Path | None = None) -> Iterator[None]:
+    """
+    Have an interruption say where the same command goes on.
+
+    Args:
+        finished: A file that is there when the model is trained and saved.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        checkpoint = checkpoint_to_resume(args)
+        if finished is not None and finished.exists():
+            how = f"the model in {args.output_dir} is trained, and the same command goes on after that"
+        elif checkpoint:
+            how = f"the same command goes on from step {step_of(checkpoint)}, {checkpoint}"
+        else:
+            how = f"nothing was saved in {args.output_dir} yet, so the same command begins anew"
+        raise KeyboardInterrupt(how) from None
+
+
+@contextmanager
+def replacing_weights(checkpoint: str | None) -> Iterator[None]:
+    """Load without upstream's warning of new weights, where those of a checkpoint are about to replace them."""
+    verbosity = logging.get_verbosity()
+    if checkpoint:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def rows_per_step(args: TrainingArguments) -> int:

@@ -52,7 +52,7 @@ def test_rows_come_out_in_order_with_their_scores(folder, tmp_path, monkeypatch)
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [{key: row[key] for key in ("id", "query", "passage")} for row in found] == ROWS
     np.testing.assert_allclose([row["score"] for row in found], scores, atol=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.rows.json"]
 
     lists = [{"query": f"query {n}", "passages": [f"text {i}" for i in range(n)]} for n in range(1, 6)]
     jsonl(tmp_path / "lists.jsonl", lists)
@@ -81,7 +81,7 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
-def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monkeypatch):
+def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monkeypatch, capsys):
     texts = ["It rains.", 'He said "no",\nand left.', "old\rMac", "", "ä" * 140_000]
     rows = [{"passages": str(n), "answer": text, "question": "rain, snow"} for n, text in enumerate(texts)]
     source, output = tmp_path / "in.csv", tmp_path / "out.csv"
@@ -90,11 +90,13 @@ def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monk
         writer.writeheader()
         writer.writerows(rows)
     flags = ["--input", source, "--output", output, "--rows_at_once", 2, "--pair_columns", "question", "answer"]
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as context, pytest.raises(SystemExit) as ended:
         calls = iter([score_pairs])
         context.setattr(rerank, "score_pairs", lambda *args: next(calls, interrupt)(*args))
         command(monkeypatch, folder, *flags)
-    assert not output.exists()
+    assert not output.exists() and ended.value.code == 130
+    how = f"Interrupted: 2 of 5 rows are in {output}.rows, and the same command goes on after them."
+    assert capsys.readouterr().err.splitlines()[-1] == how
     scored = []
     monkeypatch.setattr(rerank, "score_pairs", lambda *args: (scored.append(len(args[2])), score_pairs(*args))[1])
     command(monkeypatch, folder, *flags)
@@ -104,7 +106,7 @@ def test_csv_keeps_its_columns_and_texts_of_several_lines(folder, tmp_path, monk
     assert [{key: row[key] for key in rows[0]} for row in found] == rows
     scores = expected(folder, [("rain, snow", text) for text in texts])
     np.testing.assert_allclose([float(row["score"]) for row in found], scores, atol=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv", "out.csv.rows.json"]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,41 @@ def test_another_input_does_not_go_on(folder, tmp_path, monkeypatch, capsys):
         command(monkeypatch, folder, *flags)
     assert "was begun otherwise (files of " in capsys.readouterr().err
     assert len((tmp_path / "out.jsonl.rows").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "a.run"])
+def test_a_finished_output_is_read_and_another_is_refused(folder, tmp_path, monkeypatch, capsys, name):
+    jsonl(tmp_path / "in.jsonl", ROWS[:3])
+    (tmp_path / "in.csv").write_text("query,passage\n" + "rain,It rains.\n" * 3)
+    jsonl(tmp_path / "queries.jsonl", [{"qid": "1", "text": "rain"}])
+    jsonl(tmp_path / "passages.jsonl", [{"pid": pid, "text": "It rains."} for pid in "abc"])
+    (tmp_path / "a.run").write_text("".join(f"1 Q0 {pid} 1 3.0 t\n" for pid in "abc"))
+    flags = ["--data", tmp_path, "--run"] if name == "a.run" else ["--input"]
+    output = tmp_path / f"out{Path(name).suffix}"
+    flags += [tmp_path / name, "--output", output, "--tokens_per_batch", 100]
+    command(monkeypatch, folder, *flags)
+    written, stat = output.read_bytes(), output.stat()
+    capsys.readouterr()
+
+    def never(*args):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(rerank, "score_pairs", never)
+    monkeypatch.setattr(rerank, "load_ranker", never)
+    for free in ([], ["--tokens_per_batch", 50], ["--rows_at_once", 1]):  # which change no score
+        command(monkeypatch, folder, *flags, *free)
+        assert capsys.readouterr().out.endswith(f"Nothing is left to do\nScores of 3 rows are in {output}\n")
+    for other, named in ((["--max_length", 32], "max_length"), (["--dtype", "bfloat16"], "dtype")):
+        with pytest.raises(SystemExit) as ended:
+            command(monkeypatch, folder, *flags, *other)
+        assert ended.value.code == 2
+        assert f"{output} was made otherwise ({named}): delete it, or name another" in capsys.readouterr().err
+    (tmp_path / name).write_text("".join((tmp_path / name).read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, folder, *flags)
+    said = capsys.readouterr().err
+    assert "was made otherwise (files of " in said and f"files of {tmp_path / name})" in said
+    assert (output.read_bytes(), output.stat().st_mtime_ns) == (written, stat.st_mtime_ns)
 
 
 @pytest.mark.parametrize(
