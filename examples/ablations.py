@@ -20,6 +20,7 @@ A cell that is finished is read, an interrupted command goes on when it is given
 `--workers` cells run side by side on Ray: a GPU each, or a share of the cores. Leaves in `--output_dir` tables and a
 plot of each study, `results.json`, and `cells/`, each with its own `results.json` and predictions. Scores have the
 standard error of the seeds; differences, from the first variant or what the study names, that of seeds and rows.
+Variants whose answers are equal, or nearly always the same, are named in words under their table.
 Tables and plots are of what was asked for last.
 """
 
@@ -30,6 +31,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
@@ -45,11 +47,11 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from modeling_gemma_encoder.ablation_reports import difference_table, plot, score_table
+from modeling_gemma_encoder.ablation_reports import difference_table, notes, plot, score_table
 from modeling_gemma_encoder.ablations import Bench, Cell, Study, as_options, run_studies
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfig
-from modeling_gemma_encoder.differences import LeftOut, add_differences, split_in_parts
+from modeling_gemma_encoder.differences import LeftOut, add_answers, add_differences, split_in_parts
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.metrics import of_columns, pearson_and_spearman
@@ -106,9 +108,9 @@ STUDIES = {
     ),
     "baselines": Study(
         {
-            "TF-IDF, logistic regression": {"kind": "words"},
-            "BERT's shape, random weights": {"kind": "bert"},
-            "Gemma Encoder, random weights": {"kind": "scratch"},
+            "TF-IDF with logistic regression": {"kind": "words"},
+            "BERT's shape with random weights": {"kind": "bert"},
+            "Gemma Encoder with random weights": {"kind": "scratch"},
             "Gemma*ForSequenceClassification": {"kind": "stock"},
             "Gemma Encoder": {},
         },
@@ -116,11 +118,11 @@ STUDIES = {
     ),
     "rows": Study(
         {
-            f"{name}, {rows or 'all'}": {**changed, "max_train_samples": rows}
+            f"{name} on {rows or 'all'} rows": {**changed, "max_train_samples": rows}
             for name, changed in (("mean", pooling("mean")), ("query probe", pooling("query_probe")))
             for rows in ROWS
         },
-        reference={f"query probe, {rows or 'all'}": f"mean, {rows or 'all'}" for rows in ROWS},
+        reference={f"query probe on {rows or 'all'} rows": f"mean on {rows or 'all'} rows" for rows in ROWS},
     ),
 }
 NAMES = "; ".join(f"{study}: {', '.join(found.variants)}" for study, found in STUDIES.items())
@@ -214,7 +216,7 @@ def source_of(name: str, data_dir: str | None) -> Source:
         places = [Path(data_dir) / name, Path(data_dir) / suite / name]
         folder = next((place for place in places if place.is_dir()), None)
         if folder is None:
-            raise ValueError(f"--data_dir: there is neither {places[0]} nor {places[1]}")
+            raise ValueError(f"--data_dir: there is neither a folder {places[0]} nor {places[1]}")
     return Source(dataset, tasks[name].config or name, folder)
 
 
@@ -279,11 +281,20 @@ def chosen_studies(own: AblationArguments, model: str, root: Path) -> dict[str, 
     if own.variants is not None:
         known = {variant: None for study in studies.values() for variant in study.variants}
         if unknown := [name for name in own.variants if name not in known]:
-            raise ValueError(f"--variants: {', '.join(unknown)} is none of {', '.join(known)}")
+            raise ValueError(f"--variants: {', '.join(unknown)} is none of {', '.join(known)}{meant(unknown, known)}")
         for name, study in studies.items():
             studies[name] = replace(study, variants={v: o for v, o in study.variants.items() if v in own.variants})
         studies = {name: study for name, study in studies.items() if study.variants}
     return studies
+
+
+def meant(unknown: list[str], known: Iterable[str]) -> str:
+    """A question after the names that there are not: which of those there are was meant, if some are like them."""
+    words = [word.strip() for name in unknown for word in name.split(",")]
+    if all(word in known for word in words):  # `causal,bidirectional`
+        return f". Names have blanks between them: --variants {shlex.join(words)}"
+    close = [get_close_matches(name.replace(",", " with"), known, 1, cutoff=0.5) for name in unknown]
+    return f". Did you mean {', '.join(repr(name) for (name,) in close)}?" if all(close) else ""
 
 
 @dataclass(frozen=True)
@@ -330,13 +341,24 @@ class Ranking:
         write(finished, json.dumps({**report, "flags": words}, indent=2))
         return {**report, "flags": words}
 
-    def left_out(self, folder: Path) -> np.ndarray:
-        """The cell's mean without each part of the queries, see `differences`; empty where there is one query."""
+
+class LeftOutQueries:
+    """As `LeftOut`, of the queries that a reranker's cells are judged by."""
+
+    def answers(self, folder: Path) -> list[np.ndarray]:
+        """What each measure gives each query."""
         places = [path for path in folder.glob("*/results.json") if path.parent.name != "held-out"]
         if not places:
             raise FileNotFoundError(f"{folder} has no values of its queries")
         measures = json.loads(places[0].read_text())["per_query"]["Gemma Encoder"]
-        values = np.array([value for _, value in sorted(next(iter(measures.values())).items())])
+        return [np.array([value for _, value in sorted(queries.items())]) for queries in measures.values()]
+
+    def always(self, folder: Path) -> None:
+        """Nothing: a ranking has no class that it could always name."""
+
+    def __call__(self, folder: Path) -> np.ndarray:
+        """The cell's mean without each part of the queries, see `differences`; empty where there is one query."""
+        values = self.answers(folder)[0]
         part = split_in_parts(len(values))
         return np.array([values[part != number].mean() for number in range(part.max() + 1) if len(values) > 1])
 
@@ -468,9 +490,10 @@ def main():
     if not found:
         fail(parser, f"--finished_only: no variant is finished in {root} with these --learning_rates and --seeds")
     studies = {name: study for name, study in studies.items() if name in found}
-    left_out = {name: other.left_out for name, other in others.items()}
+    left_out = {name: LeftOutQueries() for name in others}
     left_out |= {name: LeftOut(task, validation(task, source, options)) for name, (task, source) in tasks.items()}
     lacking = add_differences(studies, found, root, left_out)
+    add_answers(found, root, left_out)
     tables = []
     for name, study in studies.items():
         several = len(own.seeds) > 1
@@ -479,6 +502,8 @@ def main():
         tables.append(score_table(title, study, found[name]))
         if (differences := difference_table(name.replace("_", " "), study, found[name])).count("\n") > 1:
             tables.append(differences)
+        if in_words := notes(study, found[name]):
+            tables.append(in_words)
         plot(f"{name.replace('_', ' ')}, {Path(options.model).name}, {seeds}", study, found[name], root / f"{name}.png")
     report = {"studies": found, "seeds": own.seeds, "learning_rates": rates, "torch": torch.__version__, **provenance()}
     write(root / "results.json", json.dumps(report, indent=2))

@@ -43,6 +43,10 @@ FILES = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp"
 FILES |= {"wnli": "WNLI", "ax": "AX", ("mnli", "test_matched"): "MNLI-m", ("mnli", "test_mismatched"): "MNLI-mm"}
 WORDS = ("mnli", "qnli", "rte", "ax")
 
+# What `superglue.py` reads, a name of a task of its own each, or other columns of one that is called the same.
+SUPERGLUE = dict.fromkeys(("boolq", "cb", "copa", "multirc", "record", "wic", "wsc", "axb", "axg"), ())
+SUPERGLUE |= {"rte": BOTH}
+
 
 def submission(name: str, task: Task, split: str, rows: Dataset, predictions: np.ndarray) -> tuple[str, str]:
     """File name and text, as https://gluebenchmark.com/faq describes them."""
@@ -56,4 +60,4 @@ def submission(name: str, task: Task, split: str, rows: Dataset, predictions: np
 
 
 if __name__ == "__main__":
-    run_suite(TASKS, "nyu-mll/glue", "runs/glue", submission, UNSCORED, __doc__)
+    run_suite(TASKS, "nyu-mll/glue", "runs/glue", submission, UNSCORED, __doc__, ("superglue.py", SUPERGLUE))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from modeling_gemma_encoder.cards import add_ranking, masked, read_run
 from modeling_gemma_encoder.files import is_local, read
 from modeling_gemma_encoder.hub import publish, stage
-from modeling_gemma_encoder.recipes import ScriptParser, fail
+from modeling_gemma_encoder.recipes import ScriptParser, fail, in_words
 from modeling_gemma_encoder.verification import verify
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
@@ -73,7 +73,7 @@ def main():
     for folder in (args.model, *results, *([args.inputs] if args.inputs else [])):
         on_hub = folder == args.model and folder.count("/") == 1 and not is_local(folder)
         if not on_hub and not Path(folder).exists():
-            fail(parser, f"there is no {folder}")
+            fail(parser, f"there is no folder or file {folder}")
     if not args.dry_run:
         try:
             HfApi().whoami()
@@ -121,7 +121,7 @@ def main():
                 device=args.device,
             )
     except (ValueError, OSError, RuntimeError, HfHubHTTPError, SafetensorError) as error:
-        fail(parser, str(error))
+        fail(parser, in_words(error, args) if isinstance(error, OSError) else str(error))
     print(f"\n{commit.pr_url or commit.commit_url}\n\nCheck it from anywhere:")
     where = commit.pr_revision or commit.oid
     print(f"    python -m modeling_gemma_encoder.hub verify {args.repo_id} --revision {where}")

@@ -62,6 +62,8 @@ class RerankArguments(ScoringArguments):
             return "--query needs --passages: there is nothing to rank"
         if self.run and not self.data:
             return "--run needs --data, the folder with its queries and passages"
+        if self.data and not Path(self.data).is_dir():
+            return f"--data: there is no folder {self.data}"
         if self.query is None and not self.output:
             return "--output is needed"
         if self.input and Path(self.input).suffix not in (".jsonl", ".csv", ".tsv"):

@@ -184,6 +184,10 @@ UNSCORED = ("axb", "axg")  # diagnostics
 FILES = {"boolq": "BoolQ", "cb": "CB", "copa": "COPA", "multirc": "MultiRC", "record": "ReCoRD", "rte": "RTE"}
 FILES |= {"wic": "WiC", "wsc": "WSC", "axb": "AX-b", "axg": "AX-g"}
 
+# What `glue.py` reads, a name of a task of its own each, or other columns of one that is called the same.
+GLUE = dict.fromkeys(("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "wnli", "ax"), ())
+GLUE |= {"rte": ("sentence1", "sentence2")}
+
 
 def submission(name: str, task: Task, split: str, rows: Dataset, predictions: np.ndarray) -> tuple[str, str]:
     """File name and text, as the sample submission of https://super.gluebenchmark.com has them."""
@@ -216,4 +220,4 @@ def multirc_lines(indices: list[dict], predictions: np.ndarray) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_suite(TASKS, "aps/super_glue", "runs/superglue", submission, UNSCORED, __doc__)
+    run_suite(TASKS, "aps/super_glue", "runs/superglue", submission, UNSCORED, __doc__, ("glue.py", GLUE))

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from .ablations import Study
 from .differences import averages, mean_and_error
+from .reports import at_least
 
 
 def score_table(title: str, study: Study, of_study: dict) -> str:
@@ -45,11 +46,38 @@ def score_table(title: str, study: Study, of_study: dict) -> str:
     return "\n".join(lines)
 
 
+EQUAL = "equal answers"
+
+
+def notes(study: Study, of_study: dict) -> str:
+    """In words what numbers hide, a line each: variants with the same answers, and answers that are always the same."""
+    lines = []
+    for task, variants in of_study.items():
+        named = set()
+        for first in variants:
+            others = [name for name, row in variants.items() if first in row.get("equal_to", [])]
+            if others and first not in named:
+                named |= {first, *others}
+                lines.append(f"- {task}: {', '.join([first, *others])} give equal answers to every row.")
+        for name, row in variants.items():
+            always = row.get("always", [])
+            for said in dict.fromkeys(filter(None, always)):
+                seeds = f" ({always.count(said)} of {len(always)} seeds)" if len(always) > 1 else ""
+                lines.append(f"- {task}: {name} says {said}{seeds}, so its score is that of a constant.")
+    return "\n".join(lines)
+
+
 def difference_table(name: str, study: Study, of_study: dict) -> str:
     """Differences as a table, x 100, a row a variant and what it is compared with; empty where there is none."""
 
-    def shown(pair: Sequence[float] | None) -> str:
+    def shown(pair: Sequence[float] | None, equal: bool) -> str:
+        if equal:
+            return EQUAL
         return "" if pair is None else f"{100 * pair[0]:+.1f} ± {100 * pair[1]:.1f}"
+
+    def are_equal(variants: dict, first: str, second: str) -> bool:
+        rows = [variants.get(name, {}).get("equal_to", []) for name in (first, second)]
+        return second in rows[0] or first in rows[1]
 
     seeds = max(len(row["scores"]) for variants in of_study.values() for row in variants.values())
     columns = [f"{name}, difference (x 100, ± standard error of {'seeds and rows' if seeds > 1 else 'the rows alone'})"]
@@ -66,8 +94,9 @@ def difference_table(name: str, study: Study, of_study: dict) -> str:
         if None not in pairs:
             means, errors = np.array(pairs).T
             average = (means.mean(), np.sqrt(np.sum(errors**2)) / len(pairs))
-        pairs += [average] * several
-        lines.append(f"| {' | '.join([f'{variant} - {reference}', *map(shown, pairs)])} |")
+        equal = [are_equal(variants, variant, reference) for variants in of_study.values()]
+        pairs, equal = pairs + [average] * several, equal + [all(equal)] * several
+        lines.append(f"| {' | '.join([f'{variant} - {reference}', *map(shown, pairs, equal)])} |")
     return "\n".join(lines)
 
 
@@ -103,6 +132,7 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
         axes.set_yticks(places, names)
         metric = "score" if panel == "average" else first["metric"]
         axes.set(title=panel, xlabel=f"{metric}, x 100", ylim=(len(names) - 0.4, -0.6))
+        at_least(axes.xaxis, 2.0)  # points
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     found = [axes.get_legend_handles_labels() for axes in grid.flat]

@@ -17,6 +17,7 @@ from .ablations import Study
 from .tasks import Task
 
 PARTS = 100
+NEARLY = 0.1  # of the rows whose label is not what is nearly always said; our choice
 
 
 def split_in_parts(size: int, groups: Sequence | None = None, count: int = PARTS) -> np.ndarray:
@@ -67,14 +68,14 @@ class Part(Mapping):
 
 
 class LeftOut:
-    """Scores of a finished run without each part of the validation rows, as GLUE counts them.
+    """What a finished run predicts, and its scores without each part of the validation rows, as GLUE counts them.
 
     Args:
         rows: Of each validation split.
     """
 
     def __init__(self, task: Task, rows: dict[str, Dataset]):
-        self.task, self.parts = task, {}
+        self.task, self.rows, self.parts = task, rows, {}
         groups = {split: found[task.group] if task.group else range(len(found)) for split, found in rows.items()}
         count = min(PARTS, *(len(set(found)) for found in groups.values()))
         for split, found in rows.items():
@@ -89,6 +90,28 @@ class LeftOut:
             found = np.array(json.loads((folder / f"predictions-{split}.json").read_text())["predictions"])
             scores.append([np.mean([*self.task.metric(found[places], rows).values()]) for places, rows in parts])
         return np.mean(scores, axis=0)
+
+    def answers(self, folder: Path) -> list[np.ndarray]:
+        """Predictions of each split. Raises FileNotFoundError where none were kept."""
+        files = [folder / f"predictions-{split}.json" for split in self.rows]
+        return [np.array(json.loads(file.read_text())["predictions"]) for file in files]
+
+    def always(self, folder: Path) -> str | None:
+        """What a run says of (nearly) all rows, which are not all so; None where it tells them apart."""
+        if self.task.problem == "choice":
+            return None
+        predicted = np.concatenate(self.answers(folder))
+        labels = np.concatenate([np.array(rows["label"]) for rows in self.rows.values()])
+        if self.task.problem == "regression":
+            return "about the same number" if predicted.std() < NEARLY * labels.std() else None
+        values, counts = np.unique(predicted, axis=0, return_counts=True)
+        common, share = values[counts.argmax()], counts.max() / len(predicted)
+        others = np.sum((labels != common).reshape(len(labels), -1).any(-1))
+        if len(predicted) - counts.max() > NEARLY * others or not others:
+            return None
+        several = self.task.problem == "multi_label_classification"
+        names = [self.task.labels[n] for n in (np.flatnonzero(common) if several else [common])]
+        return f"{' and '.join(names) or 'none'} for {'all' if share == 1 else f'{share:.1%} of the'} rows"
 
 
 def difference_and_error(differences: Sequence[float], left_out: np.ndarray) -> tuple[float, float]:
@@ -148,3 +171,32 @@ def add_differences(
                 if ours is not None and theirs is not None and ours.shape[1] > 1 and np.isfinite(differences).all():
                     of_variant["difference"] = list(difference_and_error(differences, ours - theirs))
     return [cell for cell, scores in known.items() if scores is None]
+
+
+def add_answers(found: dict, root: Path, left_out: dict[str, LeftOut]) -> None:
+    """
+    Puts into what `run_studies` found, of each variant, `equal_to`, the variants before it whose answers are the same
+    to every row with every seed, and `always`, of each seed what it says of (nearly) all rows, or None.
+
+    Args:
+        left_out: Task -> what reads its cells; as in `add_differences`. Cells that kept no predictions are passed over.
+    """
+    for study in found.values():
+        for task, variants in study.items():
+            before: dict[str, list] = {}
+            for name, of_variant in variants.items():
+                of_variant["equal_to"], of_variant["always"] = [], []
+                try:
+                    answers = [left_out[task].answers(root / cell) for cell in of_variant["cells"]]
+                    of_variant["always"] = [left_out[task].always(root / cell) for cell in of_variant["cells"]]
+                except FileNotFoundError:
+                    continue
+                of_variant["equal_to"] = [other for other, theirs in before.items() if same(answers, theirs)]
+                before[name] = answers
+
+
+def same(first, second) -> bool:
+    """Whether lists of arrays, or of lists of them, are equal."""
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second)
+    return len(first) == len(second) and all(map(same, first, second))

@@ -17,8 +17,10 @@ def write(path: Path, text: str) -> None:
 
 
 def is_local(name: str) -> bool:
-    """Whether it names a place here, which may be missing, and nothing on the Hub."""
-    return Path(name).exists() or name.startswith((".", "/", "~"))
+    """Whether it names a place here, which may be missing, and nothing on the Hub, `owner/name` or a GGUF file."""
+    bare = name.partition(":")[0]
+    several = bare.endswith("/") or (bare.count("/") > 1 and not bare.endswith(".gguf"))
+    return several or name.startswith((".", "/", "~")) or Path(name).exists()
 
 
 def read(path: Path) -> dict:

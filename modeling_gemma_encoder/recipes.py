@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
+from .files import is_local
 from .precision_gemma_encoder import computes_in_bf16
 
 logger = logging.get_logger(__name__)
@@ -34,10 +36,35 @@ def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
     """What is wrong with what the user gave ends the process with its message after `begin`, see `fail`."""
     try:
         yield
-    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+    except OSError as error:
+        fail(parser, f"{begin}{in_words(error, getattr(parser, 'given', Namespace()))}")
+    except (ValueError, ImportError, StrictDataclassError, SafetensorError) as error:
         fail(parser, f"{begin}{error}")
     except DatasetGenerationError as error:
         fail(parser, f"{begin}{error}: {error.__cause__}")
+
+
+CHECKPOINTS = ("model", "starts", "tokenizer")  # flags of every script that name a folder or a repository
+
+
+def places(given: Namespace, flags: Iterable[str]) -> list[tuple[str, str]]:
+    """Each flag that is given, and what it names that is not here."""
+    values = [(flag, getattr(given, flag, None) or []) for flag in flags]
+    named = [(flag, one) for flag, several in values for one in ([several] if isinstance(several, str) else several)]
+    return [(flag, name) for flag, name in named if not Path(name).expanduser().exists()]
+
+
+def in_words(error: OSError, given: Namespace) -> str:
+    """What an error says, and that there is no such file or folder where it is of one, or of a name on the Hub."""
+    text = str(error)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no file {error.filename}"
+    data = re.search(r"(?:reach|Dataset) '([^']+)'", text)  # as `datasets` puts it
+    missing = [name for _, name in places(given, CHECKPOINTS)]
+    if data or (missing and "huggingface.co" in text):
+        names = data[1] if data else " and no ".join(missing)
+        return f"there is no folder {names} here, and from the Hub: {text.splitlines()[0]}"
+    return text
 
 
 @contextmanager
@@ -85,7 +112,9 @@ class ScriptParser(HfArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
         """As argparse, but fp32 takes the place of bf16 on a processor without instructions for it, which is said."""
+        self.words = sys.argv[1:] if args is None else list(args)
         namespace, rest = super().parse_known_args(args, namespace)
+        self.given = Namespace(**vars(namespace))  # upstream takes it apart
         forced = vars(namespace).pop("force_bf16", True)
         on_cpu = getattr(namespace, "use_cpu", False) or not torch.accelerator.is_available()
         if not forced and on_cpu and not computes_in_bf16("cpu"):
@@ -102,10 +131,25 @@ class ScriptParser(HfArgumentParser):
         """As argparse, and a flag that does not exist is answered with the one it is most like."""
         namespace, rest = self.parse_known_args(args, namespace)
         if rest:
-            unknown = next((word.partition("=")[0] for word in rest if word.startswith("--")), "")
-            close = get_close_matches(unknown, self._option_string_actions, 1)
-            self.error(f"unrecognized arguments: {' '.join(rest)}" + (f". Did you mean {close[0]}?" if close else ""))
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest)}")
+        for flag, name in places(namespace, (*CHECKPOINTS, "data_dir")):
+            if flag == "data_dir" or is_local(name):
+                fail(self, f"--{flag}: there is no {'file' if name.endswith('.gguf') else 'folder'} {name}")
         return namespace
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse; where it misses a flag, a misspelt one may be it."""
+        known = self._option_string_actions
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        unknown = [flag for flag in flags if flag != "--" and not any(name.startswith(flag) for name in known)]
+        if unknown and "are required" in message:
+            message = f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}"
+        super().error(message)
+
+    def _meant(self, words: list[str]) -> str:
+        unknown = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
+        close = get_close_matches(unknown, self._option_string_actions, 1)
+        return f". Did you mean {close[0]}?" if close else ""
 
     def parse_args_into_dataclasses(self, args=None, **options) -> tuple:
         self.parse_args(args)  # upstream raises a ValueError

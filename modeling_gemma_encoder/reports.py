@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -32,8 +33,10 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
                 values = [entry[f"eval_{name}"] for entry in evaluations]
                 lines += scores.plot(steps, values, f"C{number}.-", label=name.replace("_", " "))
             scores.set_ylabel("validation score")
+            at_least(scores.yaxis, 0.02)
         axes.set(xlabel="step", ylabel="loss", title=f"{report['task']}, seed {report['seed']}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        at_least(axes.yaxis, 0.02)
         figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5))
         figure.savefig(folder / "learning_curve.png", dpi=120)
 
@@ -71,6 +74,14 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
             axes.set(xlabel="predicted, as a share of the true", ylabel="true (rows)")
         axes.set_title(f"{report['task']}, {split}, {len(labels)} rows, seed {report['seed']}")
         figure.savefig(folder / f"predictions-{split}.png", dpi=120)
+
+
+def at_least(axis: Axis, span: float) -> None:
+    """Widen an axis that shows less than `span`, whose steps would be those of rounding."""
+    low, high = sorted(axis.get_view_interval())
+    if high - low < span:
+        axis.set_view_interval((low + high - span) / 2, (low + high + span) / 2, ignore=True)
+    axis.get_major_formatter().set_useOffset(False)
 
 
 def summarize(runs: list[dict]) -> list[dict]:

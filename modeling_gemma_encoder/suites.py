@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from .files import is_local, write
+from .files import write
 from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from .recipes import Help, RecipeParser, fail, failing, interruptible, share_batch
 from .reports import average, markdown, summarize, without_scores
@@ -47,7 +47,13 @@ class HelpOfSuites(Help):
 
 @interruptible()
 def run_suite(
-    tasks: dict[str, Task], dataset: str, output_dir: str, submission: Submission, unscored=(), description: str = ""
+    tasks: dict[str, Task],
+    dataset: str,
+    output_dir: str,
+    submission: Submission,
+    unscored=(),
+    description: str = "",
+    elsewhere: tuple[str, dict[str, tuple[str, ...]]] = ("", {}),
 ) -> None:
     """
     Runs tasks of a table as the command line says; ends the process with a message where it cannot.
@@ -58,12 +64,15 @@ def run_suite(
         submission: How the test server wants predictions.
         unscored: Tasks that do not count in the suite's average.
         description: Begins `--help`.
+        elsewhere: The script of the other suite, and the texts of its tasks, to name where these are meant.
     """
+    script, others = elsewhere
     parser = make_parser(SuiteArguments, output_dir, description)
     given = parser.parse_args()
     chosen = list(tasks) if "all" in given.task else given.task
     if unknown := [name for name in chosen if name not in tasks]:
-        fail(parser, f"--task: {', '.join(unknown)} is none of {', '.join(tasks)}, all")
+        there = f"; {script} has {', '.join(unknown)}" if others.keys() >= {*unknown} else ""
+        fail(parser, f"--task: {', '.join(unknown)} is none of {', '.join(tasks)}, all{there}")
     needed = dict.fromkeys(name for task in chosen for name in (tasks[task].train_on or task, task))
 
     plan = {}
@@ -75,6 +84,7 @@ def run_suite(
             fail(parser, problem)
         source = Source(dataset, task.config or name, Path(suite.data_dir) / name if suite.data_dir else None)
         with failing(parser, f"{name}: "):
+            check_folder(source.folder, name, task, script, others.get(name, ()))
             data = Data.load(name, task, source, options, args)
             runs = {}
             for seed in seeds:
@@ -95,6 +105,20 @@ def run_suite(
     if args.process_index == 0:
         scored = {name: task.validation for name, task in tasks.items() if name not in unscored and task.validation}
         conclude(folder, sorted(folder.glob("*/seed-*/results.json")), options.model, scored)
+
+
+def check_folder(folder: Path | None, name: str, task: Task, script: str, others: tuple[str, ...]) -> None:
+    """Raises ValueError where there is no such folder of a task, or its rows have the other suite's columns."""
+    if folder is None:
+        return
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in folder.parent.iterdir() if path.is_dir())) or "none"
+        raise ValueError(f"there is no folder {folder}; folders in {folder.parent}: {there}.")
+    source = Source(folder=folder)
+    if others and (splits := source.splits()):
+        columns = source.rows(splits[0]).column_names
+        if not {*task.texts} <= {*columns} and {*others} <= {*columns}:
+            raise ValueError(f"{folder} has the columns {', '.join(others)}, as {script} reads {name}.")
 
 
 def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, tuple[str, ...]]) -> None:
@@ -127,8 +151,6 @@ def make_parser(own: type, output_dir: str, description: str) -> RecipeParser:
 def parse(parser: RecipeParser, task: Task) -> tuple:
     """The command line, with the task's defaults for this size of decoder where it says nothing; checked."""
     given = parser.parse_args()
-    if is_local(given.model) and not Path(given.model).exists():
-        fail(parser, f"--model: there is no folder {given.model}")
     with failing(parser, f"--model {given.model}: "):
         parser.set_defaults(**training_defaults(given.model, given.lora_r is not None, task))
     with failing(parser):

@@ -12,15 +12,17 @@ import pytest
 import superglue
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from scipy.stats import bootstrap, pearsonr
 from transformers import BertForSequenceClassification, Gemma2ForSequenceClassification
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.ablation_reports import difference_table, score_table
+from modeling_gemma_encoder.ablation_reports import difference_table, notes, plot, score_table
 from modeling_gemma_encoder.ablations import Cell, Study, as_options, hold_out, run_studies
 from modeling_gemma_encoder.baselines import MAKERS, bag_of_words
 from modeling_gemma_encoder.differences import (
     LeftOut,
+    add_answers,
     add_differences,
     averages,
     difference_and_error,
@@ -188,6 +190,93 @@ def test_differences_are_of_the_same_seeds_and_rows(tmp_path):
     assert one == lacking and found["s"]["t"]["b"]["difference"] is None  # a single row
 
 
+def test_no_variants_name_has_a_comma():
+    """It would part the names in lists and tables of them."""
+    names = [name for study in script.STUDIES.values() for name in (*study.variants, *study.paper)]
+    assert len(names) > 30 and not [name for name in names if "," in name]
+    for study in script.STUDIES.values():
+        references = study.reference.values() if isinstance(study.reference, dict) else [study.reference]
+        assert {*references} - {None} <= {*study.variants} and {*study.paper} <= {*study.variants}
+
+
+ROWS = Dataset.from_dict({"first": ["a"] * 40, "label": [1] * 30 + [0] * 10})
+
+
+@pytest.mark.parametrize(
+    ("predicted", "said"),
+    [
+        ([1] * 40, "yes for all rows"),
+        ([0] * 40, "no for all rows"),
+        ([1] * 39 + [0], "yes for 97.5% of the rows"),  # one of the ten that are not so
+        ([1] * 38 + [0] * 2, None),
+        ([1] * 30 + [0] * 10, None),
+    ],
+)
+def test_answers_that_are_nearly_always_the_same_are_said(tmp_path, predicted, said):
+    saved(tmp_path / "a", predicted)
+    task = Task(("first",), by_label(accuracy), ("no", "yes"))
+    assert LeftOut(task, {"v": ROWS}).always(tmp_path / "a") == said
+    alike = ROWS.select([0] * 40)  # where all rows are so, nothing else is right
+    assert LeftOut(task, {"v": alike}).always(tmp_path / "a") == ("no for all rows" if predicted == [0] * 40 else None)
+
+
+def test_numbers_that_hardly_differ_and_lists_that_do_not_are_said(tmp_path):
+    rows = Dataset.from_dict({"first": ["a"] * 4, "label": [0.0, 1.0, 2.0, 3.0]})  # spread by 1.118
+    for spread, said in ((0.09, "about the same number"), (0.12, None)):
+        saved(tmp_path / "a", [1.5 - spread, 1.5 + spread] * 2)
+        assert LeftOut(Task(("first",), None, problem="regression"), {"v": rows}).always(tmp_path / "a") == said
+    several = Task(("first",), None, ("wet", "cold"), problem="multi_label_classification")
+    rows = Dataset.from_dict({"first": ["a"] * 3, "label": [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]})
+    for row, said in (([0, 0], "none for all rows"), ([1, 1], "wet and cold for all rows")):
+        saved(tmp_path / "a", [row] * 3)
+        assert LeftOut(several, {"v": rows}).always(tmp_path / "a") == said
+
+
+def test_equal_answers_and_constant_ones_stand_in_words_under_the_table(tmp_path):
+    task, study = Task(("first",), by_label(accuracy), ("no", "yes")), Study({name: {} for name in "abcd"})
+    right = [1] * 30 + [0] * 10
+    for name, answers in (("a", right), ("b", [1] * 40), ("c", right), ("d", [1] * 40)):
+        saved(tmp_path / f"{name}0", answers)
+        saved(tmp_path / f"{name}1", right)
+    saved(tmp_path / "d1", [1] * 40)  # another answer with one seed of two
+    scores = {"a": [1.0, 1.0], "b": [0.75, 1.0], "c": [1.0, 1.0], "d": [0.75, 0.75]}
+    rows = {name: {"scores": scores[name], "cells": [f"{name}0", f"{name}1"]} for name in "abcd"}
+    found = {"s": {"t": rows | {"old": {"scores": [0.5], "cells": ["nowhere"]}}}}
+    left_out = {"t": LeftOut(task, {"v": ROWS})}
+    add_differences({"s": study}, found, tmp_path, left_out)
+    add_answers(found, tmp_path, left_out)
+    assert {name: row["equal_to"] for name, row in found["s"]["t"].items() if row["equal_to"]} == {"c": ["a"]}
+    assert notes(study, found["s"]).splitlines() == [
+        "- t: a, c give equal answers to every row.",
+        "- t: b says yes for all rows (1 of 2 seeds), so its score is that of a constant.",
+        "- t: d says yes for all rows (2 of 2 seeds), so its score is that of a constant.",
+    ]
+    table = difference_table("s", study, found["s"])
+    assert "| c - a | equal answers |" in table and "| d - a | -25.0 ±" in table and "+0.0" not in table
+
+
+@pytest.mark.parametrize("scores", [[0.691271] * 3, [0.6912710, 0.6912711, 0.6912712], [0.0, 0.0, 1e-9]])
+def test_a_plots_axis_is_not_of_rounding(tmp_path, monkeypatch, scores):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    row = {"scores": scores, "metric": "accuracy", "simple": {"majority": scores[0]}}
+    plot("s", Study({"a": {}, "b": {}}), {"t": {"a": row, "b": row}}, tmp_path / "s.png")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_xlim()
+    drawn[0].canvas.draw()
+    assert high - low >= 2 and low <= 100 * min(scores) and 100 * max(scores) <= high
+    assert np.diff(axes.get_xticks()).min() >= 0.1 and not axes.xaxis.get_offset_text().get_text()
+
+
+def test_a_plots_axis_fits_scores_and_errors(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    row = {"scores": [0.1, 0.9], "metric": "accuracy", "simple": {}}  # 50 with an error of 40
+    plot("s", Study({"a": {}, "b": {}}), {"t": {"a": row, "b": row}}, tmp_path / "s.png")
+    low, high = drawn[0].axes[0].get_xlim()
+    assert 0 < low < 10 and 90 < high < 100
+
+
 def test_errors_of_differences_are_what_repeating_gives():
     """Variants, rows and seeds drawn again and again: the spread of the differences is the error that is reported."""
     rng = np.random.default_rng(0)
@@ -232,13 +321,16 @@ def test_a_study_runs_once_and_padding_is_equal(command, folder, tmp_path, capsy
         assert padding["left"]["scores"] == padding["right"]["scores"]
         assert padding["left"]["chosen_on"] == padding["right"]["chosen_on"]
         assert padding["left"]["difference"] == [0, 0]
+        assert padding["left"]["equal_to"] == ["right"] and padding["right"]["equal_to"] == []
     cell = tmp_path / "out" / found["padding"]["cb"]["left"]["cells"][0]
     predicted = np.array(json.loads((cell / "predictions-validation.json").read_text())["predictions"])
     rows = Dataset.from_json(str(folder / "superglue" / "cb" / "validation.jsonl"))
     scores = superglue.TASKS["cb"].metric(predicted, rows)
     assert np.mean([*scores.values()]) == pytest.approx(found["padding"]["cb"]["left"]["scores"][0])
     said = capsys.readouterr().out
-    assert "| majority, or random order |" in said and "| left - right |" in said
+    assert "| majority, or random order |" in said and "+0.0 ± 0.0" not in said
+    assert "| left - right | equal answers | equal answers | equal answers |" in said
+    assert "- cola: right, left give equal answers to every row." in said
     assert (tmp_path / "out" / "padding.png").exists()
     assert not list((tmp_path / "out" / "cells").rglob("*.safetensors"))
     cells = sorted((tmp_path / "out" / "cells").rglob("results.json"))
@@ -287,11 +379,11 @@ def test_baselines_are_what_they_are_called(command, decoder):
     assert not torch.equal(made["scratch"].get_parameter(weight), given.get_parameter(weight))
     torch.testing.assert_close(made["stock"].get_parameter(weight), given.get_parameter(weight))
     few = ["--tasks", "cb", "--learning_rates", 1e-3]
-    one = command("--study", "baselines", "attention", "--variants", "BERT's shape, random weights", *few)
+    one = command("--study", "baselines", "attention", "--variants", "BERT's shape with random weights", *few)
     found = command("--study", "baselines", *few)
-    assert one.keys() == {"baselines"} and one["baselines"]["cb"].keys() == {"BERT's shape, random weights"}
+    assert one.keys() == {"baselines"} and one["baselines"]["cb"].keys() == {"BERT's shape with random weights"}
     for row in one["baselines"]["cb"].values():
-        assert row["scores"] == found["baselines"]["cb"]["BERT's shape, random weights"]["scores"]
+        assert row["scores"] == found["baselines"]["cb"]["BERT's shape with random weights"]["scores"]
     assert all(len(row["scores"]) == 2 and row["difference"] for row in found["baselines"]["cb"].values())
     assert found["baselines"]["cb"]["Gemma Encoder"]["difference"] == [0, 0]
 
@@ -321,7 +413,20 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "attention", "--tasks", "ax"], "ax is none that GLUE or SuperGLUE trains"),
         (["--study", "start", "--tasks", "cola"], "compares two --starts or more"),
         (["--study", "attention", "--tasks", "cola", "--variants", "mean"], "mean is none of causal, bidirectional"),
-        (["--study", "attention", "--tasks", "mrpc"], "there is neither"),
+        (["--study", "attention", "--tasks", "cola", "--variants", "causal,bidirectional"], "causal bidirectional"),
+        (["--study", "attention", "--tasks", "cola", "--variants", "casual"], "Did you mean 'causal'?"),
+        (
+            ["--study", "baselines", "--tasks", "cola", "--variants", "TF-IDF, logistic regression"],
+            "Did you mean 'TF-IDF with logistic regression'?",
+        ),
+        (["--study", "rows", "--tasks", "cola", "--variants", "mean, 250"], "Did you mean 'mean on 250 rows'?"),
+        (["--study", "rows", "--tasks", "cola", "--variants", "query probe, all"], "'query probe on all rows'?"),
+        (["--study", "attention", "--tasks", "mrpc"], "there is neither a folder"),
+        (
+            ["--study", "attention", "--tasks", "cola", "--data_dir", "nowhere"],
+            "--data_dir: there is no folder nowhere",
+        ),
+        (["--study", "start", "--tasks", "cola", "--starts", "a", "./b"], "--starts: there is no folder ./b"),
         (["--study", "attention", "--tasks", "cola", "--workers", "0"], "at least 1, got 0"),
         (["--study", "attention", "--tasks", "cola", "--do_predict"], "are for glue.py"),
         (["--study", "baselines", "--tasks", "cola", "--lora_r", "4"], "trains all weights"),
@@ -358,12 +463,12 @@ def test_a_users_table_is_a_task_of_its_own(command, tmp_path, labels, metrics):
         rows = [{"review": f"text {n} " + "rain " * (n % 5), "stars": labels[n % len(labels)]} for n in range(size)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--study", "attention", "baselines", "--variants", "causal", "Gemma Encoder"]
-    flags += ["TF-IDF, logistic regression", "--learning_rates", 1e-3]
+    flags += ["TF-IDF with logistic regression", "--learning_rates", 1e-3]
     flags += ["--table", tmp_path / "train.jsonl", tmp_path / "dev.jsonl"]
     found = command(*flags, "--table_flags", "--text_column review --label_column stars")
     assert found["attention"].keys() == found["baselines"].keys() == {"train.jsonl"}
     rows = {**found["attention"]["train.jsonl"], **found["baselines"]["train.jsonl"]}
-    assert rows.keys() == {"causal", "Gemma Encoder", "TF-IDF, logistic regression"}
+    assert rows.keys() == {"causal", "Gemma Encoder", "TF-IDF with logistic regression"}
     assert all(len(row["scores"]) == 2 for row in rows.values())
     (report, *_) = tmp_path.glob("**/final/train.jsonl/*/results.json")
     assert json.loads(report.read_text())["scores"]["validation"].keys() == metrics

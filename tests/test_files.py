@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from modeling_gemma_encoder.files import read_lines, read_table
+from modeling_gemma_encoder.files import is_local, read_lines, read_table
 from modeling_gemma_encoder.retrieval import read_collection, read_qrels, read_run
 from modeling_gemma_encoder.tasks import read_file
 
@@ -30,6 +30,24 @@ def test_a_row_that_does_not_fit_its_header_is_named_as_an_editor_counts(tmp_pat
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_file(tmp_path / name, ["text"])
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("google/gemma-2-2b", False),
+        ("gpt2", False),
+        ("owner/data:config/with/slashes:train", False),
+        ("owner/repo/model-Q4_K_M.gguf", False),
+        ("runs/glue/cola/seed-1", True),
+        ("runs/", True),
+        ("./x", True),
+        ("~/x", True),
+        ("/x/y.gguf", True),
+    ],
+)
+def test_a_name_that_cannot_be_the_hubs_is_a_place_here(name, local):
+    assert is_local(name) == local
 
 
 @pytest.mark.parametrize("mark", ["", MARK])

@@ -10,6 +10,7 @@ import glue
 import msmarco
 import numpy as np
 import pytest
+import rerank
 import superglue
 import torch
 from conftest import NANO
@@ -104,11 +105,13 @@ def run(monkeypatch, decoder):
 
 
 def run_glue():
-    glue.run_suite(glue.TASKS, "nyu-mll/glue", "runs/glue", glue.submission, glue.UNSCORED)
+    others = ("superglue.py", glue.SUPERGLUE)
+    glue.run_suite(glue.TASKS, "nyu-mll/glue", "runs/glue", glue.submission, glue.UNSCORED, "", others)
 
 
 def run_superglue():
-    superglue.run_suite(superglue.TASKS, "aps/super_glue", "runs", superglue.submission, superglue.UNSCORED)
+    tasks, others = superglue.TASKS, ("glue.py", superglue.GLUE)
+    superglue.run_suite(tasks, "aps/super_glue", "runs", superglue.submission, superglue.UNSCORED, "", others)
 
 
 FEW = ("--max_steps", 1, "--per_device_train_batch_size", 4, "--max_length", 48, "--use_cpu", "True")
@@ -385,7 +388,7 @@ def test_the_summary_is_that_of_a_calculator():
         (("--task", "sst2", "--load_in_4bit"), "--load_in_4bit needs --lora_r"),
         (("--task", "sst2", "--dtype", "bfloat16"), "--dtype bfloat16 needs --lora_r"),
         (("--task", "sst2", "--max_length", 0), "--max_length must be at least 1, got 0"),
-        (("--task", "cola"), "cola: .*train.jsonl does not exist"),
+        (("--task", "cola"), "cola: there is no folder .*/cola; folders in .*: .*sst2"),
         (("--task", "sst2", "--do_predict"), "sst2: .*test.jsonl does not exist"),
         (
             ("--task", "sst2", "--output_dir", "{data}/sst2/train.jsonl"),
@@ -437,10 +440,68 @@ def test_label_smoothing_of_rankings_is_refused(run, tmp_path, capsys, script):
     )
 
 
-def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path, capsys):
+def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path, capsys, monkeypatch):
+    for name in (tmp_path / "nowhere", "runs/glue/sst2/seed-1", "nowhere/"):
+        with pytest.raises(SystemExit):
+            run(run_glue, "--task", "sst2", "--data_dir", tmp_path, model=name)
+        assert capsys.readouterr().err.endswith(f"error: --model: there is no folder {name}\n")
+    run_each = {run_glue: ["--task", "sst2"], rerank.main: ["--query", "q", "--passages", "p"]}
+    for main, flags in run_each.items():  # this may be a repository; the Hub cannot be asked here
+        with pytest.raises(SystemExit):
+            monkeypatch.setattr(sys, "argv", ["script", "--model", "runs/nothing", *flags])
+            main()
+        said = capsys.readouterr().err
+        assert "there is no folder runs/nothing here, and from the Hub: " in said and said.count("\n") == 1
+
+
+def test_a_data_folder_that_is_not_there_is_named(run, tmp_path, capsys):
+    (tmp_path / "rte").mkdir()
+    for flags, message in (
+        (["--data_dir", tmp_path / "nowhere"], f"--data_dir: there is no folder {tmp_path / 'nowhere'}"),
+        (["--data_dir", tmp_path], f"sst2: there is no folder {tmp_path / 'sst2'}; folders in {tmp_path}: rte."),
+    ):
+        with pytest.raises(SystemExit):
+            run(run_glue, "--task", "sst2", *flags)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_the_other_suites_data_names_its_script(run, tmp_path, capsys, suffix):
+    for columns in (("sentence1", "sentence2"), ("premise", "hypothesis")):
+        folder = tmp_path / columns[0] / "rte"
+        folder.mkdir(parents=True)
+        for split in ("train", "validation"):
+            row = {**dict.fromkeys(columns, "a"), "label": 0}
+            text = json.dumps(row) if suffix == "jsonl" else ",".join(row) + "\n" + ",".join(map(str, row.values()))
+            (folder / f"{split}.{suffix}").write_text(text + "\n")
+    for script, columns, other in (
+        (run_glue, ("premise", "hypothesis"), "superglue.py"),
+        (run_superglue, ("sentence1", "sentence2"), "glue.py"),
+    ):
+        with pytest.raises(SystemExit):
+            run(script, "--task", "rte", "--data_dir", tmp_path / columns[0])
+        place = tmp_path / columns[0] / "rte"
+        said = f"error: rte: {place} has the columns {', '.join(columns)}, as {other} reads rte.\n"
+        assert capsys.readouterr().err.endswith(said)
+
+
+def test_the_other_suites_tasks_are_named(run, capsys):
+    for script, task, other in ((run_glue, "cb", "superglue.py"), (run_superglue, "cola", "glue.py")):
+        with pytest.raises(SystemExit):
+            run(script, "--task", task)
+        assert capsys.readouterr().err.endswith(f", all; {other} has {task}\n")
+    assert glue.SUPERGLUE.keys() == superglue.TASKS.keys()
+    assert superglue.GLUE.keys() == glue.TASKS.keys()
+    assert (glue.SUPERGLUE["rte"], superglue.GLUE["rte"]) == (superglue.TASKS["rte"].texts, glue.TASKS["rte"].texts)
+
+
+def test_a_misspelt_flag_is_named_before_one_that_is_missing(run, capsys):
     with pytest.raises(SystemExit):
-        run(run_glue, "--task", "sst2", "--data_dir", tmp_path, model=tmp_path / "nowhere")
-    assert f"--model: there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+        run(run_glue, "--taks", "sst2")
+    assert "unrecognized arguments: --taks. Did you mean --task?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(run_glue)
+    assert "the following arguments are required: --task" in capsys.readouterr().err
 
 
 def test_options_that_are_not_given_are_the_checkpoints(run, tmp_path):
