@@ -11,10 +11,10 @@ import argparse
 import os
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 
-import gradio
 import numpy as np
 import pandas as pd
 import torch
@@ -36,6 +36,13 @@ EXAMPLES = {
     "query": "how do cats purr",
     "documents": "Cats purr by vibrating their larynx.\nThe harbour froze in January.\nDogs bark at strangers.",
 }
+
+
+def refuse(message: str) -> NoReturn:
+    """Shows the message on the page."""
+    import gradio
+
+    raise gradio.Error(message)
 
 
 def load(checkpoint: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -69,7 +76,7 @@ class Page:
     @torch.no_grad()
     def classify(self, first: str, second: str):
         if not first.strip():
-            raise gradio.Error("There is no text.")
+            refuse("There is no text.")
         logits = self.model(**self.encode(first, second)).logits[0].float()
         config = self.model.config
         if config.problem_type == "regression" or len(logits) == 1:
@@ -83,12 +90,12 @@ class Page:
     def rerank(self, query: str, documents: str) -> pd.DataFrame:
         documents = [line.strip() for line in documents.splitlines() if line.strip()]
         if not query.strip() or not documents:
-            raise gradio.Error("It takes a query and at least one document, each on a line of its own.")
+            refuse("It takes a query and at least one document, each on a line of its own.")
         try:
             with self.lock:
                 scores = score_pairs(self.model, self.tokenizer, [(query, text) for text in documents], self.longest)
         except ValueError as error:
-            raise gradio.Error(str(error)) from error
+            refuse(str(error))
         order = np.argsort(-scores, kind="stable")
         rows = [(rank, round(float(scores[i]), 4), documents[i]) for rank, i in enumerate(order, 1)]
         return pd.DataFrame(rows, columns=["rank", "score", "document"])
@@ -97,7 +104,7 @@ class Page:
     def look(self, first: str, second: str, layer: int):
         """A picture of what tokens attend to in a layer, and of their shares in the pooled vector."""
         if not first.strip():
-            raise gradio.Error("There is no text.")
+            refuse("There is no text.")
         batch = self.encode(first, second, MOST_TOKENS)
         encoded = self.model.encode(**batch, output_attentions=True)
         shares = self.model.pooler.weights(encoded.token_states, encoded.offsets).float().cpu().numpy()
@@ -121,7 +128,10 @@ def draw(tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: in
     return figure
 
 
-def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> gradio.Blocks:
+def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
+    """The page, `gradio.Blocks`."""
+    import gradio
+
     page, config = Page(model, tokenizer), model.config
     ranks = isinstance(model, GemmaEncoderForRanking)
     calibrated = config.calibration_temperature is not None
@@ -162,6 +172,8 @@ def main():
     parser.add_argument("--port", type=int, default=None, help="Default: the first that is free from 7860 on.")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=DTYPE["help"])
     args = parser.parse_args()
+    import gradio  # takes seconds, which --help need not
+
     with failing(parser):
         model, tokenizer = load(args.model, args.dtype)
     font = ["system-ui", "sans-serif"]  # the default's would be fetched

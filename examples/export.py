@@ -5,16 +5,21 @@
 
 Both take `input_ids` and `attention_mask` (batch, seq_len), any batch and length, padded on either side, and give
 `logits`; what is exported is compared with the model before it is left there. It runs padded, so short texts next to
-long ones cost what the long ones do. Then, with onnxruntime and tokenizers alone:
+long ones cost what the long ones do. settings.json beside it has the names of the labels, the longest text in tokens
+and what is cut of a longer one. With onnxruntime and tokenizers alone:
 
+    settings = json.load(open("exported/settings.json"))
     tokenizer = Tokenizer.from_file("exported/tokenizer.json")
-    tokenizer.enable_padding(pad_id=0)
-    tokenizer.enable_truncation(256, strategy="only_second")
-    pairs = tokenizer.encode_batch([("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")])
-    inputs = {"input_ids": [pair.ids for pair in pairs], "attention_mask": [pair.attention_mask for pair in pairs]}
-    scores = InferenceSession("exported/model.onnx").run(["logits"], inputs)[0]
+    tokenizer.enable_padding(pad_id=settings["pad_token_id"])
+    tokenizer.enable_truncation(settings["max_length"], strategy=settings["truncation"])
+    texts = [("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")]  # or "one text", "another"
+    read = tokenizer.encode_batch(texts)
+    inputs = {"input_ids": [text.ids for text in read], "attention_mask": [text.attention_mask for text in read]}
+    logits = InferenceSession("exported/model.onnx").run(["logits"], inputs)[0]
+    labels = [settings["id2label"][str(row.argmax())] for row in logits]  # of a classifier; of others the number is it
 """
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +27,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-import modeling_gemma_encoder  # noqa: F401  registers our classes
+from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForRanking  # registers our classes
+from modeling_gemma_encoder.checkpoints import load_tokenizer
+from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -127,6 +134,21 @@ def difference(model: Logits, path: Path, kind: str) -> float:
     return float(max(differences))
 
 
+def settings(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """How texts are read and what outputs are, for a program that has no config: `id2label` of a classifier, or
+    `numbers`, the names of those that a regressor says."""
+    ranks = GemmaEncoderForRanking.__name__ in config.architectures
+    problem = "ranking" if ranks else config.problem_type or ("regression" if config.num_labels == 1 else None)
+    return {
+        "problem_type": problem or "single_label_classification",
+        "id2label": None if problem in ("ranking", "regression") else config.id2label,
+        "numbers": list(config.id2label.values()) if problem == "regression" else None,
+        "max_length": min(tokenizer.model_max_length, config.max_position_embeddings),
+        "truncation": "only_second" if ranks else "longest_first",
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def main():
     parser = ScriptParser(ExportArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
@@ -142,9 +164,10 @@ def main():
     export(model, part / path.name, args.format, args.max_batch)
     if (worst := difference(model, part / path.name, args.format)) > TOLERANCE:
         raise SystemExit(f"What was exported scores otherwise, by {worst:.1e}; it is left in {part}")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(part)
+    write(part / "settings.json", json.dumps(settings(model.model.config, tokenizer), indent=2, ensure_ascii=False))
     part.replace(folder)
     sizes = ", ".join(f"{f.name} of {f.stat().st_size / 1e6:.1f} MB" for f in sorted(folder.glob(f"{path.name}*")))
     print(f"{folder}: {sizes}, scores differ by {worst:.0e} at most")

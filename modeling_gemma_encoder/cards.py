@@ -1,6 +1,5 @@
 """Model cards: what a run left in its folder, as tables a reader can check, and the Hub's metadata."""
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import read
+from .files import is_local, read
 from .licences import GEMMA_NOTICE, origin_of
 
 PIPELINES = {
@@ -43,12 +42,32 @@ class Run:
     scores: list[EvalResult] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     of_pairs: bool = False  # whether it was trained on pairs of texts
+    kind: str = "text-classification"  # of what `scores` measure, where it is no ranking
+
+
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".run", ".yaml", ".yml")
+
+
+def own_name(name: str) -> str:
+    """The last part of what names a place here, which may be gone; other names, as those of the Hub, as they are."""
+    place, colon, split = name.partition(":")
+    if "://" in name or not (is_local(place) or place.endswith(TABLES)):
+        return name
+    return f"{Path(place).expanduser().name or 'here'}{colon}{split}"
 
 
 def masked(command: str) -> str:
-    """A command line without the values of flags that hold secrets, tokens of the Hub, and the name of who ran it."""
-    if (home := os.path.expanduser("~")) != "~":
-        command = re.sub(rf"(?<![^\s='\"]){re.escape(home)}(?=[/\s'\"]|$)", "~", command)
+    """A command line without the values of flags that hold secrets, tokens of the Hub, and the folders of places here,
+    save that of a script."""
+    places = re.compile(r"(?<![^\s=])(?:'([^']*)'|\"([^\"]*)\"|([^\s='\"]+))(?=\s|$)")
+
+    def named(match: re.Match) -> str:
+        name = next(filter(None, match.groups()), "")
+        script = name.endswith(".py") and not name.startswith(("/", "~"))
+        return match[0] if not name or name.startswith("-") or script else match[0].replace(name, own_name(name))
+
+    command = places.sub(named, command)
+    command = re.sub(r"(?<![\w.~/:])[~/](?:[\w.-]+/)+", "", command)  # within other words
     command = re.sub(
         r"(--(?!mask[-_]token|tokens[-_])\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+",
         r"\1...",
@@ -66,8 +85,9 @@ def read_run(folder: Path) -> Run:
     texts = began.get("train_data") or began.get("text") or []
     command = trained.get("command")
     run = Run(command=command and masked(command), of_pairs=len(began.get("texts", [])) > 1)
+    run.kind = "text-regression" if began.get("problem") == "regression" else run.kind
     recipe = {
-        "data": began.get("task") or ", ".join(Path(name).name if Path(name).exists() else name for name in texts),
+        "data": began.get("task") or ", ".join(map(own_name, texts)),
         "objective": began.get("objective"),
         "hidden tokens": began.get("mask_rate"),
         "learning rate": known.get("learning_rate"),
@@ -115,7 +135,7 @@ def _add_classification(run: Run, found: dict, summary: list[dict]) -> None:
             )
         )
         run.scores += [
-            EvalResult("text-classification", found["task"], found["task"], name, value, dataset_split=split)
+            EvalResult(run.kind, found["task"], found["task"], name, value, dataset_split=split)
             for name, value in scores.items()
         ]
 
@@ -169,7 +189,18 @@ def add_ranking(run: Run, name: str, found: dict) -> None:
 # The card
 
 
-def usage(repo_id: str, revision: str | None, architecture: str, adapter: bool, pair: bool) -> str:
+REGRESSOR = "a regressor: a text in, a number out"
+
+
+def is_regressor(config: GemmaEncoderConfig) -> bool:
+    """Whether a model says a number of a text, and is no classifier, though its class is called so."""
+    named = bool(config.architectures) and config.architectures[0] == "GemmaEncoderForSequenceClassification"
+    return named and (config.problem_type == "regression" or config.num_labels == 1)
+
+
+def usage(
+    repo_id: str, revision: str | None, architecture: str, adapter: bool, pair: bool, regressor: bool = False
+) -> str:
     """A snippet that runs as it is."""
     pinned = f'pinned = {{"revision": "{revision or "<commit>"}", "trust_remote_code": True}}\n'
     name = f'"{repo_id}", **pinned'
@@ -192,6 +223,14 @@ def usage(repo_id: str, revision: str | None, architecture: str, adapter: bool, 
             f"{tokenizer}{classifier}\n"
             'batch = tokenizer(["how do cats purr"], ["They vibrate their larynx."], return_tensors="pt")\n'
             "scores = model(**batch).logits  # higher is more relevant"
+        )
+    if regressor:
+        texts = '["A first text."], ["A second one."]' if pair else '["A text."]'
+        return (
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+            f"{pinned}{tokenizer}{classifier}\n"
+            f'batch = tokenizer({texts}, truncation=True, return_tensors="pt")\n'
+            "numbers = model(**batch).logits  # (texts, numbers of each)"
         )
     if architecture == "GemmaEncoderForSequenceClassification":
         text = '{"text": "A first text.", "text_pair": "A second one."}' if pair else '"A text."'
@@ -225,7 +264,7 @@ def how_it_reads(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase,
         "longest text": f"{min(tokenizer.model_max_length, config.max_position_embeddings):,} tokens",
     }
     if config.architectures and "Classification" in config.architectures[0]:
-        rows["labels"] = ", ".join(str(name) for name in config.id2label.values())
+        rows["number" if is_regressor(config) else "labels"] = ", ".join(map(str, config.id2label.values()))
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
@@ -255,19 +294,21 @@ def make_card(
     architecture = (config.architectures or ["GemmaEncoderModel"])[0]
     origin = origin_of(base)
     of_base = origin or "A decoder"
-    if base is not None and Path(base).exists():
+    if base is not None and origin != base and is_local(base):
         local = f"local checkpoint `{Path(base).name}`"
         of_base = f"{origin}, by way of the {local}," if origin else f"The {local}"
+    tags = ["sentence-transformers", "reranker"] if "Ranking" in architecture else []
+    tags += ["regression"] if is_regressor(config) else []
     data = ModelCardData(
         language=language,
         license=licence,
         library_name="transformers",
-        pipeline_tag=PIPELINES[architecture],
+        pipeline_tag=None if is_regressor(config) else PIPELINES[architecture],
         base_model=origin,
         base_model_relation=None if origin is None else ("adapter" if adapter else "finetune"),
         datasets=run.datasets or None,
         metrics=sorted({score.metric_type for score in run.scores}) or None,
-        tags=["gemma-encoder", *(["sentence-transformers", "reranker"] if "Ranking" in architecture else [])],
+        tags=["gemma-encoder", *tags],
         model_name=repo_id.rpartition("/")[2],
         eval_results=run.scores or None,
     )
@@ -280,9 +321,9 @@ def make_card(
         template_path=str(template),
         name=repo_id.rpartition("/")[2],
         what=f"{of_base} as a bidirectional encoder ([Gemma Encoder](https://arxiv.org/abs/2503.02656)), trained as "
-        f"{KINDS[architecture]}.",
+        f"{REGRESSOR if is_regressor(config) else KINDS[architecture]}.",
         results="\n\n".join(run.results),
-        usage=usage(repo_id, revision, architecture, adapter, pair=run.of_pairs),
+        usage=usage(repo_id, revision, architecture, adapter, run.of_pairs, is_regressor(config)),
         repo_id=repo_id,
         revision=revision,
         adapter=adapter,

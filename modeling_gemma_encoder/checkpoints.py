@@ -9,22 +9,30 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .gguf_gemma_encoder import HUB_OPTIONS, find_gguf, read_decoder, split_gguf
 
-# What upstream remembers in a tokenizer of how it was loaded.
-LOADING = ("gguf_file", "is_local", "local_files_only")
+# What upstream may remember in a tokenizer of how and where it was loaded, which is nobody else's.
+LOADING = (
+    *("gguf_file", "is_local", "local_files_only", "cache_dir", "force_download", "proxies", "token"),
+    *("use_auth_token", "name_or_path", "revision", "subfolder", "trust_remote_code", "_commit_hash", "_from_auto"),
+)
 
 
 def load_tokenizer(checkpoint: str | Path, **options) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder, a repository or a GGUF file; `options` are those of `AutoTokenizer`."""
     source, gguf_file = split_gguf(checkpoint)
     if gguf_file is None:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options)
+        return _without_loading(AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options))
     path = find_gguf(source, gguf_file, {name: options[name] for name in HUB_OPTIONS if name in options})
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False, **options)
-    for name in LOADING:
-        tokenizer.init_kwargs.pop(name, None)
+    tokenizer = _without_loading(tokenizer)
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     if _adds_bos(path) and not begins:  # upstream 5.20 leaves it out
         tokenizer.add_bos_token = True
+    return tokenizer
+
+
+def _without_loading(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    for name in LOADING:
+        tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 

@@ -18,11 +18,11 @@ import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from . import modeling_gemma_encoder
 from .cards import Run, make_card
 from .checkpoint_gemma_encoder import WEIGHTS
+from .checkpoints import load_tokenizer
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import is_local, write
 from .gguf_gemma_encoder import split_gguf
@@ -101,7 +101,7 @@ def stage(
     if not config.architectures:
         raise ValueError(f"{source} is a decoder as it is: train an encoder of it first.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} has no tokenizer: save it beside the model, the template is in it.") from error
     base = base or (adapter or {}).get("base_model_name_or_path") or config.text_config._name_or_path or None

@@ -40,6 +40,8 @@ def licence_of(base: str, decoder: str, given: str | None = None) -> str:
 def _card_of(base: str) -> ModelCard | None:
     """The card of a repository, of a folder, or of where a GGUF file is; None where it cannot be read."""
     source, _ = split_gguf(base)
+    if is_local(str(source)) and not Path(source).exists():
+        return None
     try:
         card = cached_file(str(source), "README.md", _raise_exceptions_for_missing_entries=False)
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
@@ -50,10 +52,14 @@ def _card_of(base: str) -> ModelCard | None:
 def origin_of(base: str | None) -> str | None:
     """Return the repository that a model is made of: for a local checkpoint, what its card names, None without one."""
     source, _ = split_gguf(base)
-    if source is None or not is_local(str(source)):
-        return source
-    found = (card := _card_of(str(source))) and card.data.base_model
-    return found[0] if isinstance(found, list) else found or None
+    if source is None:
+        return None
+    card, place = _card_of(str(source)), Path(source)
+    if not is_local(str(source)) and (card or place.parent == Path() or not place.parent.is_dir()):
+        return source  # and not a folder that was deleted since, from one that is still there
+    found = card and card.data.base_model
+    found = found[0] if isinstance(found, list) else found
+    return None if not found or is_local(found) else found
 
 
 def notice(base: str | None, licence: str) -> str | None:

@@ -7,9 +7,10 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, get_type_hints
 
 import torch
 import yaml
@@ -105,10 +106,19 @@ class ScriptParser(HfArgumentParser):
         usage = "%(prog)s [flags, which --help lists]"
         super().__init__(types, usage=usage, description=description, formatter_class=formatter_class)
 
-        types = types if isinstance(types, Iterable) else [types]
-        if any(issubclass(kind, TrainingArguments) for kind in types):
+        if any(issubclass(kind, TrainingArguments) for kind in self.dataclass_types):
             help = "Train in bf16 also where the processor has no instructions for it, many times more slowly."
             self.add_argument("--force_bf16", nargs="?", const=True, default=False, type=string_to_bool, help=help)
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        """As upstream; the hundred options of its Trainer come after all of ours, in a group of their own."""
+        if not issubclass(dtype, TrainingArguments):
+            return super()._add_dataclass_arguments(dtype)
+        group, hints = self.add_argument_group("options of transformers' TrainingArguments"), get_type_hints(dtype)
+        for field in fields(dtype):
+            if field.init:
+                field.type = hints[field.name]
+                self._parse_dataclass_field(group, field)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
         """As argparse, but fp32 takes the place of bf16 on a processor without instructions for it, which is said."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import superglue
 import torch
 from conftest import NANO
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.finetuning import ENCODER_OPTIONS, FineTuningArguments
@@ -417,8 +418,6 @@ def test_the_summary_is_that_of_a_calculator():
     ],
 )
 def test_bad_command_lines_end_before_any_training(run, tmp_path, capsys, arguments, message, monkeypatch):
-    import re
-
     rows = [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": 0}]
     for split in ("train", "validation"):
         write_rows(tmp_path / "sst2", split, rows)
@@ -699,5 +698,11 @@ def test_help_does_not_show_defaults_that_are_not(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["glue.py", "--help"])
     with pytest.raises(SystemExit):
         run_glue()
-    said = " ".join(capsys.readouterr().out.split())
+    written = capsys.readouterr().out
+    said = " ".join(written.split())
+    own, _, upstreams = written.partition("options of transformers' TrainingArguments:")
+    flags = {*map(str, re.findall(r"^  --(\w+)", own, re.MULTILINE))}
+    assert {"task", "data_dir", "seeds", "model", "pooling", "lora_r", "config", "force_bf16"} <= flags
+    assert not flags & TrainingArguments.__dataclass_fields__.keys()
+    assert {"output_dir", "learning_rate"} <= {*re.findall(r"^  --(\w+)", upstreams, re.MULTILINE)}
     assert "(default: by the size of --model)" in said and "5e-05" not in said and said.count("the task's)") == 3

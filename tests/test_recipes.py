@@ -46,8 +46,10 @@ def test_a_file_is_its_flags_and_the_command_line_wins(recipe, monkeypatch):
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
-def test_values_mean_what_they_say(recipe, monkeypatch):
+def test_values_mean_what_they_say(recipe, monkeypatch, tmp_path):
     """YAML reads a plain `no` as false; values may begin with a dash, and lists may be empty."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-data").mkdir()
     path = recipe(save_strategy=False, eval_strategy=False, bf16=False, learning_rate=-1e-5, seeds=[], data_dir="-data")
     own, _, args = parsed(monkeypatch, f"--config={path}")
     assert args.save_strategy == args.eval_strategy == "no" and args.bf16 is False
@@ -211,3 +213,19 @@ def test_an_estimate_is_what_a_step_takes(tmp_path):
     command = [sys.executable, "-c", CHECK, str(tmp_path)]
     taken = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert 0.75 * expected < taken < 1.1 * expected
+
+
+def seconds_of_a_core(script: str) -> float:
+    """What `--help` takes; other work on the machine does not count."""
+    words = [sys.executable, str(ROOT / "examples" / script), "--help"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="counts a process's own time")
+@pytest.mark.parametrize("script", ["ablations.py", "app.py"])
+def test_help_answers_in_less_than_ten_seconds(script):
+    """Of those that import most; a busy machine may take longer for the same, once."""
+    assert any(seconds_of_a_core(script) < 10 for _ in range(3))

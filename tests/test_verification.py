@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.cards import Run
+from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.hub import stage
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.verification import FILE, compare, hash_of, run_stranger, verify
@@ -41,6 +42,26 @@ def staged(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("staged") / "folder"
     stage(str(trained), folder, "me/ranker", TEMPLATE, Run(), base="examples/nano", licence="apache-2.0")
     return folder
+
+
+def test_a_published_tokenizer_says_nothing_of_the_machine_it_was_loaded_on(trained, tmp_path):
+    source = Path(shutil.copytree(trained, tmp_path / "source"))
+    saved = json.loads((source / "tokenizer_config.json").read_text())
+    assert "local_files_only" in saved  # upstream writes it
+    of_machine = {
+        "cache_dir": "/home/ada/cache",
+        "token": "hf_abc",
+        "name_or_path": "/home/ada/model",
+        "is_local": True,
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps({**saved, **of_machine}))
+    stage(str(source), tmp_path / "out", "me/it", TEMPLATE, Run(), base="examples/nano", licence="apache-2.0")
+    published = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert all(published[name] == saved[name] for name in saved.keys() - {"local_files_only", "is_local"})
+    assert not published.keys() & {"local_files_only", *of_machine}
+    load_tokenizer(source).save_pretrained(tmp_path / "trained_further")
+    further = json.loads((tmp_path / "trained_further" / "tokenizer_config.json").read_text())
+    assert not further.keys() & {"local_files_only", *of_machine}
 
 
 @pytest.fixture
