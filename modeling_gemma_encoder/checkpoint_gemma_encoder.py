@@ -86,6 +86,10 @@ def refuse_incomplete(
             f"{source} has no lm_head, the matrix of its own by which its decoder predicts tokens: a classifier's or "
             "ranker's checkpoint lost it. Load the decoder itself, or what was saved as a masked language model."
         )
+    if lost and saved.num_hidden_layers < loaded.num_hidden_layers:
+        raise ValueError(
+            f"`num_hidden_layers` is {loaded.num_hidden_layers}, and {source} has {saved.num_hidden_layers}."
+        )
     if lost:
         raise ValueError(
             f"{source} lacks {len(lost)} weights that its config.json promises: {', '.join(lost[:3])}"
@@ -106,9 +110,8 @@ def refuse_other_class(source, saved: PreTrainedConfig, model_class: type) -> No
     if others := [name for name in saved.architectures or () if name not in known]:
         raise ValueError(
             f"{source} was saved by {others[0]}, a class of its own, whose scores {model_class.__name__} may not have. "
-            f"Load it with {others[0]}.from_pretrained, or in a process that has not imported this package with "
-            "`trust_remote_code=True`, if its code was saved. To take its weights alone, change `architectures` in its "
-            "config.json."
+            f"Load it with {others[0]}.from_pretrained, or, if its code was saved, with `trust_remote_code=True` in a "
+            f"process that has not imported this package. architectures=[{model_class.__name__!r}] takes its weights."
         )
 
 

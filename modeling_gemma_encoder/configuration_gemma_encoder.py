@@ -23,6 +23,8 @@ MULTIMODAL = ("gemma3", "gemma4")
 # What `AutoModelForSequenceClassification` may build, the default first.
 TASK_HEADS = ("GemmaEncoderForSequenceClassification", "GemmaEncoderForRanking")
 CLASSES = ("GemmaEncoderModel", "GemmaEncoderForMaskedLM", *TASK_HEADS)
+# Fields of a decoder that upstream reads, under other names than it writes.
+OLD_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 # The fields of a decoder's config that a task-specific wrapper inherits from it.
 INHERITED = ("id2label", "label2id", "problem_type", "dtype", "torch_dtype", "quantization_config")
 
@@ -265,7 +267,7 @@ def _to_dict(config: PreTrainedConfig | dict | None) -> dict[str, Any]:
 
 def _refuse_fields_of_decoder(decoder: PreTrainedConfig | None, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for a keyword that the decoder's config has, and an encoder's has not."""
-    fields = type(decoder or AutoConfig.for_model(DECODERS[1])).__dataclass_fields__
+    fields = {*type(decoder or AutoConfig.for_model(DECODERS[1])).__dataclass_fields__, *OLD_FIELDS}
     if of_decoder := [name for name in kwargs if name in fields and not hasattr(GemmaEncoderConfig, name)]:
         raise ValueError(
             f"`{', '.join(of_decoder)}` is the decoder's: pass text_config={{{of_decoder[0]!r}: "

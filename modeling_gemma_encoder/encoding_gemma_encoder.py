@@ -24,6 +24,7 @@ from .attention_gemma_encoder import (
 )
 from .fused_gemma_encoder import FUSED, find_sequences
 from .last_layer_gemma_encoder import taken_tokens
+from .losses_gemma_encoder import IGNORE
 from .outputs_gemma_encoder import arranged, attentions_to_padded, pairs, states_to_padded, zero_elsewhere
 
 
@@ -95,15 +96,21 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
     return mask
 
 
-def refuse_rows_without_tokens(mask: torch.Tensor) -> None:
-    """Raise ValueError where a row of the mask (batch, seq_len) is padding alone: a text that has no tokens."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.is_meta or mask.any(-1).all():
+def refuse_rows_without_tokens(mask: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+    """Raise ValueError where a row of the mask (batch, seq_len) has no token, and no label (batch, ...) of it is
+    ignored: a text to be scored, and not one that fills a batch."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.is_meta:
         return
-    rows = (~mask.any(-1)).nonzero()[:, 0].tolist()
+    empty = ~mask.bool().any(-1)
+    if labels is not None and labels.shape[:1] == empty.shape:
+        empty = empty & (labels.to(empty.device) != IGNORE).view(len(empty), -1).any(-1)
+    if not empty.any():
+        return
+    rows = ", ".join(map(str, empty.nonzero()[:, 0].tolist()))
     raise ValueError(
-        f"`input_ids` has no token in row {', '.join(map(str, rows))} of the batch, counted from 0: a tokenizer that "
-        "adds no token of its own makes none of an empty text. Leave such texts out, or let the tokenizer add a "
-        "`bos_token`."
+        f"`attention_mask` has no token in row {rows} of the batch, counted from 0: a tokenizer that adds no token of "
+        "its own makes none of an empty text. Leave such texts out, let the tokenizer add a `bos_token`, or label rows "
+        f"that only fill a batch {IGNORE}."
     )
 
 

@@ -16,7 +16,6 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .adapters_gemma_encoder import StockHeadGuard, parts_with_weights, refuse_lost_parts, refuse_shadow
 from .attention_gemma_encoder import UNPADDED, set_reach
 from .calibration_gemma_encoder import probabilities
 from .configuration_gemma_encoder import TASK_HEADS, GemmaEncoderConfig
@@ -33,6 +32,7 @@ from .feedforward_gemma_encoder import with_fusing
 from .last_layer_gemma_encoder import take_in_last_layer
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
 from .outputs_gemma_encoder import arranged, to_padded
+from .peft_gemma_encoder import StockHeadGuard, refuse_lost_parts, refuse_shadow, refuse_unguarded
 from .pooling_gemma_encoder import POOLERS
 from .precision_gemma_encoder import refuse_non_finite, warn_of_slow_bf16
 from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
@@ -74,6 +74,7 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         if config.int8_weights:
             hold_int8(self)
         self.pooler = POOLERS[config.pooling](config)
+        self.register_state_dict_pre_hook(refuse_unguarded)
         self.post_init()
 
     def encode(
@@ -90,8 +91,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         mask = check_inputs(self.config, input_ids, attention_mask, inputs_embeds)
         warn_of_slow_bf16(self.get_input_embeddings().weight)
         refuse_shadow(self)
-        if self.training and self.new_parts and torch.is_grad_enabled():
-            refuse_lost_parts(self)
+        if self.training and torch.is_grad_enabled():
+            refuse_lost_parts(self, frozen_alone=True)
         if input_ids is not None and attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if output_attentions is None:
@@ -164,8 +165,6 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
 
     def _add_head(self, config: GemmaEncoderConfig, num_outputs: int) -> None:
         self.classifier, self.score = GemmaEncoderHead(config, num_outputs), StockHeadGuard()
-        self.new_parts = parts_with_weights(self)
-        self.register_state_dict_pre_hook(refuse_lost_parts)
         self.post_init()
 
     def verify_attention(self) -> None:
@@ -243,10 +242,10 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         wanted = (output_attentions, output_hidden_states)
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
         logits = self.classifier(self.pool(encoded))
-        if labels is None and not self.training:  # a row of padding is one that is labelled as to be ignored
-            refuse_rows_without_tokens(encoded.mask)
         self._refuse_non_finite("logits", logits)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        if labels is not None or not self.training:
+            refuse_rows_without_tokens(encoded.mask, labels)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
@@ -419,6 +418,7 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         """
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         states, logits, loss = encoded.token_states, None, None
+        self._refuse_non_finite("last_hidden_state", states)
         if self.config.masked_lm_objective == "mntp":
             states = previous_states(states, encoded.offsets)
         if labels is None:

@@ -37,6 +37,29 @@ def attentions_to_padded(weights: torch.Tensor, unpadding: Unpadding, mask: torc
     return zero_elsewhere(restore_attentions(weights, unpadding, mask.shape[1]), pairs(mask))
 
 
+class RetainGrad:
+    """The `retain_grad` of a copy: keeps the gradient of what the layers used, in the copy's shape, in its `grad`."""
+
+    def __init__(self, copied: torch.Tensor, used: torch.Tensor, arrange: Callable[[torch.Tensor], torch.Tensor]):
+        self.copied, self.used, self.arrange = weakref.ref(copied), used, arrange  # a copy holds its `RetainGrad`
+        self.total, self.is_kept = None, False
+
+    def __call__(self) -> None:
+        if not self.is_kept:
+            torch.Tensor.retain_grad(self.copied())  # says that there will be one; `keep` comes after it
+            self.used.register_hook(self.keep)
+            self.is_kept = True
+
+    def keep(self, gradient: torch.Tensor) -> None:
+        arranged = self.arrange(gradient.detach())
+        self.total = arranged if self.total is None else self.total + arranged
+        if (copied := self.copied()) is not None:
+            copied.grad = self.total
+
+    def __reduce__(self):
+        return partial, (bool,)  # a copy that was saved leads nowhere, and its `retain_grad` does nothing
+
+
 def arranged(used: torch.Tensor | None, arrange: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
     """Return `arrange(used)`, a copy for the caller, whose `retain_grad` keeps the gradient of what the layers used.
 
@@ -46,24 +69,15 @@ def arranged(used: torch.Tensor | None, arrange: Callable[[torch.Tensor], torch.
         return None
     copied = arrange(used)
     if copied.requires_grad and not torch.compiler.is_compiling():
-        source, earlier = getattr(used, "arranged_from", (used, None))
-        whole = arrange if earlier is None else partial(_in_turn, earlier, arrange)
-        copied.arranged_from = source, whole
-        copied.retain_grad = partial(_retain_grad, weakref.ref(copied), source, whole)
+        earlier = vars(used).get("retain_grad")  # of a copy of a copy
+        if earlier is not None:
+            used, arrange = earlier.used, partial(_in_turn, earlier.arrange, arrange)
+        copied.retain_grad = RetainGrad(copied, used, arrange)
     return copied
 
 
 def _in_turn(first: Callable, second: Callable, values: torch.Tensor) -> torch.Tensor:
     return second(first(values))
-
-
-def _retain_grad(copied: "weakref.ref[torch.Tensor]", used: torch.Tensor, arrange: Callable) -> None:
-    def keep(gradient: torch.Tensor) -> None:
-        if (alive := copied()) is not None:
-            alive.grad = arrange(gradient.detach())
-
-    torch.Tensor.retain_grad(copied())
-    used.register_hook(keep)
 
 
 def restore_attentions(weights: torch.Tensor, unpadding: Unpadding, seq_len: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ def refuse_non_finite(name: str, values: torch.Tensor, weight: torch.Tensor, tra
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or values.is_meta:
         return
-    short = torch.float16 in (weight.dtype, dtype_of_autocast(weight.device.type))
+    short = torch.float16 in (weight.dtype, dtype_of_autocast(values.device.type))
     if (training and not short) or values.isfinite().all():
         return
     if short:
@@ -57,8 +57,9 @@ def refuse_non_finite(name: str, values: torch.Tensor, weight: torch.Tensor, tra
             "of fp16=True."
         )
     raise ValueError(
-        f"`{name}` has values that are infinite or NaN in {str(weight.dtype).removeprefix('torch.')}: the weights are "
-        "not sound. Did training diverge? Train with a lower learning rate, or go back to an earlier checkpoint."
+        f"`{name}` has values that are infinite or NaN, of weights in {str(weight.dtype).removeprefix('torch.')}. They "
+        "are not sound, or a part computes in float16 (`bnb_4bit_compute_dtype`). Did training diverge? Train with a "
+        "lower learning rate, or go back to an earlier checkpoint."
     )
 
 

@@ -19,12 +19,12 @@ from transformers.models.gemma.modeling_gemma import GemmaPreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from .adapters_gemma_encoder import PARTS
 from .attention_gemma_encoder import UNPADDED
 from .checkpoint_gemma_encoder import all_or_nothing, refuse_incomplete, refuse_other_class, refuse_paths
 from .configuration_gemma_encoder import CLASSES, GemmaEncoderConfig, is_of_decoder
 from .fused_gemma_encoder import FUSED
 from .gguf_gemma_encoder import HUB_OPTIONS, read_decoder, split_gguf
+from .peft_gemma_encoder import refuse_lost_parts
 from .pooling_gemma_encoder import POOLERS, ProbePooler
 
 logger = logging.get_logger(__name__)
@@ -99,12 +99,12 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     _keep_in_fp32_modules = ["classifier", "pooler"]
     _keep_in_fp32_modules_strict = ["classifier", "weight_scale"]
     _keys_to_ignore_on_load_unexpected = NOT_OURS
-    _keys_to_ignore_on_save = ["score.weight"]  # which a merged model has left of `StockHeadGuard`
     _can_record_outputs = None  # the decoder records its own
-    new_parts: list[str] = []  # of `PARTS`, those whose weights were not in the checkpoint
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if any(parent.__name__ == cls.__name__ for parent in cls.__mro__[1:]):
+            raise TypeError(f"A class derived from {cls.__name__} needs a name of its own, by which it is saved.")
         if not cls.__module__.startswith("torch."):  # where FSDP2 makes a class of each
             cls._auto_class = None  # a parent's registration says nothing of a user's own class
 
@@ -164,7 +164,6 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
                 pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"], saved, model.config
             )
         refuse_other_class(pretrained_model_name_or_path, model.config, cls)
-        model.new_parts = sorted({name.split(".")[0] for name in info["missing_keys"]} & set(PARTS))
         if is_fsdp_enabled():
             materialize(model)
         return (model, info) if with_info else model
@@ -210,6 +209,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             )
         weights = cached_file(path, "adapter_model.safetensors", **where)  # or OSError: pickled ones are never read
         options = {name: kwargs.pop(name) for name in FIELDS & kwargs.keys()}
+        if of_decoder := [name for name in kwargs if is_of_decoder(cls.config_class, name)]:
+            raise ValueError(f"{path} is an adapter over a decoder, whose `{of_decoder[0]}` cannot be changed.")
         trained = cls.config_class.from_pretrained(path, **where)
         refuse_other_class(path, trained, cls)
         given = config or cls.config_class.from_pretrained(path, **where, **options)
@@ -264,11 +265,11 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         """Write the files that a user's own class is derived from; upstream copies its file and relative imports."""
         name, pooler = type(self).__name__, getattr(self, "pooler", None)
         expected = POOLERS[self.config.pooling]
-        if pooler is not None and not isinstance(getattr(pooler, "original_module", pooler), expected):
+        found = type(getattr(pooler, "original_module", pooler)).__name__.removeprefix("FSDP")
+        if pooler is not None and found != expected.__name__:
             logger.warning(
-                f"`pooler` is an {type(pooler).__name__}, not the {expected.__name__} of "
-                f"pooling={self.config.pooling!r}, and is not saved: what loads this checkpoint will pool otherwise. "
-                "Derive a class whose `pool` does it."
+                f"`pooler` is of the class {found}, not the {expected.__name__} of pooling={self.config.pooling!r}: what "
+                "loads this checkpoint will pool otherwise. Derive a class whose `pool` does it."
             )
         if name in CLASSES:
             return
@@ -298,6 +299,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         self, adapter_name: str | None = None, state_dict: dict | None = None
     ) -> dict[str, torch.Tensor]:
         """As upstream, with what the stock causal class cannot load, see `adapters.refuse_stock_head`."""
+        refuse_lost_parts(self)
         peft = import_module("peft")  # an import statement would make every checkpoint ask for it
         state_dict = peft.get_peft_model_state_dict(self, state_dict, adapter_name or self.active_adapters()[0])
         return {**state_dict, "score.weight": torch.empty(0)}
@@ -337,6 +339,7 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        module.was_drawn = True  # and did not come from a checkpoint, see `refuse_lost_parts`
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)  # the decoder starts its own norms; upstream's Gemma would start ours at zero
         elif isinstance(module, ProbePooler):

@@ -125,10 +125,12 @@ def score_pairs(
         progress: A bar that is moved on.
 
     Raises:
-        ValueError: a query leaves no room for a document, or a score is not finite.
+        ValueError: a query leaves no room for a document, a pair has no token, or a score is not finite.
     """
     positions = model.config.get_text_config().max_position_embeddings
     ids = encode_pairs(tokenizer, pairs, min(max_length or tokenizer.model_max_length, positions))
+    if tokenless := next((pair for pair, of_pair in zip(pairs, ids, strict=True) if not of_pair), None):
+        raise ValueError(f"{tokenless!r} has no token: leave such pairs out, or let the tokenizer add a `bos_token`.")
     order, start = sorted(range(len(ids)), key=lambda i: -len(ids[i])), 0
     scores = np.empty(len(ids), dtype=np.float32)
     training = [module for module in model.modules() if module.training]
@@ -141,18 +143,16 @@ def score_pairs(
             batch = order[start : start + max(1, tokens_per_batch // max(1, len(ids[order[start]])))]
             start += len(batch)
             padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(device)
-            logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+            try:
+                logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+            except ValueError as error:
+                raise ValueError(f"The score of {pairs[batch[0]]!r}, or of a pair beside it: {error}") from error
             scores[batch] = logits[:, 0].float().cpu().numpy()
             if progress is not None:
                 progress.update(len(batch))
     finally:
         for module in training:
             module.training = True
-    if not np.isfinite(scores).all():
-        wrong = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise ValueError(
-            f"The score of {pairs[wrong]!r} is {scores[wrong]}: the model is not sound, or its dtype small."
-        )
     return scores
 
 

@@ -233,6 +233,12 @@ def test_other_options_than_an_adapter_was_trained_with_are_refused(option, tmp_
         GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, **option)
 
 
+def test_the_decoder_of_an_adapter_cannot_be_changed(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an adapter over a decoder, whose `num_hidden_layers`"):
+        GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, num_hidden_layers=2)
+
+
 def test_options_that_shape_nothing_may_differ(tmp_path):
     adapted().save_pretrained(tmp_path)
     model = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, feedforward_dropout=0.0)

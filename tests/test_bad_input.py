@@ -174,9 +174,12 @@ def test_a_text_without_tokens_is_named_by_its_row(model, ranker, backend):
     mask[1:] = 0
     for encoder in (model, ranker):
         set_backend(encoder, backend)
-        with pytest.raises(ValueError, match=r"`input_ids` has no token in row 1, 2 of the batch.*`bos_token`"):
+        with pytest.raises(ValueError, match=r"`attention_mask` has no token in row 1, 2 of the batch.*`bos_token`"):
             encoder(IDS, attention_mask=mask)
     assert model(IDS, attention_mask=mask, labels=torch.tensor([0, -100, -100])).loss.isfinite()
+    for training in (True, False):
+        with pytest.raises(ValueError, match=r"no token in row 2 of the batch.*-100"):
+            model.train(training)(IDS, attention_mask=mask, labels=torch.tensor([0, -100, 1]))
     lists = {"input_ids": IDS[None], "attention_mask": mask[None]}  # short lists are filled with documents of none
     assert ranker(**lists).logits.isfinite().all()
 

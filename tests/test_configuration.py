@@ -218,6 +218,8 @@ def test_a_checkpoint_loads_with_its_first_layers(family, tmp_path):
     build(GemmaEncoderForSequenceClassification, encoder_config(family)).save_pretrained(tmp_path)
     loaded = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, num_hidden_layers=2)
     assert len(loaded.model.layers) == 2 and loaded.config.text_config.num_hidden_layers == 2
+    with pytest.raises(ValueError, match=r"`num_hidden_layers` is 6, and .* has 4"):
+        GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, num_hidden_layers=6)
     whole = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
     states = [model(**BATCH, output_hidden_states=True).hidden_states[1] for model in (loaded.eval(), whole.eval())]
     torch.testing.assert_close(*states)  # the first layer is the first layer
@@ -241,6 +243,8 @@ def test_more_layers_follow_the_familys_own_pattern():
 def test_other_fields_of_the_decoder_are_refused_flat(tmp_path):
     with pytest.raises(ValueError, match=r"`attn_logit_softcapping` is the decoder's: pass text_config=\{'attn"):
         GemmaEncoderConfig(attn_logit_softcapping=None)
+    with pytest.raises(ValueError, match="`rope_theta` is the decoder's"):
+        GemmaEncoderConfig(rope_theta=1e6)
     config = GemmaEncoderConfig(text_config={"attn_logit_softcapping": None})
     assert config.text_config.attn_logit_softcapping is None
 

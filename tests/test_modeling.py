@@ -281,7 +281,7 @@ def test_a_batch_of_nothing_but_padding_runs_as_any_other():
         outputs = model(
             BATCH["input_ids"],
             attention_mask=nothing,
-            labels=torch.tensor([0, 1, 1]),
+            labels=torch.full((3,), -100),
             output_hidden_states=True,
             output_attentions=True,
         )

@@ -114,3 +114,23 @@ def test_nothing_stays_alive_after_its_outputs():
         assert states() is None
     finally:
         gc.enable()
+
+
+def test_gradients_add_up_as_torchs_do():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config())
+    outputs = model(**BATCH, output_hidden_states=[2])
+    outputs.hidden_states[2].retain_grad()
+    outputs.logits.sum().backward(retain_graph=True)
+    once = outputs.hidden_states[2].grad.clone()
+    outputs.logits.sum().backward()
+    torch.testing.assert_close(outputs.hidden_states[2].grad, 2 * once)
+
+
+def test_outputs_are_saved_and_copied_as_any_others(tmp_path):
+    outputs = build(GemmaEncoderModel, encoder_config())(**BATCH, output_hidden_states=True, output_attentions=True)
+    assert outputs.last_hidden_state.requires_grad
+    torch.save(outputs, tmp_path / "outputs.pt")
+    again = torch.load(tmp_path / "outputs.pt", weights_only=False)
+    for name in ("last_hidden_state", "hidden_states", "attentions"):
+        for one, other in zip(outputs[name], again[name], strict=True):
+            assert torch.equal(one, other)

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
 from modeling_gemma_encoder.adapters import add_lora
-from modeling_gemma_encoder.pooling_gemma_encoder import segment_mean
+from modeling_gemma_encoder.pooling_gemma_encoder import FirstKPooler, segment_mean
 
 BATCH = pad(texts((7, 3)))
 OWN = """
@@ -72,7 +72,8 @@ def test_a_class_that_is_not_registered_says_how_when_it_is_saved(tmp_path, capl
 
 
 def test_a_registered_class_travels_with_the_files_of_its_parents(tmp_path):
-    """A process that has not imported this package loads it, with `trust_remote_code`, to the same scores."""
+    """A process that has not imported this package loads it, with `trust_remote_code`, to the same scores; the class's
+    own file imports the package, which must be installed, where it does not import its parents by relative names."""
     model = build(own_class(tmp_path, registered=True), encoder_config())
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -124,4 +125,22 @@ def test_a_pooler_that_was_put_in_is_not_saved_without_a_word(tmp_path, caplog):
         assert "pooler" not in caplog.text
         model.pooler = Own()
         model.save_pretrained(tmp_path / "own")
-    assert "`pooler` is an Own, not the MeanPooler of pooling='mean'" in caplog.text
+    assert "`pooler` is of the class Own, not the MeanPooler of pooling='mean'" in caplog.text
+    model.pooler = FirstKPooler(model.config)  # which is a MeanPooler too
+    model.save_pretrained(tmp_path / "other")
+    assert "`pooler` is of the class FirstKPooler, not the MeanPooler" in caplog.text
+
+
+def test_a_class_has_another_name_than_its_parent():
+    """Or nothing in a checkpoint would tell them apart."""
+    with pytest.raises(TypeError, match="needs a name of its own"):
+        type("GemmaEncoderForRanking", (GemmaEncoderForRanking,), {})
+
+
+def test_weights_of_an_own_class_are_taken_where_that_is_said(tmp_path):
+    model = build(own_class(tmp_path, registered=False), encoder_config())
+    model.save_pretrained(tmp_path / "saved")
+    stock = GemmaEncoderForSequenceClassification.from_pretrained(
+        tmp_path / "saved", architectures=["GemmaEncoderForSequenceClassification"]
+    )
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in stock.state_dict().items())

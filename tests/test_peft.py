@@ -16,10 +16,11 @@ from peft import (
     get_peft_model,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
 from modeling_gemma_encoder.adapters import add_lora
 
 LORA = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "down_proj"]}
@@ -51,16 +52,16 @@ def test_a_new_pooler_that_an_adapter_would_lose_is_refused(pooling, tmp_path):
     """PEFT trains and saves the head by default, and leaves a pooler as it was drawn."""
     model = get_peft_model(classifier(pooling), LoraConfig(**LORA))
     expected = re.escape("modules_to_save=['pooler', 'classifier']")
-    with pytest.raises(ValueError, match=f"`pooler` are new.*add_lora.*{expected}"):
+    with pytest.raises(ValueError, match=f"`pooler` are not in the checkpoint.*add_lora.*{expected}"):
         model.train()(**BATCH)
-    with pytest.raises(ValueError, match="`pooler` are new"):
+    with pytest.raises(ValueError, match="`pooler` are not in"):
         model.save_pretrained(tmp_path)
 
 
 def test_a_new_head_that_an_adapter_would_lose_is_refused():
     """Without a task PEFT knows of no head at all."""
     model = get_peft_model(classifier(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="`classifier` are new"):
+    with pytest.raises(ValueError, match="`classifier` are not in"):
         model.train()(**BATCH)
 
 
@@ -102,6 +103,82 @@ def test_a_folder_of_peft_alone_never_loads_on_the_stock_causal_class(load, tmp_
         load.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"without an encoder's config\.json.*PeftModel\.from_pretrained"):
         GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_head_without_a_task_is_refused_before_its_folder_could_load_as_causal(tmp_path):
+    """PEFT keeps the stock head out by the guard, which only its sequence classifiers save."""
+    alone = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"])
+    model = train(get_peft_model(classifier(), alone))
+    with pytest.raises(ValueError, match=r'task_type="SEQ_CLS".*merge_and_unload'):
+        model.save_pretrained(tmp_path)
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=0)
+
+
+def test_a_copy_of_an_adapted_model_is_guarded_and_loads_as_it(tmp_path):
+    model = train(get_peft_model(classifier(), LoraConfig(**LORA)))
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    again.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_the_guard_still_loads(tmp_path):
+    """PEFT's own, of earlier versions of these classes."""
+    model = train(get_peft_model(classifier(), LoraConfig(**LORA)))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    assert weights.pop("base_model.model.score.weight").shape == (0,)
+    save_file(weights, path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(classifier(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("load", [AutoModelForSequenceClassification, AutoPeftModelForSequenceClassification])
+def test_an_adapter_over_a_saved_encoder_loads_by_the_auto_classes(load, tmp_path):
+    """Its base names our class."""
+    train(classifier("query_probe")).save_pretrained(tmp_path / "base")
+    model = train(get_peft_model(classifier("query_probe", tmp_path / "base"), LoraConfig(**LORA)))
+    model.save_pretrained(tmp_path / "adapter")
+    again = load.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+
+
+def test_sizes_of_ones_own_make_new_weights_too(tmp_path):
+    train(classifier("kv_probe")).save_pretrained(tmp_path)
+    other = {"pooling_num_probes": 4, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+    model = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path, **other)
+    with pytest.raises(ValueError, match="`pooler` are not in"):
+        get_peft_model(model, LoraConfig(**LORA)).train()(**BATCH)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "config"])
+def test_the_bare_encoder_is_held_to_the_same(source, tmp_path):
+    model = GemmaEncoderModel.from_pretrained(NANO, pooling="kv_probe")
+    if source == "config":
+        model = GemmaEncoderModel(model.config)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    batch = {name: values for name, values in BATCH.items() if name != "labels"}
+    with pytest.raises(ValueError, match="`pooler` are not in"):
+        model.train()(**batch)
+    with pytest.raises(ValueError, match="`pooler` are not in"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_head_that_is_trained_by_hand_may_be_merged(tmp_path):
+    model = get_peft_model(classifier(), LoraConfig(target_modules=["q_proj"]))
+    model.base_model.model.classifier.requires_grad_(True)
+    expected = logits(train(model))
+    model.merge_and_unload().save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(classifier("mean", tmp_path)), expected, atol=1e-5, rtol=0)
+
+
+def test_state_dicts_of_merged_models_are_those_of_any_other():
+    merged = train(get_peft_model(classifier(), LoraConfig(**LORA))).merge_and_unload()
+    again = classifier()
+    assert again.load_state_dict(merged.state_dict()).unexpected_keys == []
+    torch.testing.assert_close(logits(again.eval()), logits(merged))
 
 
 @pytest.mark.parametrize("trust_remote_code", [False, True])

@@ -9,7 +9,12 @@ from conftest import build, encoder_config, pad, texts
 from sentence_transformers import CrossEncoder
 from transformers import AutoTokenizer, TrainingArguments, pipeline
 
-from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
+from modeling_gemma_encoder import (
+    GemmaEncoderForMaskedLM,
+    GemmaEncoderForRanking,
+    GemmaEncoderForSequenceClassification,
+    GemmaEncoderModel,
+)
 from modeling_gemma_encoder.adapters import four_bit
 from modeling_gemma_encoder.finetuning import FineTuningArguments
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
@@ -126,9 +131,25 @@ def test_fp16_by_autocast_is_refused_alike():
 
 
 @torch.no_grad()
-def test_a_vector_that_is_not_finite_is_an_error():
+def test_vectors_and_states_that_are_not_finite_are_errors():
     with pytest.raises(ValueError, match=r"`pooler_output`.*float16"):
         overflowing(GemmaEncoderModel).half()(**BATCH)
+    model = overflowing(GemmaEncoderForMaskedLM).half()
+    for labels in ({}, {"labels": BATCH["input_ids"]}):
+        with pytest.raises(ValueError, match=r"`last_hidden_state`.*float16"):
+            model(**BATCH, **labels)
+
+
+@torch.no_grad()
+def test_an_embedding_on_disk_is_no_matter(decoder, tmp_path):
+    """Its weight is gone again after its turn, and with it the device."""
+    model = GemmaEncoderForSequenceClassification.from_pretrained(decoder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    places = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "pooler", "classifier"), "cpu")
+    offloaded = GemmaEncoderForSequenceClassification.from_pretrained(
+        tmp_path / "saved", device_map={"model.embed_tokens": "disk", **places}, offload_folder=tmp_path / "offload"
+    )
+    torch.testing.assert_close(offloaded(**BATCH).logits, model(**BATCH).logits)
 
 
 def test_fp16_is_left_alone_where_it_holds_the_states():
@@ -141,7 +162,7 @@ def test_fp16_is_left_alone_where_it_holds_the_states():
 def test_weights_that_training_ruined_are_named_when_scoring():
     model = build(GemmaEncoderForSequenceClassification, encoder_config())
     model.classifier.out_proj.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match=r"`logits` .* in float32.*diverge"):
+    with pytest.raises(ValueError, match=r"`logits` .*weights in float32.*diverge"):
         model(**BATCH)
     assert model.train()(**BATCH, labels=torch.tensor([0, 1])).loss.isnan()  # the Trainer counts and reports these
 

@@ -1,5 +1,6 @@
 """Laws of reranking: scores do not depend on the batch, and measures are those of hand and of other libraries."""
 
+import copy
 import json
 
 import numpy as np
@@ -76,9 +77,17 @@ def test_a_score_that_is_none_is_named(ranker):
     bias = model.classifier.out_proj.bias
     before = bias.data.clone()
     bias.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"score of \('query 0'"):
+    with pytest.raises(ValueError, match=r"score of \('query .*`logits` has values that are infinite or NaN"):
         score_pairs(model, tokenizer, PAIRS)
     bias.data.copy_(before)
+
+
+def test_a_pair_without_tokens_is_named(ranker):
+    model, tokenizer = ranker
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_bos_token, tokenizer.chat_template = False, None
+    with pytest.raises(ValueError, match=r"\('', ''\) has no token"):
+        score_pairs(model, tokenizer, [("rain", "It rains."), ("", "")])
 
 
 QRELS = {"q": {"a": 2, "b": 0, "c": 1, "d": 0}, "r": {"x": 1, "y": 0}, "absent": {"z": 1}}

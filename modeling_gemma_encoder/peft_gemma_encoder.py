@@ -1,0 +1,103 @@
+"""What PEFT may do to an encoder: nothing that comes back from an adapter's folder may be random or causal.
+
+PEFT knows a classifier's head by the names "classifier" and "score", trains and saves it, and nothing else beside the
+adapter. It keeps no config of the model, and its folders load on whatever class the decoder's own config names.
+"""
+
+import torch
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+# Modules whose weights a task trains from scratch, by the names that `modules_to_save` has for them.
+PARTS = ("pooler", "classifier")
+# How a `PeftModel` calls what it adapts.
+WITHIN_PEFT = "base_model.model."
+
+
+class StockHeadGuard(nn.Module):
+    """Keep an adapter of ours from loading on a stock Gemma classifier.
+
+    Where no config of ours lies beside an adapter, `AutoModelForSequenceClassification` puts it on the causal class,
+    whose head `score` would be random, with a warning only. PEFT copies this module to save it under that name: the
+    copy has an empty weight to save, which does not fit there, and raises. Nothing else ever sees that weight.
+    """
+
+    was_given = False
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Give the weight to an adapted model's dict, and then once by itself, as PEFT asks when it saves; asked by
+        itself alone, as when PEFT loads, there is none. Sharded models have no place for it."""
+        within = f"{WITHIN_PEFT}score.modules_to_save." in prefix
+        asked = within or (not prefix and self.was_given)
+        if asked and not is_fsdp_enabled() and not is_deepspeed_zero3_enabled():
+            destination[f"{prefix}weight"] = torch.empty(0)
+            self.was_given = within
+
+    def _load_from_state_dict(self, *unused):
+        pass
+
+
+def parts_with_weights(model: nn.Module) -> list[str]:
+    """Return the names of the parts of a model that have parameters."""
+    return [name for name in PARTS if any(True for _ in getattr(model, name, nn.Identity()).parameters())]
+
+
+def is_wrapped(part: nn.Module) -> bool:
+    """Return whether PEFT trains and saves a copy of the part, by `modules_to_save`."""
+    return hasattr(part, "modules_to_save")
+
+
+def was_drawn(part: nn.Module) -> bool:
+    """Return whether a part has weights that were in no checkpoint, as `_init_weights` notes."""
+    return any(getattr(module, "was_drawn", False) for module in part.modules())
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Return whether PEFT has wrapped a module of the model."""
+    return any(hasattr(module, "get_base_layer") or is_wrapped(module) for module in model.modules())
+
+
+def refuse_lost_parts(model: nn.Module, frozen_alone: bool = False) -> None:
+    """
+    Check that new weights of a head or pooler are saved with an adapter, and what is saved is guarded.
+
+    Args:
+        frozen_alone: Look only at parts without a trainable weight, which PEFT has frozen.
+
+    Raises:
+        ValueError: the adapter's folder would not hold them, or would load on the stock causal class.
+    """
+    parts = {name: getattr(model, name) for name in parts_with_weights(model)}
+    if frozen_alone:
+        parts = {name: part for name, part in parts.items() if not any(p.requires_grad for p in part.parameters())}
+    lost = [name for name, part in parts.items() if was_drawn(part) and not is_wrapped(part)]
+    if lost and is_adapted(model):
+        names = " and ".join(f"`{name}`" for name in lost)
+        raise ValueError(
+            f"The weights of {names} are not in the checkpoint, and this adapter would not save them. Adapt with "
+            '`add_lora(model)` of `modeling_gemma_encoder.adapters`, or pass task_type="SEQ_CLS" and '
+            f"modules_to_save={parts_with_weights(model)} to PEFT's config."
+        )
+
+
+def refuse_unguarded(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Check a `PeftModel` before its `state_dict`, with which PEFT saves it: a hook of the model within."""
+    if not prefix.endswith(WITHIN_PEFT):
+        return
+    refuse_lost_parts(model)
+    head, guard = getattr(model, "classifier", None), getattr(model, "score", None)
+    if isinstance(guard, StockHeadGuard) and is_wrapped(head) and was_drawn(head):
+        raise ValueError(
+            "This adapter has no task, and its folder would load on the stock causal class with a random head: pass "
+            'task_type="SEQ_CLS" to PEFT\'s config, or adapt with `add_lora(model)`. `merge_and_unload()` keeps what '
+            "was trained."
+        )
+
+
+def refuse_shadow(model: nn.Module) -> None:
+    """Raise ValueError for layers of ShadowPEFT, which runs a causal decoder of its own beside the encoder."""
+    if type(model.model.layers[0]).__module__.startswith("peft.tuners.shadow"):
+        raise ValueError(
+            "ShadowPEFT is not supported: it runs a decoder of its own beside the encoder, with padding and causally. "
+            "Use another adapter, such as LoRA."
+        )
