@@ -268,8 +268,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         found = type(getattr(pooler, "original_module", pooler)).__name__.removeprefix("FSDP")
         if pooler is not None and found != expected.__name__:
             logger.warning(
-                f"`pooler` is of the class {found}, not the {expected.__name__} of pooling={self.config.pooling!r}: what "
-                "loads this checkpoint will pool otherwise. Derive a class whose `pool` does it."
+                f"`pooler` is of the class {found}, not the {expected.__name__} of pooling={self.config.pooling!r}: "
+                "what loads this checkpoint will pool otherwise. Derive a class whose `pool` does it."
             )
         if name in CLASSES:
             return
