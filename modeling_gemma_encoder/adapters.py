@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForSequenceClassification, prepare_model_for_kbit_training
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
@@ -25,7 +25,12 @@ HEADS = {model.__name__: model for model in (GemmaEncoderForSequenceClassificati
 
 # Every linear layer of the decoder, as QLoRA found best (section 4, figure 2); our choice of default.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[GemmaEncoderConfig.model_type] = list(TARGET_MODULES)
+# Of PEFT's other methods the layers that it has them adapt in Gemma 2. Our head too has a layer that is named "norm".
+for name, modules in vars(constants).items():
+    if name.endswith("_MODULES_MAPPING") and "gemma2" in modules:
+        of_decoder = [{"norm": "model.norm"}.get(module, module) for module in modules["gemma2"]]
+        modules[GemmaEncoderConfig.model_type] = of_decoder
+constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[GemmaEncoderConfig.model_type] = list(TARGET_MODULES)
 
 
 class GemmaEncoderPeftModel(PeftModelForSequenceClassification):

@@ -173,7 +173,8 @@ def unpadded_attention(module, query, key, value, attention_mask, unpadding: Unp
     if unpadding is None:
         raise ValueError(
             f"attn_implementation={UNPADDED!r} runs inside a Gemma Encoder only: call the encoder, not its decoder, or "
-            'choose an upstream backend with `set_attn_implementation("eager")`. ShadowPEFT is not supported.'
+            'choose an upstream backend with `set_attn_implementation("eager")`. ShadowPEFT, which calls the decoder, '
+            "is not supported with any."
         )
     return unpadding.attend(module, query, key, value, **kwargs)
 

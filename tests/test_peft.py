@@ -8,13 +8,19 @@ import torch
 from conftest import NANO, pad, texts
 from peft import (
     AutoPeftModelForSequenceClassification,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     ShadowConfig,
+    VeraConfig,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
@@ -187,6 +193,26 @@ def test_a_cross_encoder_over_an_adapter_is_an_error(trust_remote_code, tmp_path
     AutoTokenizer.from_pretrained(NANO).save_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         CrossEncoder(str(tmp_path), device="cpu", trust_remote_code=trust_remote_code)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [HRAConfig, IA3Config, LNTuningConfig, OFTConfig, VeraConfig],
+)
+def test_other_methods_adapt_the_layers_that_peft_has_them_adapt_in_gemma_2(method, tmp_path):
+    """Without `target_modules`; and what they train comes back."""
+    stock = AutoModelForSequenceClassification.from_config(classifier().config.text_config)
+    model, stock = (get_peft_model(base, method(task_type="SEQ_CLS")) for base in (classifier(), stock))
+    layers, of_stock = (
+        {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
+        for adapted in (model, stock)
+    )
+    assert layers == of_stock
+    before = logits(model.eval())
+    train(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(), tmp_path).eval()
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+    assert (logits(again) - before).abs().max() > 0.01
 
 
 def test_a_merged_model_is_saved_as_any_other(tmp_path):
