@@ -303,7 +303,7 @@ def _as_decoder_config(
     if isinstance(config, dict):
         config = AutoConfig.for_model(model_type, **{name: config[name] for name in config if name != "model_type"})
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
+    if any(of_type.get("rope_type") == "longrope" for of_type in (rope, *rope.values()) if isinstance(of_type, dict)):
         raise ValueError("rope_type='longrope' rotates a text by the longest one beside it: its score would change.")
     return copy.deepcopy(config.get_text_config())  # it is ours to set a backend on, not the caller's decoder's
 

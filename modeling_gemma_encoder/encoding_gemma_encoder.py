@@ -92,6 +92,7 @@ def check_inputs(config, input_ids, attention_mask, inputs_embeds) -> torch.Tens
         raise ValueError(
             f"`{name}` has a sequence of {longest} tokens, more than `max_position_embeddings` "
             f"({config.max_position_embeddings}). Pass `truncation=True` and `max_length` to the tokenizer or pipeline."
+            f" A model whose positions reach that far can be loaded with `max_position_embeddings={longest}`."
         )
     return mask
 

@@ -406,3 +406,20 @@ def test_buckets_change_nothing(family, attention):
     for name, gradient in expected_gradients.items():
         close = 1e-4 * gradient.abs().max().item()
         torch.testing.assert_close(gradients[name], gradient, atol=close, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("rotation", [{"rope_type": "linear"}, {"rope_type": "yarn"}], ids=["linear", "yarn"])
+def test_scaled_positions_reach_as_far_as_the_model_is_told(rotation, tmp_path):
+    """Long texts are refused until then; their states are upstream's."""
+    rotation |= {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    stock = AutoModel.from_config(decoder_config("llama", rope_parameters=rotation, max_position_embeddings=8)).eval()
+    for parameter in stock.parameters():
+        parameter.data *= 5 if parameter.dim() > 1 else 1  # so that attention is far from uniform
+    stock.save_pretrained(tmp_path)
+    batch = pad(texts((20, 5)))
+    with pytest.raises(ValueError, match=r"20 tokens.*max_position_embeddings=20"):
+        GemmaEncoderModel.from_pretrained(tmp_path)(**batch)
+    encoder = GemmaEncoderModel.from_pretrained(tmp_path, attention="causal", max_position_embeddings=20)
+    with torch.no_grad():
+        expected = stock(**batch).last_hidden_state * batch["attention_mask"][..., None]
+        torch.testing.assert_close(encoder(**batch).last_hidden_state, expected, atol=1e-5, rtol=1e-5)

@@ -153,11 +153,15 @@ def test_a_misspelt_field_is_refused(misspelt, meant, tmp_path):
             enter()
 
 
-def test_a_rotation_that_depends_on_the_batch_is_refused():
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_rotation_that_depends_on_the_batch_is_refused(family):
+    """Gemma 3 has a rotation of its own for each type of layer."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope |= {"factor": 4.0, "original_max_position_embeddings": 16}
+    if family == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     with pytest.raises(ValueError, match="rotates a text by the longest one beside it"):
-        encoder_config("llama", decoder={"rope_parameters": rope})
+        encoder_config(family, decoder={"rope_parameters": rope})
 
 
 def test_fields_assigned_together_are_checked_when_the_model_is_built():
