@@ -183,8 +183,9 @@ def test_a_head_that_is_trained_by_hand_may_be_merged(tmp_path):
 def test_state_dicts_of_merged_models_are_those_of_any_other():
     merged = train(get_peft_model(classifier(), LoraConfig(**LORA))).merge_and_unload()
     again = classifier()
-    assert again.load_state_dict(merged.state_dict()).unexpected_keys == []
+    again.load_state_dict(merged.state_dict())
     torch.testing.assert_close(logits(again.eval()), logits(merged))
+    merged.load_state_dict(again.state_dict())
 
 
 @pytest.mark.parametrize("trust_remote_code", [False, True])
