@@ -83,6 +83,8 @@ def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
     for row, where in _tab_separated(path) if path.suffix == ".tsv" else _comma_separated(path):
         if names is None:
             names = row
+            if path.suffix == ".csv" and len(names) == 1 and ";" in names[0]:
+                raise ValueError(f"{where}: {names[0]!r} is parted by semicolons; save it with commas, or as .tsv.")
             if twice := [name for number, name in enumerate(names) if name in names[:number]]:
                 raise ValueError(f"{where}: names the column {twice[0]!r} twice; rename one.")
         elif len(row) != len(names):

@@ -167,3 +167,12 @@ def test_lines_that_end_in_returns_alone_are_refused(content, tmp_path):
     for read in (read_table, read_lines):
         with pytest.raises(ValueError, match=r"rows\.tsv: lines end in carriage returns alone"):
             list(read(path))
+
+
+@pytest.mark.parametrize("content", ["text;label\nsun;pos\n", 'text;label\n"sun, rain";pos\n'])
+def test_a_table_parted_by_semicolons_is_refused_as_one(content, tmp_path):
+    """As spreadsheets write it where the comma is a decimal one."""
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"rows\.csv, line 1: 'text;label' is parted by semicolons"):
+        list(read_table(path))
