@@ -66,12 +66,10 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
 
 
 def refuse_stock_head(path: Path) -> None:
-    """Adds an empty tensor to an adapter's weights, under the name of the stock Gemma classifier's head.
-
-    On the Hub, `AutoModelForSequenceClassification` puts an adapter on whatever class the decoder's own config names:
-    the causal one, whose head would be random, and says so in a warning only. This does not fit there, and raises.
-    """
+    """Add to an adapter's weights what `StockHeadGuard` adds, where PEFT did not: of sharded and of older models."""
     tensors = load_file(path)
+    if any(name.endswith(".score.weight") for name in tensors):
+        return
     part = path.with_suffix(".part")
     save_file({**tensors, "base_model.model.score.weight": torch.empty(0)}, part, metadata={"format": "pt"})
     part.replace(path)

@@ -29,6 +29,7 @@ PARTS = {
     "GemmaEncoderForSequenceClassification": ("pooler", "classifier"),
     "GemmaEncoderForRanking": ("pooler", "classifier"),
 }
+CLASSES = (*PARTS, "GemmaEncoderForMaskedLM")  # all that a checkpoint of ours may be saved from
 SHAPES = ("pooling", "pooling_num_probes", "pooling_num_heads", "classifier_hidden_sizes", "num_labels")
 
 
@@ -106,7 +107,7 @@ def refuse_incomplete(
 
 def refuse_other_class(source, saved: PreTrainedConfig, model_class: type) -> None:
     """Raise ValueError where a user's own class, which may pool in its own way, was saved, and another one loads."""
-    known = {*PARTS, "GemmaEncoderForMaskedLM", *(parent.__name__ for parent in model_class.__mro__)}
+    known = {*CLASSES, *(parent.__name__ for parent in model_class.__mro__)}
     if others := [name for name in saved.architectures or () if name not in known]:
         raise ValueError(
             f"{source} was saved by {others[0]}, a class of its own, whose scores {model_class.__name__} may not have. "

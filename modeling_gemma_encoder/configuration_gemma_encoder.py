@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec, strict
 from transformers.utils.type_validators import as_validated_field, interval
 
-from .checkpoint_gemma_encoder import only_settings
+from .checkpoint_gemma_encoder import CLASSES, only_settings
 from .gguf_gemma_encoder import HUB_OPTIONS, gguf_config, split_gguf
 
 # The decoders whose layers we know how to run bidirectionally, by `model_type`: the paper's, and two other families.
@@ -22,7 +22,6 @@ DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "llama", "qwen2", "
 MULTIMODAL = ("gemma3", "gemma4")
 # What `AutoModelForSequenceClassification` may build, the default first.
 TASK_HEADS = ("GemmaEncoderForSequenceClassification", "GemmaEncoderForRanking")
-CLASSES = ("GemmaEncoderModel", "GemmaEncoderForMaskedLM", *TASK_HEADS)
 # Fields of a decoder that upstream reads, under other names than it writes.
 OLD_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 # The fields of a decoder's config that a task-specific wrapper inherits from it.

@@ -17,7 +17,6 @@ import torch
 import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file
 
 from . import modeling_gemma_encoder
 from .cards import Run, make_card
@@ -151,10 +150,9 @@ def _stage_adapter(source: str, folder: Path, adapter: dict, base: str, revision
         )
     where = transformers.utils.cached_file(source, "adapter_model.safetensors")
     shutil.copyfile(where, folder / "adapter_model.safetensors")
-    if not any(name.endswith(".score.weight") for name in load_file(where)):
-        from .adapters import refuse_stock_head
+    from .adapters import refuse_stock_head
 
-        refuse_stock_head(folder / "adapter_model.safetensors")
+    refuse_stock_head(folder / "adapter_model.safetensors")
     revision = revision or adapter.get("revision") or HfApi().model_info(base).sha  # a branch could be moved
     named = {**adapter, "base_model_name_or_path": base, "revision": revision}
     named.pop("auto_mapping", None)

@@ -51,8 +51,8 @@ class RetainGrad:
             self.is_kept = True
 
     def keep(self, gradient: torch.Tensor) -> None:
-        arranged = self.arrange(gradient.detach())
-        self.total = arranged if self.total is None else self.total + arranged
+        gradient = self.arrange(gradient.detach())
+        self.total = gradient if self.total is None else self.total + gradient
         if (copied := self.copied()) is not None:
             copied.grad = self.total
 

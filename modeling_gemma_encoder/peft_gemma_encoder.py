@@ -59,13 +59,13 @@ def is_adapted(model: nn.Module) -> bool:
 
 def refuse_lost_parts(model: nn.Module, frozen_alone: bool = False) -> None:
     """
-    Check that new weights of a head or pooler are saved with an adapter, and what is saved is guarded.
+    Check that new weights of a head or pooler are saved with an adapter.
 
     Args:
         frozen_alone: Look only at parts without a trainable weight, which PEFT has frozen.
 
     Raises:
-        ValueError: the adapter's folder would not hold them, or would load on the stock causal class.
+        ValueError: the adapter's folder would not hold them.
     """
     parts = {name: getattr(model, name) for name in parts_with_weights(model)}
     if frozen_alone:
@@ -81,7 +81,12 @@ def refuse_lost_parts(model: nn.Module, frozen_alone: bool = False) -> None:
 
 
 def refuse_unguarded(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Check a `PeftModel` before its `state_dict`, with which PEFT saves it: a hook of the model within."""
+    """
+    Check a `PeftModel` before its `state_dict`, with which PEFT saves it: a hook of the model within.
+
+    Raises:
+        ValueError: the folder would lack new weights, or load on the stock causal class.
+    """
     if not prefix.endswith(WITHIN_PEFT):
         return
     refuse_lost_parts(model)

@@ -20,8 +20,8 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .attention_gemma_encoder import UNPADDED
-from .checkpoint_gemma_encoder import all_or_nothing, refuse_incomplete, refuse_other_class, refuse_paths
-from .configuration_gemma_encoder import CLASSES, GemmaEncoderConfig, is_of_decoder
+from .checkpoint_gemma_encoder import CLASSES, all_or_nothing, refuse_incomplete, refuse_other_class, refuse_paths
+from .configuration_gemma_encoder import GemmaEncoderConfig, is_of_decoder
 from .fused_gemma_encoder import FUSED
 from .gguf_gemma_encoder import HUB_OPTIONS, read_decoder, split_gguf
 from .peft_gemma_encoder import refuse_lost_parts
@@ -44,7 +44,7 @@ PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "t
 
 @contextmanager
 def quiet():
-    """Without the report that a decoder has no head, which is to come from an adapter."""
+    """Load without the report that a decoder has no head, which an adapter or a checkpoint is about to bring."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

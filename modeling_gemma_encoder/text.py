@@ -151,7 +151,8 @@ def read_text(source: str, options: TextArguments, held_out: bool = False) -> Da
 def _cells(names: list[str], column: str) -> Iterator[dict[str, str]]:
     """Yield the cells of a column of .csv files; a column that is not there raises ValueError."""
     for name in names:
-        (columns, where), *rows = [*read_table(Path(name))] or [([], name)]
+        rows = read_table(Path(name))  # a row at a time, also where they fit on no disk
+        columns, where = next(rows, ([], name))
         if column not in columns:
             raise ValueError(f"--text_column {column}: {where} has the columns {', '.join(columns)}.")
         yield from ({"text": row[columns.index(column)]} for row, _ in rows)

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import ClassVar
@@ -21,10 +21,10 @@ from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from .cards import masked
 from .files import write
+from .pretrained_gemma_encoder import quiet
 from .recipes import Help, ScriptParser, fail
 
 # Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
@@ -180,16 +180,9 @@ def resumable(args: TrainingArguments, finished: Path | None = None) -> Iterator
         raise KeyboardInterrupt(how) from None
 
 
-@contextmanager
-def replacing_weights(checkpoint: str | None) -> Iterator[None]:
+def replacing_weights(checkpoint: str | None) -> AbstractContextManager:
     """Load without upstream's warning of new weights, where those of a checkpoint are about to replace them."""
-    verbosity = logging.get_verbosity()
-    if checkpoint:
-        logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+    return quiet() if checkpoint else nullcontext()
 
 
 def rows_per_step(args: TrainingArguments) -> int:
