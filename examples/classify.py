@@ -97,6 +97,12 @@ class TableArguments:
         default=None,
         metadata={"help": "What a row counts in the loss; balanced: training rows / (classes x rows of its class)."},
     )
+    standardize_labels: bool = field(
+        default=True,
+        metadata={
+            "help": "A regression learns labels less their mean, over their deviation, and predicts them as read."
+        },
+    )
     seeds: list[int] | None = field(default=None, metadata={"help": "A run for each. Default: --seed alone."})
 
     @property
@@ -468,6 +474,7 @@ def task_of(table: TableArguments, model: str | None = None) -> tuple[str, Task,
         label=source.label,
         label_columns=several,
         class_weights=table.class_weights,
+        standardize=table.standardize_labels and source.problem == "regression",
         template=table.template or (None if model and is_trained(model) else Task.template),
         max_length=512,
     )

@@ -20,7 +20,7 @@ import torch
 from modeling_gemma_encoder.checkpoints import convert_gguf
 from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.licences import GEMMA_NOTICE, GEMMA_TERMS
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 
 CARD = """---
 license: gemma
@@ -62,6 +62,7 @@ def from_package(name: str, output: Path, dtype: torch.dtype) -> None:
     print(f"{GEMMA_NOTICE}. Its terms hold for whatever is made of these weights: {output}/{GEMMA_TERMS}")
 
 
+@interruptible()
 def main():
     parser = ScriptParser(ConversionArguments, __doc__)
     (args,) = parser.parse_args_into_dataclasses()

@@ -32,7 +32,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForRanking  # registers our classes
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing
+from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # of a logit
@@ -149,6 +149,7 @@ def settings(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> 
     }
 
 
+@interruptible()
 def main():
     parser = ScriptParser(ExportArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from modeling_gemma_encoder.cards import add_ranking, masked, read_run
 from modeling_gemma_encoder.files import is_local, read
 from modeling_gemma_encoder.hub import publish, stage
-from modeling_gemma_encoder.recipes import ScriptParser, fail, in_words
+from modeling_gemma_encoder.recipes import ScriptParser, fail, in_words, interruptible
 from modeling_gemma_encoder.verification import verify
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
@@ -66,6 +66,7 @@ class PublishingArguments:
     device: str = field(default="cpu", metadata={"help": "For verification, which runs in fp32."})
 
 
+@interruptible()
 def main():
     parser = ScriptParser(PublishingArguments, __doc__)
     (args,) = parser.parse_args_into_dataclasses()

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .checkpoint_gemma_encoder import all_or_nothing
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from .peft_gemma_encoder import write_cross_encoder_files
 from .precision_gemma_encoder import computes_in_bf16
 from .pretrained_gemma_encoder import find_adapter, quiet
 
@@ -62,6 +63,7 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
             if encoder._auto_class is not None:
                 custom_object_save(encoder, folder, config=encoder.config)
             encoder.save_code(folder)
+            write_cross_encoder_files(folder)
             encoder.config.save_pretrained(folder)
 
 

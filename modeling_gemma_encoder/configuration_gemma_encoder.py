@@ -5,6 +5,7 @@ The decoder is described by `text_config`, in its own words; every field of ours
 """
 
 import copy
+import math
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -58,6 +59,12 @@ def temperature(value: int | float | None):
 def share(value: int | float | None):
     if value is not None and (isinstance(value, bool) or not 0 <= value < 1):
         raise ValueError(f"Value must be None or a number of at least 0 and below 1, got {value}")
+
+
+@as_validated_field
+def numbers(value: list[int | float] | tuple[int | float, ...] | None):
+    if any(isinstance(number, bool) or not math.isfinite(number) for number in value or ()):
+        raise ValueError(f"Value must be None or a list of a finite number for each label, got {value}")
 
 
 @as_validated_field
@@ -121,6 +128,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
             sum to one in every list; "rankt5_softmax" and "rankt5_poly1" weigh a list by its sum of grades (the paper).
         list_chunk_size: Documents of a batch that `GemmaEncoderForRanking` encodes at a time; the chunks are computed
             again in the backward pass, so that memory does not grow with the lists. `None` for all at once.
+        label_mean, label_std: Of a regression's labels, one number for each. The head learns `(label - label_mean) /
+            label_std`, and `logits` are in the labels' own units. `None`: the head learns the labels as they are.
         calibration_temperature, calibration_bias: What `probabilities` of a classifier or ranker divides logits by, and
             takes from them before that. `None` until they were fitted.
         masked_lm_objective: Which state predicts a token in `GemmaEncoderForMaskedLM`: its own ("mlm"), or the one
@@ -152,6 +161,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
     classifier_dropout: int | float | None = share(default=0.0)
     ranking_loss: RankingLoss = "softmax"
     list_chunk_size: int | None = chunk_size(default=None)
+    label_mean: list[int | float] | tuple[int | float, ...] | None = numbers(default=None)
+    label_std: list[int | float] | tuple[int | float, ...] | None = numbers(default=None)
     calibration_temperature: int | float | None = temperature(default=None)
     calibration_bias: int | float = 0.0
     masked_lm_objective: MaskedLMObjective = "mlm"
@@ -187,6 +198,18 @@ class GemmaEncoderConfig(PreTrainedConfig):
     def validate_labels(self):
         if not self.num_labels:
             raise ValueError(f"`num_labels` must be at least 1, got {self.num_labels}")
+        if (self.label_mean is None) != (self.label_std is None):
+            raise ValueError("`label_mean` and `label_std` go together: give both, or None for both.")
+        for name in ("label_mean", "label_std"):
+            if (value := getattr(self, name)) is not None and len(value) != self.num_labels:
+                raise ValueError(
+                    f"`{name}` must have a number for each of the {self.num_labels} labels, got {value}; a fresh head "
+                    "for other labels needs label_mean=None and label_std=None."
+                )
+        if self.label_std is not None and min(self.label_std) <= 0:
+            raise ValueError(f"`label_std` must be above 0, got {self.label_std}")
+        if self.label_mean is not None and "classification" in (self.problem_type or ""):
+            raise ValueError(f"`label_mean` and `label_std` are of a regression, not of {self.problem_type!r}.")
 
     def validate_pooling(self):
         probed = self.pooling in ("query_probe", "kv_probe")

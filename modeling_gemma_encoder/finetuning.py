@@ -168,8 +168,7 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
     """Raises ValueError where the options do not go with the checkpoint, before anything is loaded."""
     config = GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options))
     refuse_smoothing(task.problem, args)
-    has_head = bool(set(config.architectures) & set(TASK_HEADS))
-    if has_head and config.num_labels != task.outputs and not options.ignore_mismatched_sizes:
+    if has_head(config) and config.num_labels != task.outputs and not options.ignore_mismatched_sizes:
         raise ValueError(
             f"--model {options.model} has a head with {config.num_labels} outputs, the task needs {task.outputs}. "
             "--ignore_mismatched_sizes begins with a fresh one."
@@ -199,9 +198,14 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
         raise ValueError(f"--lora_target_modules: the decoder has no layers named {', '.join(unknown)}.")
 
 
+def has_head(config: GemmaEncoderConfig) -> bool:
+    """Return whether a checkpoint has the head of a task."""
+    return bool(set(config.architectures) & set(TASK_HEADS))
+
+
 def other_classes(config: GemmaEncoderConfig, task: Task) -> bool:
     """Whether a checkpoint's head is for as many classes, of other names."""
-    named = bool(set(config.architectures) & set(TASK_HEADS)) and config.id2label.get(0) != "LABEL_0"
+    named = has_head(config) and config.id2label.get(0) != "LABEL_0"
     names = list(task.labels or task.label_columns)
     return named and config.num_labels == len(names) > 1 and list(config.id2label.values()) != names
 
@@ -213,8 +217,20 @@ def freeze_embeddings(model: PreTrainedModel) -> None:
             module.requires_grad_(False)
 
 
-def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
-    """The encoder with the task's head, and with adapters where they are asked for."""
+def scale_of(train: Dataset) -> dict[str, list[float]]:
+    """Return `label_mean` and `label_std` of a regression's training rows; a column of one value has a std of 1."""
+    labels = np.array(train["label"], dtype=float).reshape(len(train), -1)
+    std = labels.std(0)
+    return {"label_mean": labels.mean(0).tolist(), "label_std": np.where(std > 0, std, 1.0).tolist()}
+
+
+def build(task: Task, options: FineTuningArguments, train: Dataset | None = None) -> PreTrainedModel:
+    """
+    Return the encoder with the task's head, and with adapters where they are asked for.
+
+    Args:
+        train: Training rows, whose labels' scale a fresh head is given where the task says so.
+    """
     encoder = {**encoder_options(options), "dtype": getattr(torch, options.dtype)}
     encoder["attn_implementation"] = options.attn_implementation
     encoder |= {"calibration_temperature": None, "calibration_bias": 0.0}  # a fit of other weights is none
@@ -222,6 +238,9 @@ def build(task: Task, options: FineTuningArguments) -> PreTrainedModel:
         labels = task.labels or task.label_columns or (task.label,)
         encoder |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
         encoder["problem_type"] = task.problem
+        if options.ignore_mismatched_sizes or not has_head(GemmaEncoderConfig.from_pretrained(options.model)):
+            encoder |= {"label_mean": None, "label_std": None}
+            encoder |= scale_of(train) if task.standardize and train is not None else {}
     if options.load_in_4bit:
         from .adapters import four_bit
 

@@ -26,6 +26,7 @@ from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import is_local, write
 from .gguf_gemma_encoder import split_gguf
 from .licences import GEMMA_TERMS, code_licence, licence_of, notice
+from .peft_gemma_encoder import write_cross_encoder_files
 from .pretrained_gemma_encoder import find_adapter
 from .verification import CODE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
 
@@ -158,6 +159,7 @@ def _stage_adapter(source: str, folder: Path, adapter: dict, base: str, revision
     named.pop("auto_mapping", None)
     write(folder / "adapter_config.json", json.dumps(named, indent=2))
     config.save_pretrained(folder)
+    write_cross_encoder_files(folder)
     for name in CODE:
         shutil.copyfile(PACKAGE / name, folder / name)
 

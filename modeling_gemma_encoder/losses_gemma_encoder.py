@@ -22,10 +22,11 @@ def multi_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return losses.where(labels != IGNORE, 0).sum()
 
 
-def regression_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Squared error, summed over the labelled entries. Labels: targets (batch,) or (batch, num_labels)."""
+def regression_loss(logits: torch.Tensor, labels: torch.Tensor, std: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Squared error in units of `std` (num_labels,), summed over the labelled entries. Labels: targets (batch,) or
+    (batch, num_labels)."""
     labels = labels.reshape(logits.shape).float()
-    return (logits.float() - labels).where(labels != IGNORE, 0).square().sum()
+    return ((logits.float() - labels) / std).where(labels != IGNORE, 0).square().sum()
 
 
 def mean_over(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:

@@ -237,11 +237,14 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
                 Trainer passes that of all accumulated batches, so that accumulation never changes a gradient.
 
         Returns:
-            `logits` (batch, num_labels) in fp32, and `loss` with labels; zero when all of them are ignored.
+            `logits` (batch, num_labels) in fp32, of a regression in the labels' units, and `loss` with labels; zero
+            when all of them are ignored. With `config.label_std` errors are counted in units of it.
         """
         wanted = (output_attentions, output_hidden_states)
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
         logits = self.classifier(self.pool(encoded))
+        if self.config.label_std is not None:
+            logits = logits * logits.new_tensor(self.config.label_std) + logits.new_tensor(self.config.label_mean)
         self._refuse_non_finite("logits", logits)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         if labels is not None or not self.training:
@@ -285,7 +288,10 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
                     f"`labels` has classes from {lowest} to {highest}, but the model has {logits.shape[-1]}, counted "
                     f"from 0: is `num_labels` right? Rows to ignore are labelled {IGNORE}."
                 )
-        return mean_over(CLASSIFICATION_LOSSES[problem_type](logits, labels), labels, num_items_in_batch)
+        of_std = {}
+        if problem_type == "regression" and self.config.label_std is not None:
+            of_std["std"] = logits.new_tensor(self.config.label_std)
+        return mean_over(CLASSIFICATION_LOSSES[problem_type](logits, labels, **of_std), labels, num_items_in_batch)
 
 
 class GemmaEncoderForRanking(GemmaEncoderModel):
@@ -304,6 +310,7 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
             config.num_labels = 1
             if others:
                 config.problem_type, config.calibration_temperature, config.calibration_bias = None, None, 0.0
+                config.label_mean = config.label_std = None
             config.sentence_transformers = copy.deepcopy(AS_IT_IS)
         super().__init__(config, **unknown)
         self._add_head(config, num_outputs=1)

@@ -4,6 +4,9 @@ PEFT knows a classifier's head by the names "classifier" and "score", trains and
 adapter. It keeps no config of the model, and its folders load on whatever class the decoder's own config names.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
@@ -12,6 +15,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 PARTS = ("pooler", "classifier")
 # How a `PeftModel` calls what it adapts.
 WITHIN_PEFT = "base_model.model."
+# What has sentence-transformers ask `MergeFirst` for a model. By itself it would read the base model's config alone,
+# and look for the weights of that in the adapter's folder.
+CROSS_ENCODER_FILES = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "peft_gemma_encoder.MergeFirst"}],
+    "config_sentence_transformers.json": {"model_type": "CrossEncoder"},
+}
 
 
 class StockHeadGuard(nn.Module):
@@ -35,6 +44,24 @@ class StockHeadGuard(nn.Module):
 
     def _load_from_state_dict(self, *unused):
         pass
+
+
+class MergeFirst:
+    """Say what to do with an adapter that a `CrossEncoder` is asked to load."""
+
+    @classmethod
+    def load(cls, path, **kwargs):
+        """Raise ValueError."""
+        raise ValueError(
+            f"{path} is an adapter, which `CrossEncoder` does not load. Merge it first, with "
+            f'`modeling_gemma_encoder.adapters.merge({str(path)!r}, "merged")`, and load the folder that is written.'
+        )
+
+
+def write_cross_encoder_files(folder: Path) -> None:
+    """Write what has a `CrossEncoder` over an adapter's folder raise `MergeFirst`'s error."""
+    for name, content in CROSS_ENCODER_FILES.items():
+        (folder / name).write_text(json.dumps(content, indent=2))
 
 
 def parts_with_weights(model: nn.Module) -> list[str]:

@@ -37,6 +37,7 @@ NOT_OURS = [r"lm_head", r"vision_tower", r"audio_tower", r"multi_modal_projector
 WHOLE = ("", ".index.json")
 # Options of an encoder that an adapter cannot do without.
 SHAPING = {"attention", "attention_window", "pooling", "pooling_k", "pooling_num_probes", "pooling_num_heads"}
+SHAPING |= {"label_mean", "label_std"}
 FIELDS = GemmaEncoderConfig.__dataclass_fields__.keys() - {"dtype"} | {"num_labels"}
 # Arguments of `push_to_hub`.
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")

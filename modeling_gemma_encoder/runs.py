@@ -56,7 +56,7 @@ RECIPE = (
     *("train_sampling_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 # And of the task.
-LEARNED = ("texts", "template", "label", "label_columns", "labels", "problem", "class_weights")
+LEARNED = ("texts", "template", "label", "label_columns", "labels", "problem", "class_weights", "standardize")
 # Options that do not.
 SAME_RUN = ("total_batch_size", "max_length", "max_eval_samples", "preprocessing_num_workers", "attn_implementation")
 
@@ -208,7 +208,7 @@ def claim(
     run = {"task": name, **what, **chosen, **recipe, "max_length": data.max_length}
     run |= {"rows": data.digests.get("train"), "trained": trained and str(trained)}
     began_with = str(finished) if finished.exists() else checkpoint
-    defaults = {"class_weights": None, **defaults_of(options)}
+    defaults = {"class_weights": None, "standardize": False, **defaults_of(options)}
     refuse_another_run(run, folder, began_with, args.process_index == 0, defaults)
     return checkpoint
 
@@ -227,7 +227,10 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     train = trained is None and args.do_train
     attention = {"attn_implementation": options.attn_implementation}
     with replacing_weights(checkpoint if train else None):
-        model = task.head.from_pretrained(trained, **attention) if trained else (make or build)(task, options)
+        if trained:
+            model = task.head.from_pretrained(trained, **attention)
+        else:
+            model = make(task, options) if make else build(task, options, data.train)
     tokenizer, first = data.tokenizer, next(iter(data.validation), None)
     pad, timer = DataCollatorWithPadding(tokenizer), StepTimer()
 

@@ -50,6 +50,8 @@ class Task:
         config: Name of the Hub's config, when it is not the task's.
         class_weights: What a row counts in the loss, by its class: "balanced", the training rows / (number of classes x
             rows of its class).
+        standardize: Whether a fresh head learns a regression's labels less their mean, over their standard deviation;
+            predictions are in the labels' units all the same.
         epochs, batch_size: Of training, unless the user says otherwise. Our choice.
     """
 
@@ -71,6 +73,7 @@ class Task:
     train_on: str | None = None
     config: str | None = None
     class_weights: Literal["balanced"] | None = None
+    standardize: bool = False
     epochs: int = 3
     batch_size: int = 32
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import read, write
 from .licences import GEMMA_TERMS
+from .peft_gemma_encoder import CROSS_ENCODER_FILES
 from .stranger import observe
 from .version import __version__
 
@@ -209,6 +210,8 @@ def check_code(folder: Path, config: dict, golden: dict, trusted: bool) -> Itera
     yield Check("code", not lost and (trusted or not other), found)
     expected = GemmaEncoderConfig(architectures=config.get("architectures")).to_dict()["auto_map"]
     wrong = [] if config.get("auto_map") == expected else [f"auto_map of config.json: {config.get('auto_map')}"]
+    if (path := folder / "modules.json").is_file() and read(path) != CROSS_ENCODER_FILES[path.name]:
+        wrong.append("modules.json, by which sentence-transformers loads code, is none of ours")
     for path in sorted(folder.rglob("*.json")):
         if path.name not in (FILE, "tokenizer.json"):  # texts and a vocabulary may hold such words
             wrong += code_named(path, allowed="auto_map" if path == folder / "config.json" else None)

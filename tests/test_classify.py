@@ -17,6 +17,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from modeling_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.finetuning import weighted_loss
 from modeling_gemma_encoder.tasks import Task
 
@@ -498,6 +499,25 @@ def test_other_weights_are_another_run(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*flags, "--class_weights", "balanced")
     assert "holds another run (class_weights: None -> balanced)" in capsys.readouterr().err
+
+
+def test_a_regression_learns_numbers_of_any_size(run, tmp_path):
+    """Prices that one word decides; the mean and deviation of the model are those of the training rows."""
+    prices = [250_000.0 if n % 2 else 120_000.0 for n in range(40)]
+    texts = [f"a house with a {'garden' if n % 2 else 'cellar'} and {n % 7} rooms" for n in range(40)]
+    file, folder = write_csv(tmp_path / "prices.csv", {"text": texts, "label": prices}), tmp_path / "out" / "seed-42"
+    flags = ("--problem", "regression", "--validation_file", file, "--learning_rate", 3e-3, "--max_steps", 100)
+    run("--train_file", file, *flags, "--output_dir", tmp_path / "out")
+    config = GemmaEncoderConfig.from_pretrained(folder)
+    assert (config.label_mean, config.label_std) == ([185_000.0], [65_000.0])
+    assert json.loads((folder / "results.json").read_text())["scores"]["validation"]["r2"] > 0.9
+
+    more = write_csv(tmp_path / "more.csv", {"text": texts[:4], "label": [1.0, 2.0, 3.0, 4.0]})
+    run("--train_file", more, *flags, "--output_dir", tmp_path / "more", model=folder)
+    assert GemmaEncoderConfig.from_pretrained(tmp_path / "more" / "seed-42").label_mean == [185_000.0]  # its head's
+    flags += ("--standardize_labels", "false", "--max_steps", 1)
+    run("--train_file", file, *flags, "--output_dir", tmp_path / "raw")
+    assert GemmaEncoderConfig.from_pretrained(tmp_path / "raw" / "seed-42").label_mean is None
 
 
 def test_several_columns_of_numbers_are_predicted_together(run, tmp_path, capsys):

@@ -113,6 +113,8 @@ WRONG = [
     ("feedforward_dropout", 1.5, "1.5"),
     ("classifier_dropout", "high", "high"),
     ("classifier_hidden_sizes", [8, 0], "0"),
+    ("label_std", [float("inf")], "finite"),
+    ("label_mean", ["high"], "high"),
 ]
 
 

@@ -55,6 +55,10 @@ def test_classification_losses_by_hand():
     labels = torch.tensor([[1.0, 0.0], [-100, -100]])
     assert CLASSIFICATION_LOSSES["multi_label_classification"](logits, labels).item() == pytest.approx(3 * LN2)
     assert CLASSIFICATION_LOSSES["regression"](torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, -100])).item() == 4
+    # In units of the standard deviations 2 and 10: errors of 3 and -5 are 1.5 and -0.5.
+    numbers, std = torch.tensor([[7.0, 95.0], [1.0, 1.0]]), torch.tensor([2.0, 10.0])
+    labels = torch.tensor([[4.0, 100.0], [-100, -100]])
+    assert CLASSIFICATION_LOSSES["regression"](numbers, labels, std).item() == pytest.approx(2.25 + 0.25)
 
 
 def test_losses_are_fp32():

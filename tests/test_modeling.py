@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import FAMILIES, FUSED, OTHERS, UNPADDED, build, decoder_config, encoder_config, pad, set_backend, texts
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
@@ -254,6 +255,47 @@ def test_single_label_multi_label_and_regression_losses_equal_torch():
     labels = torch.tensor([0.5, 4.0, -1.0])
     loss, logits = outputs(labels, num_labels=1)
     torch.testing.assert_close(loss, F.mse_loss(logits[:, 0], labels))
+
+
+def test_a_standardized_regression_is_the_plain_one_in_other_units(tmp_path):
+    """Logits are those of the same weights, times the deviation, plus the mean; the loss and every gradient are those
+    of the plain model on labels that were standardized by hand."""
+    scale = {"label_mean": [5000.0, -3.0], "label_std": [200.0, 0.5]}
+    fields = {"num_labels": 2, "problem_type": "regression"}
+    plain = build(GemmaEncoderForSequenceClassification, encoder_config(**fields))
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(**fields, **scale))
+    mean, std = torch.tensor(scale["label_mean"]), torch.tensor(scale["label_std"])
+    labels = torch.tensor([[5100.0, -2.5], [4000.0, -3.0], [-100, -100]])
+    by_hand = torch.tensor([[0.5, 1.0], [-5.0, 0.0], [-100, -100]])
+    expected, found = plain(**BATCH, labels=by_hand), model(**BATCH, labels=labels)
+    torch.testing.assert_close(found.logits, expected.logits * std + mean)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-5)
+    expected.loss.backward()
+    found.loss.backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = GemmaEncoderForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**BATCH).logits, found.logits)
+    assert GemmaEncoderForRanking(model.config).config.label_std is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"label_mean": [1.0, 2.0]}, "`label_mean` and `label_std` go together"),
+        ({"label_mean": [1.0], "label_std": [1.0]}, "a number for each of the 2 labels"),
+        ({"label_mean": [1.0, 2.0], "label_std": [1.0, 0.0]}, "`label_std` must be above 0"),
+        (
+            {"label_mean": [1.0, 2.0], "label_std": [1.0, 1.0], "problem_type": "single_label_classification"},
+            "are of a regression, not of 'single_label_classification'",
+        ),
+    ],
+)
+def test_a_scale_that_fits_no_regression_is_refused(fields, says):
+    with pytest.raises(StrictDataclassError, match=says):
+        encoder_config(num_labels=2, **fields)
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])

@@ -27,7 +27,7 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, GemmaEncoderModel
-from modeling_gemma_encoder.adapters import add_lora
+from modeling_gemma_encoder.adapters import add_lora, merge
 
 LORA = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "down_proj"]}
 BATCH = {**pad(texts((7, 3))), "labels": torch.tensor([0, 1])}
@@ -188,12 +188,20 @@ def test_state_dicts_of_merged_models_are_those_of_any_other():
     merged.load_state_dict(again.state_dict())
 
 
-@pytest.mark.parametrize("trust_remote_code", [False, True])
-def test_a_cross_encoder_over_an_adapter_is_an_error(trust_remote_code, tmp_path):
-    add_lora(GemmaEncoderForRanking.from_pretrained(NANO)).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(NANO).save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        CrossEncoder(str(tmp_path), device="cpu", trust_remote_code=trust_remote_code)
+def test_a_cross_encoder_over_an_adapter_says_to_merge_first(tmp_path):
+    """And scores as the adapter does when it is merged."""
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    add_lora(GemmaEncoderForRanking.from_pretrained(NANO)).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(NANO).save_pretrained(adapter)
+    with pytest.raises(ValueError, match="`trust_remote_code=True`"):
+        CrossEncoder(str(adapter), device="cpu")
+    with pytest.raises(ValueError, match="Merge it first, with `modeling_gemma_encoder"):
+        CrossEncoder(str(adapter), device="cpu", trust_remote_code=True)
+    merge(adapter, merged)
+    encoder = CrossEncoder(str(merged), device="cpu", model_kwargs={"dtype": torch.float32}, trust_remote_code=True)
+    batch = encoder.tokenizer([("a cat", "purrs")], return_tensors="pt")
+    expected = GemmaEncoderForRanking.from_pretrained(adapter, dtype=torch.float32)(**batch).logits
+    assert encoder.predict([("a cat", "purrs")]).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def test_missing_or_other_code_is_caught_and_never_run(folder, tmp_path):
         ("config.json", {"text_config": {"auto_map": {"AutoModel": "evil/repo--model.Model"}}}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil/repo--tokenizer.Tokenizer", None]}}),
         ("config.4.0.0.json", {"auto_map": {"AutoConfig": "evil/repo--model.Config"}}),
+        ("modules.json", {"type": "evil.Module"}),
     ],
 )
 def test_a_config_that_names_other_code_is_caught(folder, file, change):
