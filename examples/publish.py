@@ -66,7 +66,7 @@ class PublishingArguments:
     device: str = field(default="cpu", metadata={"help": "For verification, which runs in fp32."})
 
 
-@interruptible()
+@interruptible("a commit that was made stays; look at the repository, and give the same command again")
 def main():
     parser = ScriptParser(PublishingArguments, __doc__)
     (args,) = parser.parse_args_into_dataclasses()

@@ -69,18 +69,18 @@ def in_words(error: OSError, given: Namespace) -> str:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(otherwise: str = "nothing new was saved; give the same command again") -> Iterator[None]:
     """
     End the process on Ctrl-C with one line and the code 130, as shells have it; also a decorator.
 
-    What is interrupted says how to go on by raising `KeyboardInterrupt` with that text.
+    What is interrupted says how to go on by raising `KeyboardInterrupt` with that text; `otherwise` is said where it
+    does not.
     """
     try:
         yield
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":  # one line for all processes
-            how = str(interrupt) or "nothing new was saved; give the same command again"
-            print(f"\nInterrupted: {how}.", file=sys.stderr, flush=True)
+            print(f"\nInterrupted: {str(interrupt) or otherwise}.", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
 
