@@ -26,9 +26,9 @@ from .configuration_gemma_encoder import GemmaEncoderConfig
 from .files import is_local, write
 from .gguf_gemma_encoder import split_gguf
 from .licences import GEMMA_TERMS, code_licence, licence_of, notice
-from .peft_gemma_encoder import write_cross_encoder_files
+from .peft_gemma_encoder import CROSS_ENCODER_FILES, write_cross_encoder_files
 from .pretrained_gemma_encoder import find_adapter
-from .verification import CODE, PACKAGE, PICKLED, Check, dtypes, hash_of, verify, write_golden
+from .verification import CODE, PACKAGE, PICKLED, STARRED, Check, dtypes, hash_of, verify, write_golden
 
 # Files of ours that another model may lack, and the one that is the Hub's.
 OURS = ("adapter_config.json", "NOTICE", GEMMA_TERMS)
@@ -249,7 +249,8 @@ def refuse_conflicts(
     if tag and tag in [ref.name for ref in refs.tags]:
         raise ValueError(f"`tag` {tag} is there already, and stays what it is. Choose another.")
     others = [file.rfilename for file in info.siblings if file.rfilename not in (*names, KEPT)]
-    others = [name for name in others if not (WEIGHTS.fullmatch(name) or name in CODE or name in OURS)]
+    ours = [*OURS, *(CROSS_ENCODER_FILES if "adapter_config.json" in others else ())]
+    others = [name for name in others if not (WEIGHTS.fullmatch(name) or name.endswith(STARRED) or name in ours)]
     others = [name for name in others if "/" in name or not name.endswith(PICKLED)]
     if others and not replace:
         raise ValueError(f"{repo_id} holds other files: {', '.join(others)}. Pass `replace` to have them removed.")

@@ -30,7 +30,8 @@ from .version import __version__
 
 FILE = "verification.json"
 PACKAGE = Path(__file__).parent
-CODE = sorted(path.name for path in PACKAGE.glob("*_gemma_encoder.py"))
+STARRED = "_gemma_encoder.py"  # how the names of code files end that travel with a checkpoint
+CODE = sorted(path.name for path in PACKAGE.glob(f"*{STARRED}"))
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 # What a published folder may hold.
 KINDS = (".py", ".json", ".jsonl", ".safetensors", ".md", ".txt", ".model", ".jinja", ".png", ".gitattributes")
@@ -171,11 +172,16 @@ def read_golden(folder: Path) -> dict:
     return golden if isinstance(golden, dict) and all(isinstance(golden.get(n), k) for n, k in kinds.items()) else {}
 
 
+def published_code(golden: dict) -> list[str]:
+    """Return the names of the code files that a checkpoint was published with; without a record, of those installed."""
+    return sorted(name for name in golden["files"] if name.endswith(".py")) if golden else CODE
+
+
 def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]:
     adapter = "adapter_config.json" in names
     weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     whole = weights in names or (not adapter and f"{weights}.index.json" in names)
-    needed = [*CODE, "README.md", "LICENSE", "tokenizer.json", "tokenizer_config.json"]
+    needed = [*published_code(golden), "README.md", "LICENSE", "tokenizer.json", "tokenizer_config.json"]
     lost = [name for name in needed if name not in names] + ([] if whole else [weights])
     pickled = [name for name in names if not name.endswith(KINDS)]
     found = ", ".join([*(f"no {name}" for name in lost), *(f"of no kind known here: {name}" for name in pickled)])
@@ -197,25 +203,30 @@ def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]
 
 
 def check_code(folder: Path, config: dict, golden: dict, trusted: bool) -> Iterator[Check]:
-    """Before anything runs: whose code it is, and that no config names other code."""
+    """Compare the code with what is installed before anything runs, and see that no config names code elsewhere."""
     python = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
-    lost = [name for name in CODE if name not in python]
+    lost = [name for name in published_code(golden) if name not in python]
     other = [name for name in python if name not in CODE or hash_of(folder / name) != hash_of(PACKAGE / name)]
     if lost:
         found = f"no {', '.join(lost)}"
     elif other:
         found = f"of version {golden.get('version', 'unknown')}, not of {__version__}: {', '.join(other)}"
     else:
-        found = f"{len(CODE)} files, the same as in version {__version__}"
+        found = f"{len(python)} files, the same as in version {__version__}"
     yield Check("code", not lost and (trusted or not other), found)
-    expected = GemmaEncoderConfig(architectures=config.get("architectures")).to_dict()["auto_map"]
-    wrong = [] if config.get("auto_map") == expected else [f"auto_map of config.json: {config.get('auto_map')}"]
+    wrong = [] if names_own_code(config, python) else [f"auto_map of config.json: {config.get('auto_map')}"]
     if (path := folder / "modules.json").is_file() and read(path) != CROSS_ENCODER_FILES[path.name]:
         wrong.append("modules.json, by which sentence-transformers loads code, is none of ours")
     for path in sorted(folder.rglob("*.json")):
         if path.name not in (FILE, "tokenizer.json"):  # texts and a vocabulary may hold such words
             wrong += code_named(path, allowed="auto_map" if path == folder / "config.json" else None)
     yield Check("names in configs", not wrong, "; ".join(wrong) or "only this folder's own code")
+
+
+def names_own_code(config: dict, python: list[str]) -> bool:
+    """Return whether every class that a config's `auto_map` names is in a code file of the folder."""
+    classes = (config.get("auto_map") or {"AutoConfig": None}).values()
+    return all(isinstance(name, str) and f"{name.rpartition('.')[0]}.py" in python for name in classes)
 
 
 def code_named(path: Path, allowed: str | None) -> list[str]:
