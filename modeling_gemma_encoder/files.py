@@ -2,8 +2,10 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -73,7 +75,8 @@ def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
     """
     Yield the rows of a .csv or .tsv file and where each begins; the first has the columns' names.
 
-    A text in quotes may hold commas and line ends in .csv; in .tsv a tab parts fields, and quotes are only that.
+    A text in quotes may hold commas and line ends in .csv; in .tsv a tab parts fields, and quotes are only that, of
+    which a warning is printed where a field begins and ends with one.
 
     Raises:
         ValueError: a row has more or fewer fields than there are names, a name is there twice, or a quote is not
@@ -95,10 +98,28 @@ def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
         yield row, where
 
 
+QUOTED = re.compile(r'".*"')
+
+
 def _tab_separated(path: Path) -> Iterator[tuple[list[str], str]]:
+    quoted = False
     for line, where in _lines(path):
         if line:
-            yield line.split("\t"), where
+            fields = line.split("\t")
+            if not quoted and any(map(QUOTED.fullmatch, fields)):
+                quoted = True
+                _say_quoted(where)
+            yield fields, where
+
+
+@cache
+def _say_quoted(where: str) -> None:
+    """Say that the quotes around a field are read, once however often the file is."""
+    print(
+        f"WARNING: {where}: a field begins and ends with a quote, and in .tsv quotes are read as part of the text; "
+        "where they only surround a field, save it as .csv",
+        flush=True,
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -176,3 +176,25 @@ def test_a_table_parted_by_semicolons_is_refused_as_one(content, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"rows\.csv, line 1: 'text;label' is parted by semicolons"):
         list(read_table(path))
+
+
+def test_a_quoted_tsv_is_said_once_with_its_first_line(tmp_path, capsys):
+    """As csv and pandas write one; other quotes are a text's own."""
+    quoted, plain = tmp_path / "quoted.tsv", tmp_path / "plain.tsv"
+    rows = [["text", "label"], ["plain", "0"], ["a b", "1"], ['say "x"', "0"], ['"y" and "z', "1"]]
+    with quoted.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=csv.QUOTE_MINIMAL).writerows(rows)
+    plain.write_text('text\tlabel\nsay "x"\t0\n"\t1\nan inch, 1"\t1\n"so it begins\t0\n')
+    for _ in range(2):
+        assert read_file(quoted, ["text"])["text"][:] == ["plain", "a b", '"say ""x"""', '"""y"" and ""z"']
+        assert read_file(plain, ["text"])["text"][:] == ['say "x"', '"', 'an inch, 1"', '"so it begins']
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1
+    assert f"WARNING: {quoted}, line 4: " in said and "read as part of the text" in said and "save it as .csv" in said
+
+
+def test_a_quoted_header_of_a_tsv_is_said_before_its_columns_are_missed(tmp_path, capsys):
+    path = tmp_path / "x.tsv"
+    path.write_text('"text"\t"label"\n"a"\t"1"\n')
+    assert read_file(path, ["text"]).column_names == ['"text"', '"label"']
+    assert f"{path}, line 1: " in capsys.readouterr().out
