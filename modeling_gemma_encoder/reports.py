@@ -14,11 +14,12 @@ from .training import mean_losses
 
 
 def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Dataset]], folder: Path) -> None:
-    """`learning_curve.png`, and `predictions-<split>.png`: a confusion matrix, or predictions against labels."""
+    """Draw `learning_curve.png`, unless it were a single point, and `predictions-<split>.png`: a confusion matrix, or
+    predictions against labels."""
     history = report.get("history", [])
     losses = [(entry["step"], loss) for entry, loss in mean_losses(history)]
     evaluations = [entry for entry in history if "eval_loss" in entry]
-    if losses or evaluations:
+    if max(len(losses), len(evaluations)) > 1:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         marker = "." if len(losses) < 20 else None
@@ -94,6 +95,7 @@ def summarize(runs: list[dict]) -> list[dict]:
                 row = rows.setdefault((run["task"], split, metric), {"scores": [], "seeds": []})
                 row["scores"].append(value)
                 row["seeds"].append(run["seed"])
+                row["problem"] = run.get("problem")
                 row["majority"] = run.get("majority", {}).get(split, {}).get(metric)
     return [
         {
@@ -111,8 +113,9 @@ def summarize(runs: list[dict]) -> list[dict]:
 def markdown(summary: list[dict]) -> str:
     """The summary as a table, scores times 100."""
     seeds = ", ".join(map(str, dict.fromkeys(seed for row in summary for seed in row["seeds"])))
+    guesses = {"training mean" if row["problem"] == "regression" else "majority" for row in summary}
     lines = [
-        f"| task | split | metric x 100 | majority | Gemma Encoder, seed {seeds} |",
+        f"| task | split | metric x 100 | {' or '.join(sorted(guesses))} | Gemma Encoder, seed {seeds} |",
         "| --- | --- | --- | ---: | ---: |",
     ]
     for row in summary:
@@ -126,10 +129,13 @@ def markdown(summary: list[dict]) -> str:
 
 
 def without_scores(runs: list[dict]) -> str:
-    """What runs did of which nothing was scored: rows that were trained on, and rows that were predicted."""
-    lines = ["| task | seed | split | rows, of which none was scored |", "| --- | ---: | --- | ---: |"]
+    """Return as a table what was done with the rows of runs that scored none: they were trained on, or predicted."""
+    done = {"train": "trained on"}
+    lines = ["| task | seed | split | rows | what was done |", "| --- | ---: | --- | ---: | --- |"]
     for run in runs:
-        lines += [f"| {run['task']} | {run['seed']} | {split} | {rows:,} |" for split, rows in run["rows"].items()]
+        for split, rows in run["rows"].items():
+            what = done.get(split, "predicted, not scored: labels are missing")
+            lines.append(f"| {run['task']} | {run['seed']} | {split} | {rows:,} | {what} |")
     return "\n".join(lines)
 
 

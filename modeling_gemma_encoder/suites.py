@@ -124,7 +124,12 @@ def check_folder(folder: Path | None, name: str, task: Task, script: str, others
 def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, tuple[str, ...]]) -> None:
     """`results.json`, `results.md` and the table on the screen, of all finished runs of a model in the folder."""
     reports = [json.loads(path.read_text()) for path in finished]
-    of_model = [report for report, path in zip(reports, finished, strict=True) if run_of(path)["model"] == model]
+    began = [run_of(path) for path in finished]
+    of_model = [
+        {**report, "problem": run.get("problem")}
+        for report, run in zip(reports, began, strict=True)
+        if run["model"] == model
+    ]
     summary = summarize(of_model)
     table = markdown(summary) if summary else without_scores(of_model)
     scored = {task: splits for task, splits in scored.items() if any(row["task"] == task for row in summary)}
@@ -134,7 +139,15 @@ def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, t
     results = {"summary": summary, "model": model, "real_tokens_per_second": speeds}
     write(folder / "results.json", json.dumps(results, indent=2))
     write(folder / "results.md", table)
-    print(f"\n{table}\n\nModels, plots and results are in {folder}")
+    print(f"\n{table}\n\n{left_by([path.parent for path in finished])} in {folder}")
+
+
+def left_by(runs: list[Path]) -> str:
+    """Return the start of a sentence on what is in the folders of finished runs: "Models, plots and results are"."""
+    kinds = {"models": "*model*.safetensors", "plots": "*.png"}
+    found = [kind for kind, form in kinds.items() if any(any(run.glob(form)) for run in runs)]
+    said = f"{', '.join(found)} and results" if found else "results"
+    return f"{said.capitalize()} are"
 
 
 def run_of(results: Path) -> dict:

@@ -209,7 +209,8 @@ def test_a_trained_model_needs_no_table_and_reads_as_in_training(run, trained, t
     new = write_csv(tmp_path / "new.csv", {"id": ids, "price": prices, "text": texts})
     flags = ("--do_train", "False", "--do_eval", "False", "--do_predict", "--test_file", new)
     run(*flags, "--output_dir", tmp_path / "predicted", model=trained[1])
-    assert "classes dry, wet" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "classes dry, wet" in said and f"\n\nResults are in {tmp_path / 'predicted'}\n" in said  # no model, no plot
     written = tmp_path / "predicted" / "seed-42" / "predictions.csv"
     with written.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -219,7 +220,7 @@ def test_a_trained_model_needs_no_table_and_reads_as_in_training(run, trained, t
     answers = pipeline("text-classification", model=str(trained[1]))(texts, truncation=True)
     assert [row["prediction"] for row in rows] == [answer["label"] for answer in answers]
     assert [float(row["probability"]) for row in rows] == pytest.approx([a["score"] for a in answers], abs=1e-6)
-    assert "| new.csv | 42 | test | 4 |" in (tmp_path / "predicted" / "results.md").read_text()  # nothing to score
+    assert "| new.csv | 42 | test | 4 | predicted, not scored" in (tmp_path / "predicted" / "results.md").read_text()
     with pytest.raises(SystemExit):
         run(*flags, "--output_dir", tmp_path / "other")  # the decoder as it is
     assert "is no trained classifier: give --train_file" in capsys.readouterr().err

@@ -20,8 +20,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from modeling_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.finetuning import ENCODER_OPTIONS, FineTuningArguments
-from modeling_gemma_encoder.reports import average, markdown, summarize
+from modeling_gemma_encoder.reports import average, markdown, plot_run, summarize, without_scores
 from modeling_gemma_encoder.runs import TrainerInOrder
+from modeling_gemma_encoder.suites import left_by
 
 NLI = {"premise": "A man plays a guitar.", "hypothesis": "A man makes music."}
 TWO = {"sentence1": "The cat sat on the mat.", "sentence2": "A cat is sitting."}
@@ -151,7 +152,7 @@ def test_every_task_of_glue_runs_to_the_servers_files(run, tmp_path):
     mnli = [row for row in report["summary"] if row["task"] == "mnli"]
     assert [row["split"] for row in mnli] == ["validation_matched", "validation_mismatched"]
     assert (tmp_path / "out" / "stsb" / "seed-42" / "predictions-validation.png").exists()
-    assert (tmp_path / "out" / "cola" / "seed-42" / "learning_curve.png").exists()
+    assert (tmp_path / "out" / "cola" / "seed-42" / "predictions-validation.png").exists()
 
 
 def test_every_task_of_superglue_runs_to_the_servers_files(run, tmp_path):
@@ -379,6 +380,67 @@ def test_the_summary_is_that_of_a_calculator():
     assert summary[2]["deviation"] is None
     assert average(summary, {"a": ("validation",), "b": ("validation",)}) == pytest.approx((0.7 + 0.4) / 2)
     assert "| b | validation | accuracy | 30.0 | 40.0 |" in markdown(summary)
+
+
+@pytest.mark.parametrize(
+    ("problems", "head"),
+    [
+        (["single_label_classification"], "majority"),
+        (["regression"], "training mean"),
+        (["regression", "single_label_classification"], "majority or training mean"),
+        ([None], "majority"),  # of a run that is older
+    ],
+)
+def test_who_guesses_a_number_says_the_training_mean(problems, head):
+    guessed = {"validation": {"score": 0.25}}
+    runs = [
+        {"task": f"task {n}", "problem": problem, "seed": 1, "scores": {"validation": {"score": 0.5}}}
+        for n, problem in enumerate(problems)
+    ]
+    lines = markdown(summarize([{**run, "majority": guessed} for run in runs])).splitlines()
+    assert lines[0] == f"| task | split | metric x 100 | {head} | Gemma Encoder, seed 1 |"
+    assert lines[2] == "| task 0 | validation | score | 25.0 | 50.0 |"
+
+
+def test_rows_without_scores_are_said_to_be_read(tmp_path):
+    lines = without_scores([{"task": "x", "seed": 1, "rows": {"train": 1200, "test": 34}}]).splitlines()
+    assert lines[2:] == [
+        "| x | 1 | train | 1,200 | trained on |",
+        "| x | 1 | test | 34 | predicted, not scored: labels are missing |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "Results are"),
+        (("model-00001-of-00002.safetensors",), "Models and results are"),
+        (("learning_curve.png", "adapter_model.safetensors"), "Models, plots and results are"),
+        (("predictions-validation.png", "predictions-test.json"), "Plots and results are"),
+    ],
+)
+def test_the_end_names_only_what_there_is(tmp_path, files, said):
+    for folder in ("seed-1", "seed-2"):
+        (tmp_path / folder).mkdir()
+    for name in files:
+        (tmp_path / "seed-2" / name).touch()
+    assert left_by([tmp_path / "seed-1", tmp_path / "seed-2"]) == said
+
+
+@pytest.mark.parametrize(
+    ("history", "drawn"),
+    [
+        ([{"step": 1, "loss": 0.7}], False),
+        ([{"step": 1, "loss": 0.7}, {"step": 1, "eval_loss": 0.6, "eval_accuracy": 0.5}], False),
+        ([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.5}], True),
+        ([{"step": n, "eval_loss": 0.6, "eval_accuracy": 0.5} for n in (1, 2)], True),
+        ([], False),
+    ],
+)
+def test_a_curve_has_more_than_one_point(tmp_path, history, drawn):
+    report = {"task": "x", "seed": 1, "scores": {"validation": {"accuracy": 0.5}}, "history": history}
+    plot_run(glue.TASKS["sst2"], report, {}, tmp_path)
+    assert (tmp_path / "learning_curve.png").exists() == drawn
 
 
 @pytest.mark.parametrize(
