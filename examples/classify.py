@@ -21,6 +21,7 @@ reads what is there.
 """
 
 import csv
+import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -286,6 +287,7 @@ class Table:
             has = ", ".join(rows.column_names)
             raise ValueError(f"{self.place(split)} has no column {', '.join(missing)}; it has {has}.")
         if len(columns) == 1:
+            self._refuse_nulls(split, rows)
             return rows
         own = rows.remove_columns({*columns, "label"} & set(rows.column_names))  # "label" is what they become
         if missing:
@@ -300,6 +302,18 @@ class Table:
         flags = np.array([rows[column] for column in columns]).T
         lists = [[columns[number] for number in np.flatnonzero(row)] for row in flags]
         return own.add_column("label", lists)
+
+    def _refuse_nulls(self, split: str, rows: Dataset) -> None:
+        """Raise ValueError where a list of labels has a null; a null in place of a list is a row without labels."""
+        for row, value in enumerate(rows[self.label] if self.label in rows.column_names else ()):
+            if isinstance(value, list) and None in value:
+                known = [item for item in value if item is not None]
+                hint = "leave null out, and write [] where no label applies"
+                if known and only_flags(known):
+                    hint = "write 0 or 1 in place of null"
+                file = self.files[split]
+                where = at_row(self.place(split), row, file and Path(file))
+                raise ValueError(f"{where}: {self.label!r} is {json.dumps(value, default=str)}; {hint}.")
 
     def _numbers(self, split: str, rows: Dataset) -> list[list[float] | None]:
         """The numbers of several columns, a list a row; of rows to be predicted None where one is empty."""

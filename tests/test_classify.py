@@ -143,6 +143,27 @@ def test_lists_that_are_neither_names_nor_flags_are_refused(tmp_path, labels, op
         lists(tmp_path, labels, **options)
 
 
+@pytest.mark.parametrize(
+    ("labels", "found", "hint"),
+    [
+        ([["a", "b"], ["a", None]], '["a", null]', "leave null out, and write [] where no label applies"),
+        ([["a", "b"], [None]], "[null]", "leave null out, and write [] where no label applies"),
+        ([[1, 0, 1], [1, None, 0]], "[1, null, 0]", "write 0 or 1 in place of null"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_null_within_a_list_is_named_by_its_row(tmp_path, labels, found, hint, split):
+    path, named = tmp_path / "train.jsonl", split == "validation"
+    if named:
+        known = lists(tmp_path, [labels[0], [*labels[0]]])
+        path = tmp_path / "dev.jsonl"
+        known.files["validation"] = str(path)
+        path.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels))
+    with pytest.raises(ValueError) as raised:
+        known.rows("validation") if named else lists(tmp_path, labels)
+    assert str(raised.value) == f"{path}, row 1 (line 2): 'label' is {found}; {hint}."
+
+
 def test_rows_without_labels_stay_without(tmp_path):
     found = lists(tmp_path, [[1, 0, 1], [0, 0, 0]])
     (tmp_path / "test.jsonl").write_text('{"text": "a", "label": [0, 1, 0]}\n{"text": "b", "label": null}\n')
