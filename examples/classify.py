@@ -516,14 +516,14 @@ def main():
             if (said := source.hold_out()) and args.process_index == 0:
                 print(said)
         data = Data.load(name, task, source, options, args)
-        runs = {seed: of_run(args, folder / f"seed-{seed}", seed, "classify") for seed in seeds}
-        for run_args in runs.values():
-            claim(name, task, data, options, run_args, None)
         answered = source.as_written("test") if data.test else None
         nothing = np.zeros((0, task.outputs))
         names = answers(task, predictions_of(task, nothing), nothing)
         if answered and (taken := [column for column in answered.column_names if column in names]):
             raise ValueError(f"{source.place('test')} has a column {taken[0]!r} already; rename it.")
+        runs = {seed: of_run(args, folder / f"seed-{seed}", seed, "classify") for seed in seeds}
+        for run_args in runs.values():
+            claim(name, task, data, options, run_args, None)
 
     for seed, run_args in runs.items():
         fine_tune(name, task, data, options, run_args)

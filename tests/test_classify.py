@@ -343,6 +343,7 @@ def test_predictions_have_the_probability_of_every_class_to_the_last_digit(run, 
     with pytest.raises(SystemExit):
         run(*flags, taken, "--output_dir", tmp_path / "taken", model=trained[1])
     assert "has a column 'probability_dry' already; rename it" in capsys.readouterr().err
+    assert not [*(tmp_path / "taken").iterdir()]
 
 
 def test_predictions_of_several_labels_have_the_probability_of_each(run, tmp_path):
