@@ -15,9 +15,9 @@ Names of the classes are those found in the training labels, and are kept in the
 a tenth of the training rows is held out, of one class a row a tenth of each class. Every flag of `TrainingArguments`
 works. `<output_dir>/seed-<n>` holds the model, which `AutoModelForSequenceClassification.from_pretrained(...,
 trust_remote_code=True)` and pipelines load, `results.json` and plots; `--do_predict` with `--test_file` adds
-`predictions.csv`: the rows as they were written, `prediction`, and the probability of each class. With `--do_train
-false` the columns are those that the model was trained on, unless they are named. The same command again resumes or
-reads what is there.
+`predictions.csv`: the rows as they were written, lists as JSON, `prediction`, and the probability of each class. With
+`--do_train false` the columns are those that the model was trained on, unless they are named. The same command again
+resumes or reads what is there.
 """
 
 import csv
@@ -528,12 +528,23 @@ def main():
     for seed, run_args in runs.items():
         fine_tune(name, task, data, options, run_args)
         if data.test and args.process_index == 0:
-            rows = answered.to_pandas().assign(**answers(task, *predictions(folder / f"seed-{seed}", "test")))
+            rows = with_lists_as_json(answered).assign(**answers(task, *predictions(folder / f"seed-{seed}", "test")))
             written = folder / f"seed-{seed}" / "predictions.csv"
             write(written, as_csv(rows).removesuffix("\n"))
             print(f"{len(rows):,} predictions are in {written}")
     if args.process_index == 0:
         conclude(folder, sorted(folder.glob("seed-*/results.json")), options.model, {})
+
+
+def with_lists_as_json(rows: Dataset) -> pandas.DataFrame:
+    """Return the rows with lists and objects as JSON, which pandas would write in NumPy's form."""
+    table = rows.to_pandas()
+    for name in rows.column_names:
+        if any(isinstance(cell, (list, dict, np.ndarray)) for cell in table[name]):
+            table[name] = [
+                cell if cell is None else json.dumps(cell, ensure_ascii=False, default=str) for cell in rows[name]
+            ]
+    return table
 
 
 def as_csv(rows: pandas.DataFrame) -> str:

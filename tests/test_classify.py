@@ -363,6 +363,28 @@ def test_predictions_of_several_labels_have_the_probability_of_each(run, tmp_pat
     assert second["scores"]["validation"] == first["scores"]["validation"]
 
 
+def test_lists_come_back_as_they_were_written(run, tmp_path):
+    """As JSON, with pandas and with csv; a null is an empty cell, and a prediction has | between its classes."""
+    rows = [
+        {"text": "sun", "label": [1, 0, 1], "tags": ["é", 'say "x"'], "more": {"of": [1, 2]}, "id": "7"},
+        {"text": "rain, or so", "label": [0, 1, 0], "tags": [], "more": {"of": []}, "id": "8"},
+        {"text": "wind", "label": [1, 1, 1], "tags": None, "more": None, "id": "9"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--validation_file", file, "--do_predict", "--test_file", file, "--output_dir", tmp_path / "out")
+    run("--train_file", file, "--class_names", "x", "y", "z", *flags)
+    found, predicted = read_predictions(tmp_path / "out" / "seed-42")
+    read = pandas.read_csv(tmp_path / "out" / "seed-42" / "predictions.csv", dtype=str, keep_default_na=False)
+    assert found == read.to_dict("records")
+    for row, given, flags in zip(rows, found, predicted["predictions"], strict=True):
+        for name in ("label", "tags", "more"):
+            assert (json.loads(given[name]) if given[name] else None) == row[name]
+        assert (given["text"], given["id"]) == (row["text"], row["id"])
+        assert given["prediction"] == "|".join(name for name, flag in zip("xyz", flags, strict=True) if flag)
+    assert found[0]["label"] == "[1, 0, 1]" and found[0]["tags"] == json.dumps(rows[0]["tags"], ensure_ascii=False)
+
+
 def test_a_number_is_written_as_it_was_predicted(run, tmp_path):
     file = write_csv(
         tmp_path / "stars.csv", {"text": [f"text {n}" for n in range(8)], "label": [n / 2 for n in range(8)]}
