@@ -175,6 +175,7 @@ class Table:
         self.splits = {"train": table.train_split, "validation": table.validation_split, "test": table.test_split}
         self.label = self.columns[0] if len(self.columns) == 1 else "label"
         self.numbers, self.parts, self.flags, self.problem = False, {}, None, table.problem
+        self.part = ""  # of the training rows, which is held out
         of_model = model is not None and table.lacks_training
         self.problem, self.names = self._of_model(model) if of_model else self._describe(self._read("train"))
 
@@ -186,6 +187,13 @@ class Table:
         """Return the place of a row, counted from 0 in its file, with its line where there is one."""
         file = self.files["train" if split in self.parts else split]
         return at_row(self.place(split), self.parts[split][row] if split in self.parts else row, file and Path(file))
+
+    def source_of(self, split: str) -> dict[str, str]:
+        """Return the file or data set that a split is of, without its folder, and which part of it, if held out."""
+        own = "train" if split in self.parts else split
+        file = self.files[own]
+        found = {"data": Path(file).name} if file else {"data": self.table.dataset, "split": self.splits[own]}
+        return {**found, "part": self.part} if own != split else found
 
     def hold_out(self) -> str:
         """Make a tenth of the training rows validation rows, if there are none, and return in words what was done."""
@@ -199,7 +207,7 @@ class Table:
         else:
             parts = Dataset.from_dict({"row": range(len(rows))}).train_test_split(0.1, seed=0)
             train, validation, how = parts["train"]["row"][:], parts["test"]["row"][:], "a tenth"
-        self.parts = {"train": train, "validation": validation}
+        self.parts, self.part = {"train": train, "validation": validation}, how.partition(";")[0]
         return f"{self.place('train')}: {len(validation):,} of {len(rows):,} rows are held out, {how}"
 
     def rows(self, split: str, texts: Sequence[str] = ()) -> Dataset:
@@ -516,6 +524,7 @@ def main():
             if (said := source.hold_out()) and args.process_index == 0:
                 print(said)
         data = Data.load(name, task, source, options, args)
+        data.sources = {split: source.source_of(split) for split in data.encoded}
         answered = source.as_written("test") if data.test else None
         nothing = np.zeros((0, task.outputs))
         names = answers(task, predictions_of(task, nothing), nothing)

@@ -115,29 +115,39 @@ def read_run(folder: Path) -> Run:
 
 
 def _add_classification(run: Run, found: dict, summary: list[dict]) -> None:
+    guess = "training mean" if run.kind == "text-regression" else "most frequent answer"
     for split, scores in found.get("scores", {}).items():
         majority = found.get("majority", {}).get(split, {})
         seeds = {row["metric"]: row for row in summary if (row["task"], row["split"]) == (found["task"], split)}
-        rows = [
-            f"| {name.replace('_', ' ')} | {100 * value:.1f} | {_over_seeds(seeds.get(name))} | "
-            f"{_percent(majority.get(name))} |"
-            for name, value in scores.items()
+        columns = {
+            "this model": [_percent(value) for value in scores.values()],
+            "the same recipe": [_over_seeds(seeds.get(name)) for name in scores],
+            guess: [_percent(majority.get(name)) for name in scores],
+        }
+        columns = {head: cells for head, cells in columns.items() if any(cells)}
+        named = [name.replace("_", " ") for name in scores]
+        source = found.get("sources", {}).get(split)
+        title = f"{split}: {_rows_in_words(source)}" if source else f"{found['task']}, {split}"
+        if rows_of := found.get("rows", {}).get(split):
+            title += f", {rows_of:,} rows"
+        lines = [
+            f"| {title}, x 100 | {' | '.join(columns)} |",
+            "| --- |" + " ---: |" * len(columns),
+            *(f"| {' | '.join(cells)} |" for cells in zip(named, *columns.values(), strict=True)),
         ]
-        rows_of = found.get("rows", {}).get(split)
-        title = f"{found['task']}, {split}, {f'{rows_of:,} rows, ' if rows_of else ''}x 100"
-        run.results.append(
-            "\n".join(
-                [
-                    f"| {title} | this model | the same recipe | most frequent answer |",
-                    "| --- | ---: | ---: | ---: |",
-                    *rows,
-                ]
-            )
-        )
+        run.results.append("\n".join(lines))
+        source = source or {"data": found["task"]}
+        data = source["data"], _rows_in_words(source)
+        of_split = split if "part" in source else source.get("split", split)
         run.scores += [
-            EvalResult(run.kind, found["task"], found["task"], name, value, dataset_split=split)
-            for name, value in scores.items()
+            EvalResult(run.kind, *data, name, value, dataset_split=of_split) for name, value in scores.items()
         ]
+
+
+def _rows_in_words(source: dict[str, str]) -> str:
+    """Return the file or data set that rows are of, and which part of it was held out, as `results.json` has them."""
+    data = f"{source['data']}, split {source['split']!r}" if "split" in source else source["data"]
+    return f"{source['part']} of {data}, held out" if "part" in source else data
 
 
 def _add_uptraining(run: Run, perplexities: dict[str, dict[str, float]]) -> None:

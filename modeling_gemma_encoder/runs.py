@@ -7,7 +7,7 @@ every split that was evaluated or predicted, and plots.
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -70,7 +70,7 @@ class TrainerInOrder(Trainer):
 
 @dataclass
 class Data:
-    """The splits of a task, checked and encoded."""
+    """The splits of a task, checked and encoded; `sources` says of a split what a card tells of its origin."""
 
     train: Dataset | None
     validation: dict[str, Dataset]
@@ -79,6 +79,7 @@ class Data:
     digests: dict[str, str]
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -288,6 +289,7 @@ def _run(name, task, data, options, args, trained, make, checkpoint, report, wan
     report = {"task": name, "seed": args.seed, **report, "scores": scores, "majority": majority, "evaluated": evaluated}
     report.setdefault("model", str(trained or options.model))
     report["rows"] = {**report.get("rows", {}), **{split: len(rows) for split, rows in data.encoded.items()}}
+    report["sources"] = {**report.get("sources", {}), **data.sources}
     report["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     folder.mkdir(parents=True, exist_ok=True)
     for split in predicted:

@@ -90,6 +90,63 @@ def test_a_split_of_unknown_size_has_a_table_too(classified):
     assert "| rte, validation, 277 rows, x 100 |" in text and "| rte, test, x 100 |" in text
 
 
+def test_a_card_says_which_rows_of_a_table_were_scored(classified):
+    """A model trained on one file is scored on others, or on rows of it that were held out."""
+    found = json.loads((classified / "results.json").read_text()) | {"task": "train.csv", "majority": {}}
+    found["scores"] = {"validation": {"accuracy": 0.75}, "test": {"accuracy": 0.5}}
+    found["rows"] = {"train": 90, "validation": 10, "test": 1200}
+    found["sources"] = {
+        "validation": {"data": "train.csv", "part": "a tenth of each class"},
+        "test": {"data": "new.csv"},
+    }
+    (classified / "results.json").write_text(json.dumps(found))
+    text = str(card_of(read_run(classified)))
+    assert "| validation: a tenth of each class of train.csv, held out, 10 rows, x 100 |" in text
+    assert "| test: new.csv, 1,200 rows, x 100 |" in text
+    results = safe_load(text.split("---")[1])["model-index"][0]["results"]
+    assert [(one["dataset"]["type"], one["dataset"]["name"], one["dataset"]["split"]) for one in results] == [
+        ("train.csv", "a tenth of each class of train.csv, held out", "validation"),
+        ("new.csv", "new.csv", "test"),
+    ]
+    for source, said, split in (
+        ({"split": "dev"}, "me/data, split 'dev'", "dev"),
+        ({"split": "train", "part": "a tenth"}, "a tenth of me/data, split 'train', held out", "validation"),
+    ):
+        found["sources"] = {"validation": {"data": "me/data", **source}}
+        (classified / "results.json").write_text(json.dumps(found))
+        text = str(card_of(read_run(classified)))
+        assert f"| validation: {said}, 10 rows, x 100 |" in text
+        dataset = safe_load(text.split("---")[1])["model-index"][0]["results"][0]["dataset"]
+        assert (dataset["type"], dataset["split"]) == ("me/data", split)
+
+
+@pytest.mark.parametrize(
+    ("left", "problem", "head", "row"),
+    [
+        ({"summary", "majority"}, None, "this model | the same recipe | most frequent answer", "| 71.5 | 71.0 ± 1.0"),
+        ({"summary"}, None, "this model | the same recipe", "71.5 | 71.0 ± 1.0, seeds 1, 2"),
+        ({"majority"}, None, "this model | most frequent answer", "71.5 | 52.7"),
+        ({"majority"}, "regression", "this model | training mean", "71.5 | 52.7"),
+        (set(), None, "this model", "71.5"),
+    ],
+)
+def test_a_cards_columns_hold_something_and_say_what(classified, left, problem, head, row):
+    """Also where a model was trained elsewhere, or by one seed; who guesses a number says the training mean."""
+    found = json.loads((classified / "results.json").read_text())
+    if "summary" not in left:
+        (classified.parent.parent / "results.json").unlink()
+    if "majority" not in left:
+        del found["majority"]
+    (classified / "results.json").write_text(json.dumps(found))
+    began = json.loads((classified / "run.json").read_text())
+    (classified / "run.json").write_text(json.dumps({**began, "problem": problem}))
+    (table,) = read_run(classified).results
+    lines = table.splitlines()
+    columns = head.count("|") + 1
+    assert lines[0] == f"| rte, validation, 277 rows, x 100 | {head} |" and row in lines[2]
+    assert lines[1] == "| --- |" + " ---: |" * columns and lines[2].count("|") == columns + 2
+
+
 def test_a_rerankers_card_has_its_baselines(tmp_path):
     means = {"Gemma Encoder": {"nDCG@10": 0.5, "RR@10": 0.25}, "BM25": {"nDCG@10": 0.625, "RR@10": 0.75}}
     (tmp_path / "dl2020").mkdir()

@@ -18,6 +18,7 @@ from sklearn.metrics import r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderConfig
+from modeling_gemma_encoder.cards import read_run
 from modeling_gemma_encoder.finetuning import weighted_loss
 from modeling_gemma_encoder.tasks import Task
 
@@ -383,6 +384,18 @@ def test_lists_come_back_as_they_were_written(run, tmp_path):
         assert (given["text"], given["id"]) == (row["text"], row["id"])
         assert given["prediction"] == "|".join(name for name, flag in zip("xyz", flags, strict=True) if flag)
     assert found[0]["label"] == "[1, 0, 1]" and found[0]["tags"] == json.dumps(rows[0]["tags"], ensure_ascii=False)
+
+
+def test_a_card_names_the_file_of_each_score(run, tmp_path):
+    """Of a tenth that was held out, and of a test file; a second one takes the place of the first."""
+    columns = {"text": [f"text {n}" for n in range(40)], "label": ["a", "b"] * 20}
+    train, test = write_csv(tmp_path / "train_text.csv", columns), write_csv(tmp_path / "test_text.csv", columns)
+    flags = ("--train_file", train, "--output_dir", tmp_path / "out", "--do_predict", "--test_file")
+    for file, rows in ((test, 40), (write_csv(tmp_path / "new.csv", {key: columns[key][:8] for key in columns}), 8)):
+        run(*flags, file)
+        tables = "\n".join(read_run(tmp_path / "out" / "seed-42").results)
+        assert "| validation: a tenth of each class of train_text.csv, held out, 4 rows, x 100 |" in tables
+        assert f"| test: {file.name}, {rows} rows, x 100 |" in tables and tables.count("x 100") == 2
 
 
 def test_a_number_is_written_as_it_was_predicted(run, tmp_path):
