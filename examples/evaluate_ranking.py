@@ -15,8 +15,8 @@ BM25 is fitted on the whole collection. nDCG@10 has linear gain, as trec_eval ha
 `--measures "nDCG(dcg='exp-log2')@10"`. --held_out_of measures only the queries that a training by msmarco.py held out.
 
 Leaves the runs in TREC's format, results.json, results.md and per_query.png. Equal scores are ordered by the CRC-32 of
-the passage's id. Queries without candidates count 0; those without a relevant passage, or in a judged pool without an
-irrelevant one, are left out.
+the passage's id. Queries without candidates count 0; those without a grade above 0, or in a judged pool without an
+irrelevant passage, are left out.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,8 @@ class EvaluationArguments(ScoringArguments):
         default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of a file of pairs."}
     )
     relevance_level: int = field(
-        default=1, metadata={"help": "Least grade that counts as relevant in measures that know no grades; TREC DL: 2."}
+        default=1,
+        metadata={"help": "Least grade that is relevant, in measures that know no grades and in counts; TREC DL: 2."},
     )
     measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "As ir_measures calls them."})
     seed: int = field(default=0, metadata={"help": "Of the random order."})
@@ -60,6 +61,7 @@ def main():
     with failing(parser):
         measures = parse_measures(args.measures, args.relevance_level)
         collection = read_collection(args.data, tuple(args.pair_columns))
+        collection.relevance_level = args.relevance_level
         if args.held_out_of:
             collection = only_held_out(collection, args.held_out_of, args.data)
         if args.run:

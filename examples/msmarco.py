@@ -111,7 +111,8 @@ class RankingArguments:
         default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of files of pairs."}
     )
     relevance_level: int = field(
-        default=1, metadata={"help": "Least grade that counts as relevant in measures that know no grades; TREC DL: 2."}
+        default=1,
+        metadata={"help": "Least grade that is relevant, in measures that know no grades and in counts; TREC DL: 2."},
     )
     measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "As ir_measures calls them."})
 
@@ -143,9 +144,11 @@ class RankingArguments:
 
 
 def judged(ranking: RankingArguments, held_out: Collection) -> dict[str, Collection]:
+    held_out.relevance_level = ranking.relevance_level
     found = {"held-out": held_out.without_incomparable("held-out")} if held_out.qrels else {}
     for number, (source, run) in enumerate(zip(ranking.eval_data or (), ranking.runs()[1], strict=True)):
         collection = read_collection(source, tuple(ranking.pair_columns))
+        collection.relevance_level = ranking.relevance_level
         if run:
             add_run(collection, run, ranking.eval_depth)
         short = Path(source).name.replace(":", "-")

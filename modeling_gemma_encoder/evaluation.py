@@ -136,14 +136,15 @@ def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> 
 
 def describe_pool(collection: Collection, candidates: Run, means: dict[str, float]) -> dict:
     """
-    Count the candidates and those of them with a grade above 0, and say as `warning`, else None, why their order tells
-    little: random order beats BM25, or most of what was judged is relevant. Of a run's candidates most may be.
+    Count the candidates and the relevant ones, by the collection's level, and say as `warning`, else None, why their
+    order tells little: random order beats BM25, or most of what was judged is relevant. Of a run's most may be.
 
     Args:
         means: Of one measure, by the names of the runs.
     """
+    level = collection.relevance_level
     grades = [collection.qrels[qid].get(pid, 0) for qid, passages in candidates.items() for pid in passages]
-    relevant = sum(grade > 0 for grade in grades)
+    relevant = sum(grade >= level for grade in grades)
     share, reasons = relevant / max(1, len(grades)), []
     if collection.run is None and share > 0.5:
         reasons.append(f"{share:.1%} of the judged pool is relevant")
@@ -152,7 +153,8 @@ def describe_pool(collection: Collection, candidates: Run, means: dict[str, floa
     warning = f"{' and '.join(reasons)}, so that no difference is claimed" if reasons else None
     if warning and collection.run is None:
         warning += "; rerank a run of the whole collection, such as bm25"
-    return {"candidates": len(grades), "relevant": relevant, "relevant_share": share, "warning": warning}
+    counts = {"candidates": len(grades), "relevant": relevant, "relevant_share": share, "relevance_level": level}
+    return {**counts, "warning": warning}
 
 
 def evaluate(
@@ -199,7 +201,8 @@ def markdown(means: dict[str, dict[str, float]]) -> str:
 def conclusions(compared: dict[str, dict], main: str, pool: dict, judged: bool) -> list[str]:
     """Lines on what was ranked and by how much the first run is better, or why that is not said."""
     of_what = "judged pool" if judged else "a run's candidates"
-    share = f"{pool['relevant']:,} of them relevant ({pool['relevant_share']:.1%})"
+    level = f", from grade {pool['relevance_level']} on" if pool["relevance_level"] != 1 else ""
+    share = f"{pool['relevant']:,} of them relevant ({pool['relevant_share']:.1%}{level})"
     lines = [f"Ranked: {of_what}, {pool['candidates']:,} passages, {share}"]
     if pool["warning"]:
         return [*lines, f"\nWARNING: {pool['warning']}."]

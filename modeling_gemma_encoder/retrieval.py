@@ -58,6 +58,7 @@ class Collection:
         qrels: Query id -> passage id -> grade, 0 for what was judged and found irrelevant.
         run: Candidates of each query to be reranked, with their first scores. None: what was judged.
         first_stage: What the run is called in a table.
+        relevance_level: Least grade that counts as relevant.
     """
 
     queries: Mapping[str, str]
@@ -65,6 +66,7 @@ class Collection:
     qrels: dict[str, dict[str, int]]
     run: Run | None = None
     first_stage: str = "first stage"
+    relevance_level: int = 1
 
     def candidates(self, depth: int | None = None) -> dict[str, list[str]]:
         """Passages of each judged query that are to be ranked: the best `depth` of the run, or what was judged."""
@@ -86,27 +88,31 @@ class Collection:
 
     def without_incomparable(self, name: str) -> "Collection":
         """
-        Without queries for which no ranking is better than another: without a relevant passage, or, in a judged
-        pool, without an irrelevant one. Says how many, and how many the run has no passages for.
+        Without queries for which no ranking is better than another: without a grade above 0, or, in a judged pool,
+        with relevant passages alone, or those of one grade. Says how many, how many have a grade above 0 and no
+        relevant passage, and how many the run has no passages for.
 
         Raises:
             ValueError: no query is left.
         """
-        number = len(self.qrels)
-        useless = {qid for qid, grades in self.qrels.items() if not any(grade > 0 for grade in grades.values())}
-        if useless:
-            print(f"{name}: {len(useless)} of {number} queries have no relevant passage and are left out")
+        level, kept = self.relevance_level, self.qrels
+        reasons = {"no relevant passage": lambda grades: not any(grade > 0 for grade in grades)}
         if self.run is None:
-            alike = {qid for qid, grades in self.qrels.items() if all(grade > 0 for grade in grades.values())}
-            if alike:
-                print(f"{name}: {len(alike)} of {number} queries have only relevant passages judged and are left out")
-            useless |= alike
-        kept = replace(self, qrels={qid: grades for qid, grades in self.qrels.items() if qid not in useless})
-        if not kept.qrels:
+            reasons["only relevant passages judged"] = lambda grades: all(grade >= level for grade in grades)
+            reasons["passages of one grade alone judged"] = lambda grades: len(set(grades)) == 1
+        for reason, holds in reasons.items():
+            others = {qid: grades for qid, grades in kept.items() if not holds(grades.values())}
+            if left_out := len(kept) - len(others):
+                print(f"{name}: {left_out} of {len(self.qrels)} queries have {reason} and are left out")
+            kept = others
+        if not kept:
             raise ValueError(f"{name}: no query has both a relevant passage and another one; rerank a run, or `bm25`.")
-        if kept.run is not None and (without := [qid for qid in kept.qrels if not kept.run.get(qid)]):
-            print(f"{name}: the run has no passages for {len(without)} of {len(kept.qrels)} queries, which count 0")
-        return kept
+        if none := sum(max(grades.values()) < level for grades in kept.values()):
+            of_level = f"have no passage from grade {level} on, and count 0 in measures that know no grades"
+            print(f"{name}: {none} of {len(kept)} queries {of_level}")
+        if self.run is not None and (without := [qid for qid in kept if not self.run.get(qid)]):
+            print(f"{name}: the run has no passages for {len(without)} of {len(kept)} queries, which count 0")
+        return replace(self, qrels=kept)
 
 
 def check_ids(what: str, table: dict, queries: Mapping, passages: Mapping, name: str) -> None:

@@ -213,6 +213,28 @@ def test_what_a_training_held_out_is_measured_alone(many, decoder, tmp_path_fact
     assert "has no queries.json, which msmarco.py writes" in capsys.readouterr().err
 
 
+def test_both_scripts_measure_and_count_at_the_level_of_relevance(folder, decoder, tmp_path, monkeypatch, capsys):
+    """Of five passages two have grade 2 and one grade 1: three are relevant from 1 on, and two from 2 on."""
+    passages = {f"p{n}": f"passage {n}" for n in range(5)}
+    jsonl(folder / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in passages.items()])
+    grades = dict(zip(passages, (2, 2, 1, 0, 0), strict=True))
+    (folder / "qrels.txt").write_text("".join(f"{q} 0 {pid} {grade}\n" for q in "12" for pid, grade in grades.items()))
+    model = ["--model", decoder, "--train_data", folder, "--held_out", 0.8, "--eval_data", folder, "--list_size", 2]
+    model += ["--max_steps", 1, "--use_cpu", "--save_strategy", "no", "--output_dir", tmp_path / "ranker"]
+    for level, share, warned in ((1, 0.6, True), (2, 0.4, False)):
+        command(monkeypatch, msmarco.main, *model, "--relevance_level", level)
+        ours = json.loads((tmp_path / "ranker" / folder.name / "results.json").read_text())
+        evaluation = ["--model", tmp_path / "ranker", "--data", folder, "--output_dir", tmp_path / "evaluation"]
+        command(monkeypatch, evaluate_main, *evaluation, "--relevance_level", level)
+        theirs = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+        for pool in (ours["pool"], theirs["pool"]):
+            assert (pool["relevant_share"], pool["relevance_level"]) == (share, level)
+            assert ("of the judged pool is relevant" in (pool["warning"] or "")) == warned
+        held_out = json.loads((tmp_path / "ranker" / "held-out" / "results.json").read_text())
+        assert held_out["pool"]["relevant_share"] == share
+        assert ("WARNING: 60.0% of the judged pool" in capsys.readouterr().out) == warned
+
+
 def test_a_model_was_trained_on_the_queries_of_the_one_it_began_with(tmp_path):
     for name, base in (("first", "someone/decoder"), ("second", str(tmp_path / "first"))):
         (tmp_path / name / "checkpoint-5").mkdir(parents=True)

@@ -189,7 +189,7 @@ def pooled(irrelevant: int) -> tuple[Collection, dict]:
 def test_the_relevant_share_of_the_pool_is_printed_and_saved(tmp_path):
     collection, runs = pooled(irrelevant=8)
     found = evaluate(collection, runs, parse_measures(["RR@10"]), tmp_path)
-    pool = {"candidates": 120, "relevant": 24, "relevant_share": 0.2, "warning": None}
+    pool = {"candidates": 120, "relevant": 24, "relevant_share": 0.2, "relevance_level": 1, "warning": None}
     assert json.loads((tmp_path / "results.json").read_text())["pool"] == found["pool"] == pool
     text = (tmp_path / "results.md").read_text()
     assert "Ranked: judged pool, 120 passages, 24 of them relevant (20.0%)" in text and "WARNING" not in text
@@ -216,6 +216,24 @@ def test_no_difference_is_claimed_where_the_order_tells_little(tmp_path, irrelev
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["pool"]["warning"].startswith(reason) and found["compared"] == saved["compared"]
     assert all(one["p"] is one["interval"] is None for one in saved["compared"].values())
+
+
+def test_the_relevant_share_is_of_the_level_of_relevance(tmp_path):
+    """Of ten passages four have grade 2 and two grade 1: 60 % are relevant from 1 on, 40 % from 2 on."""
+    collection, runs = pooled(irrelevant=4)
+    for number, grades in enumerate(collection.qrels.values()):
+        grades |= {f"{number}-{i}": 2 for i in range(4)}
+    pools, texts = {}, {}
+    for level in (1, 2):
+        collection.relevance_level = level
+        evaluate(collection, runs, parse_measures(["AP"], level), tmp_path)
+        pools[level] = json.loads((tmp_path / "results.json").read_text())["pool"]
+        texts[level] = (tmp_path / "results.md").read_text()
+    assert [pools[1][key] for key in ("relevant", "relevant_share", "relevance_level")] == [72, 0.6, 1]
+    assert [pools[2][key] for key in ("relevant", "relevant_share", "relevance_level")] == [48, 0.4, 2]
+    assert "WARNING: 60.0% of the judged pool is relevant" in texts[1] and "against" not in texts[1]
+    assert "120 passages, 48 of them relevant (40.0%, from grade 2 on)" in texts[2] and "WARNING" not in texts[2]
+    assert "AP(rel=2) against BM25: +" in texts[2] and ", p = " in texts[2]
 
 
 def test_most_of_a_runs_candidates_may_be_relevant(tmp_path):

@@ -104,6 +104,43 @@ def test_queries_for_which_all_rankings_are_equal_are_left_out(folder, capsys):
         collection.check("it")
 
 
+@pytest.mark.parametrize(
+    ("level", "kept", "said"),
+    [
+        (1, "02", ["1 of 7 queries have no relevant passage", "4 of 7 queries have only relevant passages judged"]),
+        (
+            2,
+            "012",
+            [
+                "1 of 7 queries have no relevant passage",
+                "2 of 7 queries have only relevant passages judged",
+                "1 of 7 queries have passages of one grade alone judged",
+                "1 of 3 queries have no passage from grade 2 on",
+            ],
+        ),
+        (
+            3,
+            "0126",
+            [
+                "1 of 7 queries have no relevant passage",
+                "2 of 7 queries have passages of one grade alone judged",
+                "3 of 4 queries have no passage from grade 3 on",
+            ],
+        ),
+    ],
+)
+def test_queries_are_left_out_by_the_level_of_relevance(level, kept, said, capsys):
+    """Grades tell passages apart in nDCG where the level does not, and the level does where both are above 0."""
+    grades = [(2, 0), (1, 2), (1, 0), (0, 0), (2, 2), (1, 1), (3, 2)]
+    qrels = {str(number): dict(zip("ab", pair, strict=True)) for number, pair in enumerate(grades)}
+    collection = Collection(dict.fromkeys(qrels, "query"), {"a": "", "b": ""}, qrels, relevance_level=level)
+    assert "".join(collection.without_incomparable("it").qrels) == kept
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(said) and all(one in line for one, line in zip(said, printed, strict=True))
+    collection.run = {qid: {"a": 1.0, "b": 0.5} for qid in qrels}
+    assert "".join(collection.without_incomparable("it").qrels) == "012456"
+
+
 @pytest.mark.parametrize("judged,one_split", [("qrels", False), ("default", True)])
 def test_the_hubs_forms_are_the_same_collection(folder, monkeypatch, judged, one_split):
     """NanoBEIR: one repository, a split for each collection. MTEB: splits named after their configs."""
