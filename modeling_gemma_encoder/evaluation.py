@@ -13,6 +13,7 @@ from scipy.stats import bootstrap, permutation_test
 
 from .files import write
 from .losses_gemma_encoder import IGNORE
+from .queries import say_trained_on
 from .retrieval import Collection, Run, bm25, ranked, write_run
 
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")  # what `ir_measures` calls them
@@ -166,7 +167,7 @@ def evaluate(
     `describe_pool` warns, differences have neither p nor interval.
 
     Args:
-        facts: Go into `results.json` as they are.
+        facts: Go into `results.json` as they are; of `queries_trained_on` the table on disk says what it means.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: measure(collection.qrels, run, measures) for name, run in runs.items()}
@@ -186,9 +187,16 @@ def evaluate(
     if others:
         names, path = (first, others[0]), folder / "per_query.png"
         plot_queries(values[first][main], values[others[0]][main], names, main, path, pool["warning"])
-    write(folder / "results.md", table)
+    write(folder / "results.md", f"{table}\n{trained_on_line(result)}".rstrip())
     write(folder / "results.json", json.dumps({**result, "per_query": values}, indent=2))
     return {**result, "table": table}
+
+
+def trained_on_line(result: dict) -> str:
+    """Say how many of the queries were trained on; "" where nobody asked."""
+    if "queries_trained_on" not in result:
+        return ""
+    return f"\n{result['queries']} queries, {say_trained_on(result['queries_trained_on'])}"
 
 
 def markdown(means: dict[str, dict[str, float]]) -> str:

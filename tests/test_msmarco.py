@@ -203,6 +203,7 @@ def test_what_a_training_held_out_is_measured_alone(many, decoder, tmp_path_fact
     everything = json.loads((runs / "e" / "results.json").read_text())
     assert everything["queries"] == 30 and everything["queries_trained_on"] == 30 - ours["queries"]
     assert f"30 queries, {30 - ours['queries']} of them trained on; reranked: bm25" in capsys.readouterr().out
+    assert f"30 queries, {30 - ours['queries']} of them trained on\n" in (runs / "e" / "results.md").read_text()
 
     (runs / "ranker" / "queries.json").rename(runs / "queries.json")
     command(monkeypatch, evaluate_main, *evaluation)

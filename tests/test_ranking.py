@@ -245,6 +245,21 @@ def test_most_of_a_runs_candidates_may_be_relevant(tmp_path):
     assert "Ranked: a run's candidates, 120 passages" in found["table"] and "AP against BM25: +" in found["table"]
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"queries_trained_on": 5}, "\n\n12 queries, 5 of them trained on\n"),
+        ({"queries_trained_on": 0}, "\n\n12 queries, 0 of them trained on\n"),
+        ({"queries_trained_on": None}, "\n\n12 queries, trained on or not is unknown (no queries.json)\n"),
+        ({}, None),
+    ],
+)
+def test_the_table_on_disk_says_how_many_queries_were_trained_on(tmp_path, facts, said):
+    evaluate(*pooled(irrelevant=8), parse_measures(["AP"]), tmp_path, facts)
+    text = (tmp_path / "results.md").read_text()
+    assert text.endswith(said) if said else "trained on" not in text
+
+
 def test_bm25_has_one_row():
     passages = {"a": "sun", "b": "rain", "c": "the sun", "d": "wind"}
     collection = Collection({"q": "sun"}, passages, {"q": {"a": 1}})
