@@ -77,7 +77,7 @@ def main():
         "model": args.model,
         "data": args.data,
         "dtype": args.dtype,
-        "run": args.run or ("its own" if collection.run else "judged pool"),
+        **collection.reranked(args.depth),
         "held_out_of": args.held_out_of,
         "queries_trained_on": count_trained_on(args.model, collection),
     }

@@ -271,6 +271,7 @@ def train_and_evaluate(parser, ranking, options, args):
         ours = rerank(model, tokenizer, collection, ranking.eval_depth, max_length)
         runs = {"Gemma Encoder": ours, **baselines(collection, ranking.eval_depth)}
         facts = {"trained_on": ranking.train_data, **asdict(options), "queries_trained_on": seen[name]}
+        facts |= collection.reranked(ranking.eval_depth)
         found = evaluate(collection, runs, measures, folder / name, facts)
         print(f"\n{name}, {found['queries']} queries, {say_trained_on(seen[name])}\n\n{found['table']}")
     if args.process_index == 0:

@@ -180,8 +180,12 @@ def add_ranking(run: Run, name: str, found: dict) -> None:
     gains = found.get("gains", {})
     heads = [f"{measure} ({gains[measure]} gain)" if measure in gains else measure for measure in measures]
     table = [f"| {title} | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(measures), *rows]
+    if "run" in found:
+        table += ["", f"Reranked: {_what_was_reranked(found)}."]
     if warning := found.get("pool", {}).get("warning"):
         table += ["", f"No finding: {warning}."]
+    elif any(difference.get("too_few") for difference in found.get("compared", {}).values()):
+        table += ["", f"{found['queries']} queries are too few for more than these means."]
     if seen := found.get("queries_trained_on"):
         queries = found["queries"]
         table += ["", f"{seen} of these {queries} queries were also trained on, so this says little of new ones."]
@@ -191,6 +195,25 @@ def add_ranking(run: Run, name: str, found: dict) -> None:
         EvalResult("text-ranking", name, name, METRICS.get(measure, measure), value, metric_name=measure)
         for measure, value in ours.items()
     ]
+
+
+RERANKED = {
+    "judged pool": "the judged pool",
+    "bm25": "BM25's ranking of the whole collection",
+    "its own": "the candidates that come with the data set",
+}
+
+
+def _what_was_reranked(found: dict) -> str:
+    """Say whose candidates an evaluation reranked, and how many of them are relevant."""
+    what = RERANKED.get(found["run"]) or f"the run file `{Path(found['run']).name}`"
+    if depth := found.get("depth"):
+        what += f", the {depth} best of each query"
+    if not (pool := found.get("pool")):
+        return what
+    level = pool.get("relevance_level", 1)
+    share = f"{pool['relevant_share']:.1%}" + (f", from grade {level} on" if level != 1 else "")
+    return f"{what}; {pool['candidates']:,} passages, {pool['relevant']:,} of them relevant ({share})"
 
 
 # Licences

@@ -116,11 +116,12 @@ def random_order(collection: Collection, depth: int | None = None, seed: int = 0
 def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> dict[str, float]:
     """
     The mean difference over queries, its 95 % bootstrap interval, and the p of a paired randomization test, 9,999
-    drawn (Smucker et al., CIKM 2007); None below ten queries, our choice, where neither says anything.
+    drawn (Smucker et al., CIKM 2007); None below ten queries, our choice, where neither says anything: `too_few`.
     """
     differences = np.array([ours[qid] - theirs[qid] for qid in ours])
     result = {"difference": float(differences.mean()), "queries": len(differences), "p": None, "interval": None}
-    if len(differences) < 10 or not np.ptp(differences):
+    result["too_few"] = len(differences) < 10
+    if result["too_few"] or not np.ptp(differences):
         return result
     test = permutation_test(
         (differences,),
@@ -219,7 +220,7 @@ def conclusions(compared: dict[str, dict], main: str, pool: dict, judged: bool) 
         if found["p"] is not None:
             low, high = found["interval"]
             line += f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {found['p']:.4f}"
-        elif found["queries"] < 10:
+        elif found["too_few"]:
             line += ", too few for more"
         lines.append(line)
     return lines

@@ -165,4 +165,5 @@ def _add_marked(rest: Collection, held: Collection, mark: str) -> None:
     rest.queries |= {mark + qid: text for qid, text in held.queries.items()}
     rest.qrels |= marked(held.qrels)
     if held.run is not None:
-        rest.run, rest.first_stage = (rest.run or {}) | marked(held.run), held.first_stage
+        rest.run = (rest.run or {}) | marked(held.run)
+        rest.first_stage, rest.run_from = held.first_stage, held.run_from

@@ -19,6 +19,7 @@ from .files import is_local, read_lines
 from .tasks import FORMATS, read_file
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score
+BM25_DEPTH = 100  # of all passages, where nobody says how many
 
 # What columns are called, in TREC-style and BEIR-style files and on the Hub.
 ID = ("qid", "pid", "query_id", "passage_id", "docid", "doc_id", "_id", "id")
@@ -59,6 +60,7 @@ class Collection:
         run: Candidates of each query to be reranked, with their first scores. None: what was judged.
         first_stage: What the run is called in a table.
         relevance_level: Least grade that counts as relevant.
+        run_from: The run file's name, or `bm25`. None: the run came with the data, or there is none.
     """
 
     queries: Mapping[str, str]
@@ -67,12 +69,20 @@ class Collection:
     run: Run | None = None
     first_stage: str = "first stage"
     relevance_level: int = 1
+    run_from: str | None = None
 
     def candidates(self, depth: int | None = None) -> dict[str, list[str]]:
         """Passages of each judged query that are to be ranked: the best `depth` of the run, or what was judged."""
         if self.run is None:
             return {qid: list(grades) for qid, grades in self.qrels.items()}
         return {qid: ranked(self.run.get(qid, {}))[:depth] for qid in self.qrels}
+
+    def reranked(self, depth: int | None = None) -> dict:
+        """Say where the candidates are from, as `run`, and as `depth` how many of each query's best; None: all."""
+        if self.run is None:
+            return {"run": "judged pool", "depth": None}
+        default = BM25_DEPTH if self.run_from == "bm25" else None
+        return {"run": self.run_from or "its own", "depth": depth or default}
 
     def check(self, name: str) -> "Collection":
         """Raises ValueError, naming the collection, where an id is not known, or nothing is judged."""
@@ -351,7 +361,7 @@ def bm25(collection: Collection, depth: int | None = None) -> Run:
     return {qid: {pid: float(s[places[pid]]) for pid in chosen[qid]} for qid, s in _bm25(collection, pids)}
 
 
-def retrieve(collection: Collection, depth: int = 100) -> Run:
+def retrieve(collection: Collection, depth: int = BM25_DEPTH) -> Run:
     """The best `depth` of all passages by BM25, for each query that was judged."""
     pids, run = list(collection.passages), {}
     depth = min(depth, len(pids))
@@ -369,9 +379,10 @@ def add_run(collection: Collection, run: str, depth: int | None = None) -> None:
         ValueError: the run has none of the judged queries, or names what is not there.
     """
     if run == "bm25":
-        collection.run, collection.first_stage = retrieve(collection, depth or 100), "BM25"
+        collection.run, collection.first_stage = retrieve(collection, depth or BM25_DEPTH), "BM25"
     else:
         collection.run = read_run(Path(run))
+    collection.run_from = run
     collection.check(run)
 
 

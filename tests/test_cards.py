@@ -175,6 +175,39 @@ def test_a_card_names_the_gain_and_sells_no_finding_that_there_is_not():
     assert run.results[1].endswith("\n\nNo finding: random order beats BM25.")
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"run": "judged pool", "depth": None}, "the judged pool"),
+        ({"run": "bm25", "depth": 100}, "BM25's ranking of the whole collection, the 100 best of each query"),
+        ({"run": "bm25"}, "BM25's ranking of the whole collection"),
+        ({"run": "/home/ada/runs/dense.trec", "depth": 50}, "the run file `dense.trec`, the 50 best of each query"),
+        ({"run": "its own", "depth": None}, "the candidates that come with the data set"),
+    ],
+)
+def test_a_rerankers_card_says_what_was_reranked(facts, said):
+    pool = {"candidates": 1200, "relevant": 300, "relevant_share": 0.25, "relevance_level": 1, "warning": None}
+    run, found = Run(), {"means": {"BM25": {"AP": 0.5}}, "queries": 12, **facts, "pool": pool}
+    add_ranking(run, "a", found)
+    add_ranking(run, "b", {**found, "pool": {**pool, "relevance_level": 2}})
+    assert run.results[0].endswith(f"\n\nReranked: {said}; 1,200 passages, 300 of them relevant (25.0%).")
+    assert run.results[1].endswith(" 300 of them relevant (25.0%, from grade 2 on).")
+    add_ranking(run, "c", {"means": {"BM25": {"AP": 0.5}}, "queries": 12, "pool": pool})  # as it was once written
+    assert "Reranked" not in run.results[2]
+
+
+def test_a_card_of_few_queries_says_that_they_are_too_few():
+    """Nine are, ten are not; where no difference is claimed anyway, that is what is said."""
+    run, found = Run(), {"means": {"BM25": {"AP": 0.5}}, "queries": 9, "pool": {"warning": None}}
+    few = {"AP, Gemma Encoder - BM25": {"difference": 0.1, "queries": 9, "p": None, "interval": None, "too_few": True}}
+    enough = {"AP, Gemma Encoder - BM25": {**few["AP, Gemma Encoder - BM25"], "too_few": False}}
+    add_ranking(run, "a", {**found, "compared": few})
+    add_ranking(run, "b", {**found, "compared": enough})
+    add_ranking(run, "c", {**found, "compared": few, "pool": {"warning": "random order beats BM25"}})
+    assert run.results[0].endswith("\n\n9 queries are too few for more than these means.")
+    assert "too few" not in run.results[1] and "too few" not in run.results[2]
+
+
 def test_results_from_elsewhere_are_added(tmp_path):
     run = Run()
     add_ranking(run, "dl2023", {"means": {"Gemma Encoder": {"AP": 0.125}}, "queries": 25})

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder import lists as lists_module
+from modeling_gemma_encoder.cards import read_run
 from modeling_gemma_encoder.queries import count_trained_on, only_held_out, write_queries
 from modeling_gemma_encoder.retrieval import Collection, read_collection, retrieve, write_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
@@ -108,6 +109,10 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     assert f"WARNING: 2 of 2 queries of {folder.name} are also trained on" in printed
     saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
     assert saved["queries"] == saved["queries_trained_on"] == 2 and saved["ranking_loss"] == "lambdarank"
+    assert (saved["run"], saved["depth"]) == ("judged pool", None)
+    card = "".join(read_run(runs / "ranker").results)
+    assert "Reranked: the judged pool; 4 passages, 2 of them relevant (50.0%)." in card
+    assert "\n\n2 queries are too few for more than these means." in card
     other = ["--do_train", "False", "--eval_strategy", "no", "--load_best_model_at_end", "False"]
     command(monkeypatch, msmarco.main, *flags, *other, "--train_data", pairs)  # which it has not learned from
     saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
@@ -137,7 +142,8 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     alone = json.loads((runs / "evaluation" / "results.json").read_text())
     assert alone["means"]["Gemma Encoder"] == saved["means"]["Gemma Encoder"]
     command(monkeypatch, evaluate_main, *evaluation, "--run", "bm25", "--depth", 2)
-    assert json.loads((runs / "evaluation" / "results.json").read_text())["run"] == "bm25"
+    alone = json.loads((runs / "evaluation" / "results.json").read_text())
+    assert (alone["run"], alone["depth"]) == ("bm25", 2)
 
 
 def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypatch, capsys):
@@ -193,6 +199,11 @@ def test_what_a_training_held_out_is_measured_alone(many, decoder, tmp_path_fact
     assert ours["means"].keys() == {"Gemma Encoder", "BM25", "random order"} and ours["queries_trained_on"] == 0
     assert ours["pool"]["candidates"] == 4 * ours["queries"] and 1 < ours["queries"] < 29
     assert f"held-out, {ours['queries']} queries, 0 of them trained on" in capsys.readouterr().out
+
+    assert (ours["run"], ours["depth"]) == ("bm25", 4)
+    card = "".join(read_run(runs / "ranker").results)
+    assert "Reranked: BM25's ranking of the whole collection, the 4 best of each query; " in card
+    assert f"; {4 * ours['queries']} passages, {ours['queries']} of them relevant (25.0%)." in card
 
     evaluation = ["--model", runs / "ranker", "--data", many, "--run", "bm25", "--depth", 4, "--output_dir", runs / "e"]
     command(monkeypatch, evaluate_main, *evaluation, "--held_out_of", runs / "ranker")

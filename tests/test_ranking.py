@@ -174,8 +174,10 @@ def test_a_difference_is_tested_by_its_signs():
     draw = np.random.default_rng(0)
     noise = {str(n): value for n, value in enumerate(draw.normal(size=200))}
     assert compare(noise, dict.fromkeys(noise, 0.0))["p"] > 0.01
+    assert not found["too_few"] and not compare(theirs, theirs)["too_few"]  # ten, though none differs
     del ours["0"]
     assert compare(ours, theirs)["p"] is compare(ours, theirs)["interval"] is None  # of nine
+    assert compare(ours, theirs)["too_few"]
 
 
 def pooled(irrelevant: int) -> tuple[Collection, dict]:

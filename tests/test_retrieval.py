@@ -280,6 +280,19 @@ def test_the_candidates_of_bm25_are_the_best_of_all_passages(folder):
     assert collection.run == {"1": {"d": 1.0}} and collection.first_stage == "first stage"
 
 
+def test_what_is_reranked_is_named_by_where_it_is_from(folder):
+    collection = read_collection(str(folder))
+    assert collection.reranked() == {"run": "judged pool", "depth": None}
+    collection.run = {"1": {"d": 1.0}}
+    assert collection.reranked(7) == {"run": "its own", "depth": 7}
+    write_run(collection.run, folder / "other.run", tag="other")
+    add_run(collection, str(folder / "other.run"))
+    assert collection.reranked() == {"run": str(folder / "other.run"), "depth": None}
+    for depth, best in ((3, 3), (None, 100)):
+        add_run(collection, "bm25", depth)
+        assert collection.reranked(depth) == {"run": "bm25", "depth": best}
+
+
 def test_lists_are_what_was_judged_and_the_runs_passages(folder):
     collection = read_collection(str(folder))
     rows, without = lists_of(collection, {"1": {"a": 3.0, "d": 2.0}, "2": {}})
