@@ -10,7 +10,7 @@
 | .jsonl | `query` and `passage`, or `passages`, a list | the row, and `score` or `scores` |
 | .csv | columns `query`, `passage`, or --pair_columns, and others | the row, and `score` |
 | .tsv | query, passage; or qid, pid, query, passage, as MS MARCO's top 1000 | the row, and the score |
-| --data and --run | a TREC run file over a folder with queries and passages | a TREC run file |
+| --data and --run | a TREC run file over a folder, or `folder:split`, with queries and passages | a TREC run file |
 
 Scores are logits, higher is better. Rows come out in their order. Batches are of like length and hold
 --tokens_per_batch tokens. Every --rows_at_once rows what is scored is on disk, in <output>.rows: after an interruption
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from modeling_gemma_encoder.files import read_lines, read_table, write
 from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
 from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
-from modeling_gemma_encoder.retrieval import Run, check_ids, ranked, read_run, read_texts, write_run
+from modeling_gemma_encoder.retrieval import Run, check_ids, name_and_split, ranked, read_run, read_texts, write_run
 from modeling_gemma_encoder.templates import encode_pairs
 
 
@@ -44,7 +44,7 @@ class RerankArguments(ScoringArguments):
     query: str | None = field(default=None, metadata={"help": "One query, whose --passages are printed, best first."})
     passages: list[str] | None = field(default=None, metadata={"help": "Texts, for --query."})
     input: str | None = field(default=None, metadata={"help": "A .jsonl, .csv or .tsv file."})
-    data: str | None = field(default=None, metadata={"help": "A folder with queries and passages, for --run."})
+    data: str | None = field(default=None, metadata={"help": "A folder, or `folder:split`, with texts, for --run."})
     run: str | None = field(default=None, metadata={"help": "A TREC run file."})
     depth: int | None = field(default=None, metadata={"help": "The best so many of the run only."})
     output: str | None = field(default=None, metadata={"help": "Where to write scores."})
@@ -62,8 +62,8 @@ class RerankArguments(ScoringArguments):
             return "--query needs --passages: there is nothing to rank"
         if self.run and not self.data:
             return "--run needs --data, the folder with its queries and passages"
-        if self.data and not Path(self.data).is_dir():
-            return f"--data: there is no folder {self.data}"
+        if self.data and not Path(name_and_split(self.data)[0]).is_dir():
+            return f"--data {self.data} is no folder: give one with queries and passages, as `folder` or `folder:split`"
         if self.query is None and not self.output:
             return "--output is needed"
         if self.input and Path(self.input).suffix not in (".jsonl", ".csv", ".tsv"):
@@ -161,7 +161,7 @@ def rows_of(args: RerankArguments) -> Iterator[tuple[dict | list, list[tuple[str
         for line, where in read_lines(Path(args.input)):
             yield read_row(line, where, args.pair_columns)
     else:
-        (queries, passages), run = read_texts(Path(args.data)), read_run(Path(args.run))
+        (queries, passages), run = read_texts(args.data), read_run(Path(args.run))
         check_ids("run", run, queries, passages, args.run)
         for qid, scores in run.items():
             for pid in ranked(scores)[: args.depth]:
@@ -186,7 +186,7 @@ def rerank(args: RerankArguments) -> int:
     args.dtype, args.device = choose(args.dtype, args.device)
     began = {key: value for key, value in asdict(args).items() if key not in ("tokens_per_batch", "device")}
     for place in (args.model, args.data, args.input or args.run):  # what the scores depend on
-        began[f"files of {place}"] = stamp(Path(place), output) if place else None
+        began[f"files of {place}"] = stamp(Path(name_and_split(place)[0]), output) if place else None
     if facts.exists():
         refuse_another(began, json.loads(facts.read_text()), output, part)
     if output.exists():

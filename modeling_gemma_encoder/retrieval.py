@@ -155,10 +155,10 @@ def read_collection(source: str, pairs: tuple[str, str, str] | None = None) -> C
     """
     if len(pairs := pairs or PAIRS) != 3:
         raise ValueError(f"Columns of pairs are three, of query, passage and label, got {' '.join(pairs)}.")
-    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
+    name, split = name_and_split(source)
     path = Path(name)
     if path.is_dir():
-        found = Collection(*read_texts(path), read_qrels(_file(path, "qrels", split)))
+        found = Collection(*read_texts(source), read_qrels(_file(path, "qrels", split)))
     elif path.suffix in FORMATS:
         found = _pairs(read_file(path, pairs[:2]), name, pairs)
     elif is_local(name):
@@ -171,8 +171,20 @@ def read_collection(source: str, pairs: tuple[str, str, str] | None = None) -> C
 PAIRS = ("query", "passage", "label")
 
 
-def read_texts(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Queries and passages of a folder."""
+def name_and_split(source: str) -> tuple[str, str]:
+    """Part what a source names from the split after its colon, "" where there is none."""
+    if Path(source).exists():
+        return source, ""
+    name, _, split = source.partition(":")
+    return name, split
+
+
+def read_texts(source: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Read queries and passages of a folder, or of `folder:test`. Raises ValueError where it has no such split."""
+    name, split = name_and_split(source)
+    path = Path(name)
+    if split:
+        _file(path, "qrels", split)
     return _texts(_file(path, "queries")), _texts(_file(path, "passages"))
 
 

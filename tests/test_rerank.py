@@ -170,6 +170,37 @@ def test_a_run_is_reranked(folder, tmp_path, monkeypatch):
         command(monkeypatch, folder, *flags[:-4], "--output", tmp_path / "c.run")
 
 
+def test_a_folder_is_named_as_in_training(folder, tmp_path, monkeypatch, capsys):
+    """`folder:test` names the judgements of a BEIR folder; its queries and passages are those of the folder."""
+    data = tmp_path / "beir"
+    (data / "qrels").mkdir(parents=True)
+    jsonl(data / "queries.jsonl", [{"_id": "1", "text": "rain"}])
+    jsonl(data / "corpus.jsonl", [{"_id": "a", "text": "It rains."}, {"_id": "b", "text": "A star."}])
+    for split in ("dev", "test"):
+        (data / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n")
+    (tmp_path / "in.run").write_text("1 Q0 a 1 3.0 t\n1 Q0 b 2 2.0 t\n")
+    flags = ["--run", tmp_path / "in.run", "--output", tmp_path / "out.run"]
+    command(monkeypatch, folder, "--data", f"{data}:test", *flags)
+    found, scores = read_run(tmp_path / "out.run")["1"], expected(folder, [("rain", "It rains."), ("rain", "A star.")])
+    np.testing.assert_allclose([found["a"], found["b"]], scores, atol=1e-5)
+    (tmp_path / "pairs.csv").touch()
+    flags[-1] = tmp_path / "other.run"
+    for name, message in (
+        (f"{data}:tset", "beir has no qrels: none of qrels/tset.txt, qrels/tset.tsv"),
+        (f"{data}s:test", "beirs:test is no folder: give one with queries and passages"),
+        (tmp_path / "pairs.csv", "pairs.csv is no folder: give one with queries and passages"),
+        ("someone/data:Nano", "--data someone/data:Nano is no folder: give one with queries and passages"),
+    ):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, folder, "--data", name, *flags)
+        assert message in capsys.readouterr().err
+    jsonl(data / "corpus.jsonl", [{"_id": "a", "text": "It rains."}, {"_id": "b", "text": "Another text."}])
+    flags[-1] = tmp_path / "out.run"
+    with pytest.raises(SystemExit):
+        command(monkeypatch, folder, "--data", f"{data}:test", *flags)
+    assert "was made otherwise (files of " in capsys.readouterr().err
+
+
 def test_one_query_is_answered_on_the_command_line(folder, monkeypatch, capsys):
     passages = ["It rains.", "A star.", "Nothing."]
     command(monkeypatch, folder, "--query", "rain", "--passages", *passages)
