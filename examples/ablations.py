@@ -299,7 +299,7 @@ def meant(unknown: list[str], known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Cells of a reranker, by `msmarco.py`, learning rates chosen on a fifth of the queries."""
+    """Cells of a reranker, by `msmarco.py`, learning rates chosen on about a fifth of the queries."""
 
     model: str
     plain: dict

@@ -94,7 +94,7 @@ class RankingArguments:
     list_size: int = field(default=36, metadata={"help": "Documents of a list, at most."})
     held_out: float = field(
         default=0.0,
-        metadata={"help": "Share of the queries of --train_data that are evaluated instead, by their texts."},
+        metadata={"help": "About this share of the queries of --train_data, drawn by their texts, only measures it."},
     )
     eval_data: list[str] | None = field(
         default=None, metadata={"help": "Folders, files, or judged data on the Hub, `name[:split]`."}

@@ -116,7 +116,7 @@ def local_lists(
     Args:
         pairs: Columns of query, passage and label in files of pairs.
         run: A TREC run file whose passages are candidates too, or `bm25`, the 100 best.
-        held_out: Share of the queries, chosen by their texts, that come back as a collection instead.
+        held_out: About this share of the queries, drawn by their texts, comes back as a collection instead.
         eval_run: Candidates of what is held out, each query's from its own folder or file; as for `add_run`.
     """
     rows, rest = [], Collection({}, {}, {})
@@ -124,7 +124,7 @@ def local_lists(
         found = read_collection(source, pairs)
         found.run = None
         mark = f"{number}-" if len(sources) > 1 else ""
-        held = _hold_out(found, held_out)
+        held = _hold_out(found, held_out, source)
         if eval_run and held.qrels:
             add_run(held, eval_run, eval_depth)
         _add_marked(rest, held, mark)
@@ -145,10 +145,13 @@ def local_lists(
     return lists, asked, sha256(json.dumps(rows).encode()).hexdigest()[:16], rest
 
 
-def _hold_out(found: Collection, share: float) -> Collection:
-    """Takes a share of the judged queries, chosen by their texts, out of a collection."""
+def _hold_out(found: Collection, share: float, name: str) -> Collection:
+    """Take about a share of the judged queries, drawn by their texts, out of a collection, and say how many."""
     out = {qid for qid in found.qrels if crc32(found.queries[qid].encode()) % 1000 < 1000 * share}
     held = replace(found, qrels={qid: grades for qid, grades in found.qrels.items() if qid in out})
+    if share:
+        how = f"about {share} of them, drawn by their texts"
+        print(f"{name}: held out {len(out)} of {len(found.qrels)} queries ({how})")
     found.qrels = {qid: grades for qid, grades in found.qrels.items() if qid not in out}
     return held
 

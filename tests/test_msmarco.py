@@ -152,6 +152,11 @@ def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypa
     (folder / "qrels.txt").write_text("".join(f"{qid} 0 a 1\n{qid} 0 b 0\n" for qid in queries))
     both = [str(folder), str(folder)]
     lists, asked, _, held_out = lists_module.local_lists(both, list_size=2, seed=0, held_out=0.25)
+    of_each, printed = 40 - len(asked) // 2, capsys.readouterr().out
+    said = f"{folder}: held out {of_each} of 40 queries (about 0.25 of them, drawn by their texts)\n"
+    assert printed == said * 2
+    lists_module.local_lists(both, list_size=2, seed=0)
+    assert "held out" not in capsys.readouterr().out
     assert set(asked) == {lists[number]["query"] for number in range(len(lists))}
     assert len(lists_module.local_lists(both, list_size=2, seed=0, limit=7)[0]) == 7
     trained = {lists[number]["query"] for number in range(len(lists))}
@@ -262,6 +267,13 @@ def test_a_model_was_trained_on_the_queries_of_the_one_it_began_with(tmp_path):
     write_queries(tmp_path / "first", ["a"], [], "someone/decoder")
     with pytest.raises(ValueError, match="first held out no queries: train with --held_out"):
         only_held_out(collection, str(tmp_path / "first"), "it")
+
+
+def test_the_share_that_is_held_out_is_called_about_so_much(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, msmarco.main, "--help")
+    assert "About this share of the queries of --train_data" in capsys.readouterr().out
 
 
 def test_every_evaluated_collection_has_its_run():
