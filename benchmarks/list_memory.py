@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.files import write
+from modeling_gemma_encoder._scripts.files import write
 
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 

@@ -38,7 +38,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quantize_int8
-from modeling_gemma_encoder.files import write
+from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.memory import keep_freed_memory
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 from modeling_gemma_encoder.ranking import score_pairs

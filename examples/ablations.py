@@ -47,18 +47,18 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
+from modeling_gemma_encoder._scripts.command_line import RecipeParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.files import write
+from modeling_gemma_encoder._scripts.training import provenance
 from modeling_gemma_encoder.ablation_reports import difference_table, notes, plot, score_table
 from modeling_gemma_encoder.ablations import Bench, Cell, Study, as_options, run_studies
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.differences import LeftOut, add_answers, add_differences, split_in_parts
-from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.metrics import of_columns, pearson_and_spearman
-from modeling_gemma_encoder.recipes import RecipeParser, fail, failing, interruptible
 from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run
 from modeling_gemma_encoder.tasks import Source, Task, by_label
-from modeling_gemma_encoder.training import provenance
 
 SUITES = {"glue": ("nyu-mll/glue", glue.TASKS), "superglue": ("aps/super_glue", superglue.TASKS)}
 

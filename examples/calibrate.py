@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
-from modeling_gemma_encoder.files import write
 from modeling_gemma_encoder.ranking import DTYPE, Dtype, ScoringArguments, load_ranker, rerank
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder.retrieval import read_collection
 
 

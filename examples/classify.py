@@ -39,9 +39,9 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import train_test_split
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.files import read, write
+from modeling_gemma_encoder._scripts.command_line import fail, failing, interruptible
+from modeling_gemma_encoder._scripts.files import read, write
 from modeling_gemma_encoder.metrics import accuracy_and_macro_f1, micro_and_macro_f1, of_columns, pearson_and_spearman
-from modeling_gemma_encoder.recipes import fail, failing, interruptible
 from modeling_gemma_encoder.runs import Data, claim, fine_tune, predictions
 from modeling_gemma_encoder.suites import cannot_run, conclude, make_parser, of_run, parse
 from modeling_gemma_encoder.tasks import Task, at_row, by_label, fill_texts, predictions_of, read_file

@@ -30,9 +30,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForRanking  # registers our classes
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.files import write
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # of a logit

@@ -29,22 +29,9 @@ import numpy as np
 from transformers import Trainer, set_seed
 
 from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
-from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
-from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
-from modeling_gemma_encoder.files import is_local, write
-from modeling_gemma_encoder.finetuning import build
-from modeling_gemma_encoder.lists import hub_lists, local_lists
-from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
-from modeling_gemma_encoder.queries import count_trained_on, say_trained_on, write_queries
-from modeling_gemma_encoder.ranking import load_ranker, rerank
-from modeling_gemma_encoder.recipes import fail, failing, interruptible
-from modeling_gemma_encoder.retrieval import Collection, add_run, lists_of, read_collection
-from modeling_gemma_encoder.runs import RECIPE
-from modeling_gemma_encoder.suites import make_parser, parse
-from modeling_gemma_encoder.tasks import FORMATS, Task
-from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
-from modeling_gemma_encoder.training import (
+from modeling_gemma_encoder._scripts.command_line import fail, failing, interruptible
+from modeling_gemma_encoder._scripts.files import is_local, write
+from modeling_gemma_encoder._scripts.training import (
     StepTimer,
     checkpoint_to_resume,
     count_steps,
@@ -57,6 +44,19 @@ from modeling_gemma_encoder.training import (
     rows_per_step,
     train_from,
 )
+from modeling_gemma_encoder.checkpoints import load_tokenizer
+from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
+from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
+from modeling_gemma_encoder.finetuning import build
+from modeling_gemma_encoder.lists import hub_lists, local_lists
+from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
+from modeling_gemma_encoder.queries import count_trained_on, say_trained_on, write_queries
+from modeling_gemma_encoder.ranking import load_ranker, rerank
+from modeling_gemma_encoder.retrieval import Collection, add_run, lists_of, read_collection
+from modeling_gemma_encoder.runs import RECIPE
+from modeling_gemma_encoder.suites import make_parser, parse
+from modeling_gemma_encoder.tasks import FORMATS, Task
+from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
 
 # Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.
 TASK = Task(

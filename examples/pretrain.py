@@ -46,18 +46,8 @@ from transformers import (
     set_seed,
 )
 
-from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
-from modeling_gemma_encoder.text import (
-    TextArguments,
-    collate_blocks,
-    join_lines,
-    load_blocks,
-    load_documents,
-    mix,
-    sample,
-)
-from modeling_gemma_encoder.training import (
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.training import (
     READING,
     HelpOfReading,
     StepTimer,
@@ -71,6 +61,16 @@ from modeling_gemma_encoder.training import (
     say_how_long,
     set_steps,
     train_from,
+)
+from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
+from modeling_gemma_encoder.text import (
+    TextArguments,
+    collate_blocks,
+    join_lines,
+    load_blocks,
+    load_documents,
+    mix,
+    sample,
 )
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")

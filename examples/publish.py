@@ -22,10 +22,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors import SafetensorError
 
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, in_words, interruptible
+from modeling_gemma_encoder._scripts.files import is_local, read
 from modeling_gemma_encoder.cards import add_ranking, masked, read_run
-from modeling_gemma_encoder.files import is_local, read
 from modeling_gemma_encoder.hub import publish, stage
-from modeling_gemma_encoder.recipes import ScriptParser, fail, in_words, interruptible
 from modeling_gemma_encoder.verification import verify
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"

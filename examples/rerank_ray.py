@@ -20,8 +20,8 @@ import pandas
 import ray
 import torch
 
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
-from modeling_gemma_encoder.recipes import ScriptParser, fail, failing, interruptible
 
 READERS = {".jsonl": "read_json", ".json": "read_json", ".parquet": "read_parquet"}
 

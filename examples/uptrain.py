@@ -35,14 +35,8 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
-from modeling_gemma_encoder.adapters import add_lora_alone
-from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
-from modeling_gemma_encoder.finetuning import refuse_training
-from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
-from modeling_gemma_encoder.recipes import RecipeParser, fail, failing, interruptible
-from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
-from modeling_gemma_encoder.training import (
+from modeling_gemma_encoder._scripts.command_line import RecipeParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.training import (
     READING,
     HelpOfReading,
     StepTimer,
@@ -59,6 +53,12 @@ from modeling_gemma_encoder.training import (
     train_from,
     under_fsdp,
 )
+from modeling_gemma_encoder.adapters import add_lora_alone
+from modeling_gemma_encoder.checkpoints import load_tokenizer
+from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
+from modeling_gemma_encoder.finetuning import refuse_training
+from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
+from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 
 
 @dataclass(kw_only=True)

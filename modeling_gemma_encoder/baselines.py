@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ._scripts.files import write
 from .checkpoints import load_upstream
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import write
 from .finetuning import FineTuningArguments, decoder_of, encoder_options, freeze_embeddings
 from .runs import Data
 from .tasks import Task, most_frequent

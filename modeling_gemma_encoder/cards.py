@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
+from ._scripts.files import is_local, read
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import is_local, read
 from .licences import GEMMA_NOTICE, origin_of
 
 PIPELINES = {

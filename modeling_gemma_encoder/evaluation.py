@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import bootstrap, permutation_test
 
-from .files import write
+from ._scripts.files import write
 from .losses_gemma_encoder import IGNORE
 from .queries import say_trained_on
 from .retrieval import Collection, Run, bm25, ranked, write_run

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ._scripts.training import under_fsdp
 from .configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
 from .encoding_gemma_encoder import refuse_dropout
 from .fused_gemma_encoder import FUSED
@@ -19,7 +20,6 @@ from .losses_gemma_encoder import IGNORE, mean_over
 from .modeling_gemma_encoder import GemmaEncoderHead
 from .pretrained_gemma_encoder import find_adapter
 from .tasks import Task
-from .training import under_fsdp
 
 # Our choice, by the decoder's parameters, at most: learning rates of full fine-tuning and of adapters. A tenth of
 # the steps to warm up, then down to zero in a line; batches and passes over the data are the task's.

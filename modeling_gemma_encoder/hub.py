@@ -19,11 +19,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 
 from . import modeling_gemma_encoder
+from ._scripts.files import is_local, write
 from .cards import Run, make_card
 from .checkpoint_gemma_encoder import WEIGHTS
 from .checkpoints import load_tokenizer
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import is_local, write
 from .gguf_gemma_encoder import split_gguf
 from .licences import GEMMA_TERMS, code_licence, licence_of, notice
 from .peft_gemma_encoder import CROSS_ENCODER_FILES, write_cross_encoder_files

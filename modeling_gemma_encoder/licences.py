@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.utils import cached_file
 
-from .files import is_local
+from ._scripts.files import is_local
 from .gguf_gemma_encoder import split_gguf
 
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"

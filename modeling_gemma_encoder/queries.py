@@ -9,7 +9,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from .files import read, write
+from ._scripts.files import read, write
 from .retrieval import Collection
 
 FILE = "queries.json"

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ._scripts.files import is_local
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import is_local
 from .modeling_gemma_encoder import GemmaEncoderForRanking
 from .precision_gemma_encoder import computes_in_bf16
 from .quantization_gemma_encoder import quantize_int8

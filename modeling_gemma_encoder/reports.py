@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
+from ._scripts.training import mean_losses
 from .tasks import Task
-from .training import mean_losses
 
 
 def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Dataset]], folder: Path) -> None:

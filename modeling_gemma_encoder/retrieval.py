@@ -15,7 +15,7 @@ import bm25s
 import numpy as np
 from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
 
-from .files import is_local, read_lines
+from ._scripts.files import is_local, read_lines
 from .tasks import FORMATS, read_file
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score

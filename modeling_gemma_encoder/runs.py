@@ -26,14 +26,8 @@ from transformers import (
     set_seed,
 )
 
-from .checkpoints import load_tokenizer
-from .configuration_gemma_encoder import GemmaEncoderConfig
-from .data import collate_lists
-from .files import write
-from .finetuning import FineTuningArguments, build, weighted_loss
-from .reports import plot_run
-from .tasks import Source, Task, most_frequent, predictions_of, say_empty
-from .training import (
+from ._scripts.files import write
+from ._scripts.training import (
     StepTimer,
     checkpoint_to_resume,
     count_steps,
@@ -46,6 +40,12 @@ from .training import (
     train_from,
     under_fsdp,
 )
+from .checkpoints import load_tokenizer
+from .configuration_gemma_encoder import GemmaEncoderConfig
+from .data import collate_lists
+from .finetuning import FineTuningArguments, build, weighted_loss
+from .reports import plot_run
+from .tasks import Source, Task, most_frequent, predictions_of, say_empty
 from .verification_gemma_encoder import verify_attention
 
 # What of TrainingArguments makes a run another one.

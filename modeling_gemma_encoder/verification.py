@@ -21,8 +21,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ._scripts.files import read, write
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .files import read, write
 from .licences import GEMMA_TERMS
 from .peft_gemma_encoder import CROSS_ENCODER_FILES
 from .stranger import observe

@@ -23,8 +23,8 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from modeling_gemma_encoder import runs, suites
-from modeling_gemma_encoder.recipes import ScriptParser, interruptible
-from modeling_gemma_encoder.training import replacing_weights
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, interruptible
+from modeling_gemma_encoder._scripts.training import replacing_weights
 
 ROWS = 40
 

@@ -106,7 +106,7 @@ def test_plain_python_uses_one_gpu(recipe, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "_n_gpu", 8, raising=False)
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
     said = []
-    monkeypatch.setattr("modeling_gemma_encoder.recipes.logger.warning_once", said.append)
+    monkeypatch.setattr("modeling_gemma_encoder._scripts.command_line.logger.warning_once", said.append)
     _, _, args = parsed(monkeypatch, "--config", recipe(), "--per_device_train_batch_size", "4")
     assert (args.n_gpu, args.train_batch_size) == (1, 4)
     assert "8 GPUs are there and one is used" in said[0]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from modeling_gemma_encoder import GemmaEncoderForMaskedLM, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder._scripts.command_line import ScriptParser
+from modeling_gemma_encoder._scripts.training import READING, say_how_long, set_steps
 from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora
 from modeling_gemma_encoder.cards import read_run
-from modeling_gemma_encoder.recipes import ScriptParser
-from modeling_gemma_encoder.training import READING, say_how_long, set_steps
 
 ROOT = Path(__file__).parent.parent
 

@@ -33,9 +33,9 @@ import msmarco
 import superglue
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
+from modeling_gemma_encoder._scripts.command_line import share_batch
 from modeling_gemma_encoder.attention_gemma_encoder import layer_reach, unpad, with_buckets
 from modeling_gemma_encoder.finetuning import FineTuningArguments, encoder_options
-from modeling_gemma_encoder.recipes import share_batch
 from modeling_gemma_encoder.suites import SuiteArguments, make_parser
 from modeling_gemma_encoder.tasks import Task
 

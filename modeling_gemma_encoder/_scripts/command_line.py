@@ -21,8 +21,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
+from ..precision_gemma_encoder import computes_in_bf16
 from .files import is_local
-from .precision_gemma_encoder import computes_in_bf16
 
 logger = logging.get_logger(__name__)
 

@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .cards import masked
+from ..cards import masked
+from ..pretrained_gemma_encoder import quiet
+from .command_line import Help, ScriptParser, fail
 from .files import write
-from .pretrained_gemma_encoder import quiet
-from .recipes import Help, ScriptParser, fail
 
 # Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
 READING = {
