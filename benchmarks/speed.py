@@ -41,7 +41,7 @@ from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quanti
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.memory import keep_freed_memory
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
-from modeling_gemma_encoder.ranking import score_pairs
+from modeling_gemma_encoder.ranking.scoring import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
 

@@ -28,7 +28,7 @@ from modeling_gemma_encoder import (
     verify_attention,
 )
 from modeling_gemma_encoder._scripts.command_line import failing
-from modeling_gemma_encoder.ranking import DTYPE, choose, score_pairs
+from modeling_gemma_encoder.ranking.scoring import DTYPE, choose, score_pairs
 
 MOST_TOKENS = 80  # of a text that is looked into: all layers' attention is held
 EXAMPLES = {

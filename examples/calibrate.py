@@ -17,8 +17,8 @@ import torch
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.calibration import calibration_error, fit, plot_reliability
-from modeling_gemma_encoder.ranking import DTYPE, Dtype, ScoringArguments, load_ranker, rerank
-from modeling_gemma_encoder.retrieval import read_collection
+from modeling_gemma_encoder.ranking.collection import read_collection
+from modeling_gemma_encoder.ranking.scoring import DTYPE, Dtype, ScoringArguments, load_ranker, rerank
 
 
 @dataclass(kw_only=True)

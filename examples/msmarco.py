@@ -45,14 +45,14 @@ from modeling_gemma_encoder._scripts.training import (
     train_from,
 )
 from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset
-from modeling_gemma_encoder.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
 from modeling_gemma_encoder.finetuning import build
-from modeling_gemma_encoder.lists import hub_lists, local_lists
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
-from modeling_gemma_encoder.queries import count_trained_on, say_trained_on, write_queries
-from modeling_gemma_encoder.ranking import load_ranker, rerank
-from modeling_gemma_encoder.retrieval import Collection, add_run, lists_of, read_collection
+from modeling_gemma_encoder.ranking.collection import Collection, add_run, lists_of, read_collection
+from modeling_gemma_encoder.ranking.data import FreshLists, RankingCollator, RankingDataset
+from modeling_gemma_encoder.ranking.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
+from modeling_gemma_encoder.ranking.queries import count_trained_on, say_trained_on, write_queries
+from modeling_gemma_encoder.ranking.scoring import load_ranker, rerank
+from modeling_gemma_encoder.ranking.sources import hub_lists, local_lists
 from modeling_gemma_encoder.runs import RECIPE
 from modeling_gemma_encoder.suites import make_parser, parse
 from modeling_gemma_encoder.tasks import FORMATS, Task

@@ -32,8 +32,16 @@ from tqdm import tqdm
 
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import read_lines, read_table, write
-from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
-from modeling_gemma_encoder.retrieval import Run, check_ids, name_and_split, ranked, read_run, read_texts, write_run
+from modeling_gemma_encoder.ranking.collection import (
+    Run,
+    check_ids,
+    name_and_split,
+    ranked,
+    read_run,
+    read_texts,
+    write_run,
+)
+from modeling_gemma_encoder.ranking.scoring import ScoringArguments, choose, load_ranker, score_pairs
 from modeling_gemma_encoder.templates import encode_pairs
 
 

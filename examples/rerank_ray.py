@@ -21,7 +21,7 @@ import ray
 import torch
 
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
-from modeling_gemma_encoder.ranking import ScoringArguments, choose, load_ranker, score_pairs
+from modeling_gemma_encoder.ranking.scoring import ScoringArguments, choose, load_ranker, score_pairs
 
 READERS = {".jsonl": "read_json", ".json": "read_json", ".parquet": "read_parquet"}
 

@@ -42,8 +42,8 @@ from ._scripts.training import (
 )
 from .checkpoints import load_tokenizer
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .data import collate_lists
 from .finetuning import FineTuningArguments, build, weighted_loss
+from .ranking.data import collate_lists
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of, say_empty
 from .verification_gemma_encoder import verify_attention

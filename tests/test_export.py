@@ -13,7 +13,7 @@ from conftest import build, encoder_config
 from transformers import AutoTokenizer, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.ranking import load_ranker, score_pairs
+from modeling_gemma_encoder.ranking.scoring import load_ranker, score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 PAIRS = [("how do cats purr", "They vibrate. " * 5), ("how do cats purr", "Dogs bark.")]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from modeling_gemma_encoder._scripts.files import is_local, read_lines, read_table
-from modeling_gemma_encoder.retrieval import read_collection, read_qrels, read_run
+from modeling_gemma_encoder.ranking.collection import read_collection, read_qrels, read_run
 from modeling_gemma_encoder.tasks import read_file
 
 MARK = "\ufeff"

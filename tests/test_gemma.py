@@ -33,7 +33,7 @@ from modeling_gemma_encoder import (
 )
 from modeling_gemma_encoder.adapters import add_lora, four_bit, merge
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
-from modeling_gemma_encoder.ranking import score_pairs
+from modeling_gemma_encoder.ranking.scoring import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 from modeling_gemma_encoder.text import docstrings
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderModel, quantize_int8, verify_attention
 from modeling_gemma_encoder.quantization_gemma_encoder import ROWS, Int8Linear
-from modeling_gemma_encoder.ranking import load_ranker, score_pairs
+from modeling_gemma_encoder.ranking.scoring import load_ranker, score_pairs
 
 BATCH = pad(texts((10, 6, 3)))
 

@@ -10,8 +10,8 @@ from sentence_transformers.cross_encoder.evaluation import CrossEncoderReranking
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
-from modeling_gemma_encoder.evaluation import measure, parse_measures
-from modeling_gemma_encoder.ranking import score_pairs
+from modeling_gemma_encoder.ranking.evaluation import measure, parse_measures
+from modeling_gemma_encoder.ranking.scoring import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 PAIRS = [("rain", "It rains in Spain."), ("what is a cat", "A cat is an animal. " * 9), ("sun", ""), ("sun", "A star.")]

@@ -12,10 +12,10 @@ from test_retrieval import PASSAGES, QRELS, QUERIES, jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder import lists as lists_module
 from modeling_gemma_encoder.cards import read_run
-from modeling_gemma_encoder.queries import count_trained_on, only_held_out, write_queries
-from modeling_gemma_encoder.retrieval import Collection, read_collection, retrieve, write_run
+from modeling_gemma_encoder.ranking import sources as lists_module
+from modeling_gemma_encoder.ranking.collection import Collection, read_collection, retrieve, write_run
+from modeling_gemma_encoder.ranking.queries import count_trained_on, only_held_out, write_queries
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 CORPUS = [{"docid": pid, "text": text} for pid, text in PASSAGES.items()]

@@ -19,7 +19,7 @@ from modeling_gemma_encoder._scripts.command_line import RecipeParser, ScriptPar
 from modeling_gemma_encoder.adapters import four_bit
 from modeling_gemma_encoder.finetuning import FineTuningArguments
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
-from modeling_gemma_encoder.ranking import choose
+from modeling_gemma_encoder.ranking.scoring import choose
 
 BATCH = pad(texts((5, 3)))
 AVX2, AVX512 = {"avx2": True}, {"avx2": True, "avx512_bf16": True}

@@ -7,7 +7,7 @@ from conftest import pad
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.data import FreshLists, RankingCollator, RankingDataset, collate_lists
+from modeling_gemma_encoder.ranking.data import FreshLists, RankingCollator, RankingDataset, collate_lists
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs, set_template
 
 ROWS = [

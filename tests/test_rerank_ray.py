@@ -15,7 +15,7 @@ from test_retrieval import jsonl
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.ranking import load_ranker, score_pairs
+from modeling_gemma_encoder.ranking.scoring import load_ranker, score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 pytest.importorskip("ray")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from modeling_gemma_encoder import retrieval
-from modeling_gemma_encoder.retrieval import (
+from modeling_gemma_encoder.ranking import collection as retrieval
+from modeling_gemma_encoder.ranking.collection import (
     Collection,
     Texts,
     add_run,

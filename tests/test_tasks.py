@@ -10,8 +10,8 @@ from conftest import NANO
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from modeling_gemma_encoder.data import collate_lists
 from modeling_gemma_encoder.metrics import accuracy
+from modeling_gemma_encoder.ranking.data import collate_lists
 from modeling_gemma_encoder.tasks import Source, Task, by_label, most_frequent, predictions_of, read_file, say_empty
 from modeling_gemma_encoder.truncation import mark, share, truncate
 

@@ -9,9 +9,9 @@ from zlib import crc32
 import numpy as np
 from datasets import Dataset, load_dataset
 
+from ..losses_gemma_encoder import DISTILLATION_LOSSES
+from .collection import Collection, Texts, add_run, lists_of, read_collection
 from .data import RankingDataset
-from .losses_gemma_encoder import DISTILLATION_LOSSES
-from .retrieval import Collection, Texts, add_run, lists_of, read_collection
 
 CONFIGS = {"sentence-transformers/msmarco-bm25": "triplet-50", "sentence-transformers/msmarco": "labeled-list"}
 CORPORA = {"Tevatron/msmarco-passage-new": "Tevatron/msmarco-passage-corpus-new"}

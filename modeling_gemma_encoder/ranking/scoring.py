@@ -11,14 +11,14 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ._scripts.files import is_local
-from .configuration_gemma_encoder import GemmaEncoderConfig
-from .modeling_gemma_encoder import GemmaEncoderForRanking
-from .precision_gemma_encoder import computes_in_bf16
-from .quantization_gemma_encoder import quantize_int8
-from .retrieval import Collection, Run
-from .templates import encode_pairs
-from .verification_gemma_encoder import verify_attention
+from .._scripts.files import is_local
+from ..configuration_gemma_encoder import GemmaEncoderConfig
+from ..modeling_gemma_encoder import GemmaEncoderForRanking
+from ..precision_gemma_encoder import computes_in_bf16
+from ..quantization_gemma_encoder import quantize_int8
+from ..templates import encode_pairs
+from ..verification_gemma_encoder import verify_attention
+from .collection import Collection, Run
 
 logger = logging.get_logger(__name__)
 

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import bootstrap, permutation_test
 
-from ._scripts.files import write
-from .losses_gemma_encoder import IGNORE
+from .._scripts.files import write
+from ..losses_gemma_encoder import IGNORE
+from .collection import Collection, Run, bm25, ranked, write_run
 from .queries import say_trained_on
-from .retrieval import Collection, Run, bm25, ranked, write_run
 
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")  # what `ir_measures` calls them
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from .losses_gemma_encoder import IGNORE
-from .templates import encode_pairs
+from ..losses_gemma_encoder import IGNORE
+from ..templates import encode_pairs
 
 
 class RankingDataset(torch.utils.data.Dataset):

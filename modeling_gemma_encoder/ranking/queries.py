@@ -9,8 +9,8 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from ._scripts.files import read, write
-from .retrieval import Collection
+from .._scripts.files import read, write
+from .collection import Collection
 
 FILE = "queries.json"
 
