@@ -30,7 +30,7 @@ from transformers import (
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder._scripts.command_line import ScriptParser
 from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.metrics import accuracy, pearson_and_spearman
+from modeling_gemma_encoder.finetuning.metrics import accuracy, pearson_and_spearman
 
 
 class Task(NamedTuple):

@@ -55,10 +55,10 @@ from modeling_gemma_encoder.ablations import Bench, Cell, Study, as_options, run
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.differences import LeftOut, add_answers, add_differences, split_in_parts
-from modeling_gemma_encoder.finetuning import COMMON, FineTuningArguments, check_model, training_defaults
-from modeling_gemma_encoder.metrics import of_columns, pearson_and_spearman
-from modeling_gemma_encoder.suites import HelpOfSuites, cannot_run
-from modeling_gemma_encoder.tasks import Source, Task, by_label
+from modeling_gemma_encoder.finetuning.arguments import COMMON, FineTuningArguments, check_model, training_defaults
+from modeling_gemma_encoder.finetuning.metrics import of_columns, pearson_and_spearman
+from modeling_gemma_encoder.finetuning.suite import HelpOfSuites, cannot_run
+from modeling_gemma_encoder.finetuning.tasks import Source, Task, by_label
 
 SUITES = {"glue": ("nyu-mll/glue", glue.TASKS), "superglue": ("aps/super_glue", superglue.TASKS)}
 

@@ -46,7 +46,7 @@ from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequen
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, failing, interruptible
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
-from modeling_gemma_encoder.finetuning import freeze_embeddings, parameters_of, refuse_smoothing
+from modeling_gemma_encoder.finetuning.arguments import freeze_embeddings, parameters_of, refuse_smoothing
 from modeling_gemma_encoder.ranking.data import RankingCollator
 from modeling_gemma_encoder.ranking.scoring import choose
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template

@@ -6,7 +6,7 @@
     python examples/glue.py --task cola mrpc --model examples/nano --data_dir glue        # glue/cola/train.jsonl ...
 
 Data: `nyu-mll/glue` on the Hub, or `--data_dir`. Every flag of `TrainingArguments` works; `--help` shows them, and
-`LEARNING_RATES` in `modeling_gemma_encoder/finetuning.py` the defaults by the size of the decoder. Each run has a
+`LEARNING_RATES` in `modeling_gemma_encoder/finetuning/arguments.py` the defaults by the size of the decoder. Each run has a
 folder `<output_dir>/<task>/seed-<n>` with the model, `results.json` and plots; the same command again resumes what was
 interrupted and skips what is finished. `--do_predict` leaves test predictions as the GLUE server wants them in
 `<output_dir>/submission-seed-<n>`.
@@ -15,9 +15,14 @@ interrupted and skips what is finished. `--do_predict` leaves test predictions a
 import numpy as np
 from datasets import Dataset
 
-from modeling_gemma_encoder.metrics import accuracy, accuracy_and_f1, matthews_correlation, pearson_and_spearman
-from modeling_gemma_encoder.suites import run_suite
-from modeling_gemma_encoder.tasks import Task, by_label
+from modeling_gemma_encoder.finetuning.metrics import (
+    accuracy,
+    accuracy_and_f1,
+    matthews_correlation,
+    pearson_and_spearman,
+)
+from modeling_gemma_encoder.finetuning.suite import run_suite
+from modeling_gemma_encoder.finetuning.tasks import Task, by_label
 
 NLI = ("entailment", "neutral", "contradiction")
 SENTENCES = ("sentence1", "sentence2")

@@ -45,7 +45,10 @@ from modeling_gemma_encoder._scripts.training import (
     train_from,
 )
 from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.finetuning import build
+from modeling_gemma_encoder.finetuning.arguments import build
+from modeling_gemma_encoder.finetuning.run import RECIPE
+from modeling_gemma_encoder.finetuning.suite import make_parser, parse
+from modeling_gemma_encoder.finetuning.tasks import FORMATS, Task
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
 from modeling_gemma_encoder.ranking.collection import Collection, add_run, lists_of, read_collection
 from modeling_gemma_encoder.ranking.data import FreshLists, RankingCollator, RankingDataset
@@ -53,9 +56,6 @@ from modeling_gemma_encoder.ranking.evaluation import MEASURES, baselines, evalu
 from modeling_gemma_encoder.ranking.queries import count_trained_on, say_trained_on, write_queries
 from modeling_gemma_encoder.ranking.scoring import load_ranker, rerank
 from modeling_gemma_encoder.ranking.sources import hub_lists, local_lists
-from modeling_gemma_encoder.runs import RECIPE
-from modeling_gemma_encoder.suites import make_parser, parse
-from modeling_gemma_encoder.tasks import FORMATS, Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, encode_pairs
 
 # Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.

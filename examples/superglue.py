@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 from datasets import Dataset
 
-from modeling_gemma_encoder.metrics import (
+from modeling_gemma_encoder.finetuning.metrics import (
     accuracy,
     accuracy_and_macro_f1,
     answer_f1_and_exact_match,
@@ -25,9 +25,9 @@ from modeling_gemma_encoder.metrics import (
     matthews_correlation,
     span_f1_and_exact_match,
 )
-from modeling_gemma_encoder.suites import run_suite
-from modeling_gemma_encoder.tasks import Task, by_label
-from modeling_gemma_encoder.truncation import mark
+from modeling_gemma_encoder.finetuning.suite import run_suite
+from modeling_gemma_encoder.finetuning.tasks import Task, by_label
+from modeling_gemma_encoder.finetuning.truncation import mark
 
 RTE = ("entailment", "not_entailment")
 PRONOUNS = re.compile(r"\b(he|she|him|her|his|hers|himself|herself)\b", re.IGNORECASE)

@@ -56,7 +56,7 @@ from modeling_gemma_encoder._scripts.training import (
 from modeling_gemma_encoder.adapters import add_lora_alone
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
-from modeling_gemma_encoder.finetuning import refuse_training
+from modeling_gemma_encoder.finetuning.arguments import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .ablations import Study
 from .differences import averages, mean_and_error
-from .reports import at_least
+from .finetuning.reports import at_least
 
 
 def score_table(title: str, study: Study, of_study: dict) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 from transformers import TrainingArguments
 
 from .baselines import MAKERS, bag_of_words
-from .finetuning import FineTuningArguments
-from .runs import Data, claim, digest, fine_tune
-from .tasks import Source, Task
+from .finetuning.arguments import FineTuningArguments
+from .finetuning.run import Data, claim, digest, fine_tune
+from .finetuning.tasks import Source, Task
 
 Options = dict[str, object]  # fields of FineTuningArguments, and `kind`: "words" or one of `baselines.MAKERS`
 

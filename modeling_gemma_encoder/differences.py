@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 
 from .ablations import Study
-from .tasks import Task
+from .finetuning.tasks import Task
 
 PARTS = 100
 NEARLY = 0.1  # of the rows whose label is not what is nearly always said; our choice

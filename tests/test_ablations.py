@@ -29,10 +29,10 @@ from modeling_gemma_encoder.differences import (
     jackknife_error,
     split_in_parts,
 )
-from modeling_gemma_encoder.finetuning import FineTuningArguments, decoder_of
-from modeling_gemma_encoder.metrics import accuracy
-from modeling_gemma_encoder.runs import Data, digest
-from modeling_gemma_encoder.tasks import Task, by_label
+from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments, decoder_of
+from modeling_gemma_encoder.finetuning.metrics import accuracy
+from modeling_gemma_encoder.finetuning.run import Data, digest
+from modeling_gemma_encoder.finetuning.tasks import Task, by_label
 
 PAIR = Task(("first", "second"), by_label(accuracy), ("no", "yes"))
 FEW = ["--max_steps", 2, "--per_device_train_batch_size", 4, "--max_length", 32, "--use_cpu", "True", "--seeds", 1, 2]
@@ -339,7 +339,7 @@ def test_a_study_runs_once_and_padding_is_equal(command, folder, tmp_path, capsy
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("modeling_gemma_encoder.runs.TrainerInOrder.train", never)
+    monkeypatch.setattr("modeling_gemma_encoder.finetuning.run.TrainerInOrder.train", never)
     assert command("--study", "padding", *flags) == found
     assert command("--study", "padding", "attention", *flags, "--finished_only") == found
     with pytest.raises(SystemExit):

@@ -14,9 +14,9 @@ from yaml import safe_load
 
 from modeling_gemma_encoder._scripts.training import provenance
 from modeling_gemma_encoder.cards import Run, add_ranking, make_card, masked, read_run
-from modeling_gemma_encoder.finetuning import FineTuningArguments
+from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
+from modeling_gemma_encoder.finetuning.suite import of_run
 from modeling_gemma_encoder.licences import GEMMA_NOTICE, licence_of, notice
-from modeling_gemma_encoder.suites import of_run
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "model_cards" / "template.md"

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from modeling_gemma_encoder import GemmaEncoderConfig
 from modeling_gemma_encoder.cards import read_run
-from modeling_gemma_encoder.finetuning import weighted_loss
-from modeling_gemma_encoder.tasks import Task
+from modeling_gemma_encoder.finetuning.arguments import weighted_loss
+from modeling_gemma_encoder.finetuning.tasks import Task
 
 FEW = ("--max_steps", 3, "--per_device_train_batch_size", 4, "--use_cpu", "True", "--disable_tqdm", "True")
 

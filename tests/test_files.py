@@ -7,8 +7,8 @@ import json
 import pytest
 
 from modeling_gemma_encoder._scripts.files import is_local, read_lines, read_table
+from modeling_gemma_encoder.finetuning.tasks import read_file
 from modeling_gemma_encoder.ranking.collection import read_collection, read_qrels, read_run
-from modeling_gemma_encoder.tasks import read_file
 
 MARK = "\ufeff"
 

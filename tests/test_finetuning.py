@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderConfig
-from modeling_gemma_encoder.finetuning import ENCODER_OPTIONS, FineTuningArguments
-from modeling_gemma_encoder.reports import average, markdown, plot_run, summarize, without_scores
-from modeling_gemma_encoder.runs import TrainerInOrder
-from modeling_gemma_encoder.suites import left_by
+from modeling_gemma_encoder.finetuning.arguments import ENCODER_OPTIONS, FineTuningArguments
+from modeling_gemma_encoder.finetuning.reports import average, markdown, plot_run, summarize, without_scores
+from modeling_gemma_encoder.finetuning.run import TrainerInOrder
+from modeling_gemma_encoder.finetuning.suite import left_by
 
 NLI = {"premise": "A man plays a guitar.", "hypothesis": "A man makes music."}
 TWO = {"sentence1": "The cat sat on the mat.", "sentence2": "A cat is sitting."}
@@ -330,7 +330,7 @@ def test_the_previous_model_leaves_memory_before_the_next(run, tmp_path):
     import gc
     import weakref
 
-    from modeling_gemma_encoder import runs
+    from modeling_gemma_encoder.finetuning import run as runs
 
     write_task(tmp_path / "data", "sst2", GLUE["sst2"], glue.TASKS["sst2"])
     alive, build = [], runs.build

@@ -22,9 +22,10 @@ import uptrain
 from transformers import Trainer
 from transformers.utils import logging
 
-from modeling_gemma_encoder import runs, suites
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, interruptible
 from modeling_gemma_encoder._scripts.training import replacing_weights
+from modeling_gemma_encoder.finetuning import run as runs
+from modeling_gemma_encoder.finetuning import suite as suites
 
 ROWS = 40
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from modeling_gemma_encoder import metrics
+from modeling_gemma_encoder.finetuning import metrics
 
 LABELS = np.array([1, 1, 1, 0, 0, 0, 0, 1])
 PREDICTIONS = np.array([1, 1, 0, 0, 0, 1, 0, 1])  # 3 true positives, 3 true negatives, one false of each

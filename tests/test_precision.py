@@ -17,7 +17,7 @@ from modeling_gemma_encoder import (
 )
 from modeling_gemma_encoder._scripts.command_line import RecipeParser, ScriptParser
 from modeling_gemma_encoder.adapters import four_bit
-from modeling_gemma_encoder.finetuning import FineTuningArguments
+from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 from modeling_gemma_encoder.ranking.scoring import choose
 

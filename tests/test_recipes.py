@@ -14,8 +14,8 @@ import yaml
 from conftest import NANO
 from transformers import TrainingArguments
 
-from modeling_gemma_encoder.finetuning import FineTuningArguments
-from modeling_gemma_encoder.suites import SuiteArguments, make_parser, parse
+from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
+from modeling_gemma_encoder.finetuning.suite import SuiteArguments, make_parser, parse
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

@@ -10,10 +10,18 @@ from conftest import NANO
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from modeling_gemma_encoder.metrics import accuracy
+from modeling_gemma_encoder.finetuning.metrics import accuracy
+from modeling_gemma_encoder.finetuning.tasks import (
+    Source,
+    Task,
+    by_label,
+    most_frequent,
+    predictions_of,
+    read_file,
+    say_empty,
+)
+from modeling_gemma_encoder.finetuning.truncation import mark, share, truncate
 from modeling_gemma_encoder.ranking.data import collate_lists
-from modeling_gemma_encoder.tasks import Source, Task, by_label, most_frequent, predictions_of, read_file, say_empty
-from modeling_gemma_encoder.truncation import mark, share, truncate
 
 PAIR = Task(("first", "second"), by_label(accuracy), ("no", "yes"))
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder._scripts.training import StepTimer, mean_losses, plot_losses, refuse_another_run, under_fsdp
-from modeling_gemma_encoder.reports import plot_run
+from modeling_gemma_encoder.finetuning.reports import plot_run
 
 NO_DROPOUT = {"attention_dropout": 0, "feedforward_dropout": 0}
 LENGTHS = (9, 3, 5, 7, 2, 8, 4, 6)

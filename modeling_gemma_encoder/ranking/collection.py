@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
 
 from .._scripts.files import is_local, read_lines
-from ..tasks import FORMATS, read_file
+from ..finetuning.tasks import FORMATS, read_file
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score
 BM25_DEPTH = 100  # of all passages, where nobody says how many

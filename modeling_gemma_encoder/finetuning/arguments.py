@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ._scripts.training import under_fsdp
-from .configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
-from .encoding_gemma_encoder import refuse_dropout
-from .fused_gemma_encoder import FUSED
-from .losses_gemma_encoder import IGNORE, mean_over
-from .modeling_gemma_encoder import GemmaEncoderHead
-from .pretrained_gemma_encoder import find_adapter
+from .._scripts.training import under_fsdp
+from ..configuration_gemma_encoder import TASK_HEADS, Attention, GemmaEncoderConfig, Pooling, RankingLoss
+from ..encoding_gemma_encoder import refuse_dropout
+from ..fused_gemma_encoder import FUSED
+from ..losses_gemma_encoder import IGNORE, mean_over
+from ..modeling_gemma_encoder import GemmaEncoderHead
+from ..pretrained_gemma_encoder import find_adapter
 from .tasks import Task
 
 # Our choice, by the decoder's parameters, at most: learning rates of full fine-tuning and of adapters. A tenth of
@@ -242,7 +242,7 @@ def build(task: Task, options: FineTuningArguments, train: Dataset | None = None
             encoder |= {"label_mean": None, "label_std": None}
             encoder |= scale_of(train) if task.standardize and train is not None else {}
     if options.load_in_4bit:
-        from .adapters import four_bit
+        from ..adapters import four_bit
 
         encoder["quantization_config"] = four_bit()
     if options.ignore_mismatched_sizes:
@@ -254,7 +254,7 @@ def build(task: Task, options: FineTuningArguments, train: Dataset | None = None
     if options.freeze_embeddings:
         freeze_embeddings(model)
     if options.lora_r is not None:
-        from .adapters import add_lora
+        from ..adapters import add_lora
 
         model = add_lora(model, options.lora_r, options.lora_alpha, options.lora_dropout, options.lora_target_modules)
     return model

@@ -16,10 +16,10 @@ import numpy as np
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from ._scripts.files import line_of, read_table
-from .losses_gemma_encoder import IGNORE
-from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from .templates import set_template
+from .._scripts.files import line_of, read_table
+from ..losses_gemma_encoder import IGNORE
+from ..modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
+from ..templates import set_template
 from .truncation import truncate
 
 Metric = Callable[[np.ndarray, Dataset], dict[str, float]]

@@ -26,8 +26,8 @@ from transformers import (
     set_seed,
 )
 
-from ._scripts.files import write
-from ._scripts.training import (
+from .._scripts.files import write
+from .._scripts.training import (
     StepTimer,
     checkpoint_to_resume,
     count_steps,
@@ -40,13 +40,13 @@ from ._scripts.training import (
     train_from,
     under_fsdp,
 )
-from .checkpoints import load_tokenizer
-from .configuration_gemma_encoder import GemmaEncoderConfig
-from .finetuning import FineTuningArguments, build, weighted_loss
-from .ranking.data import collate_lists
+from ..checkpoints import load_tokenizer
+from ..configuration_gemma_encoder import GemmaEncoderConfig
+from ..ranking.data import collate_lists
+from ..verification_gemma_encoder import verify_attention
+from .arguments import FineTuningArguments, build, weighted_loss
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of, say_empty
-from .verification_gemma_encoder import verify_attention
 
 # What of TrainingArguments makes a run another one.
 RECIPE = (

@@ -12,12 +12,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from ._scripts.command_line import Help, RecipeParser, fail, failing, interruptible, share_batch
-from ._scripts.files import write
-from ._scripts.training import names_checkpoint, rows_per_step, under_fsdp
-from .finetuning import COMMON, FineTuningArguments, check_model, training_defaults
+from .._scripts.command_line import Help, RecipeParser, fail, failing, interruptible, share_batch
+from .._scripts.files import write
+from .._scripts.training import names_checkpoint, rows_per_step, under_fsdp
+from .arguments import COMMON, FineTuningArguments, check_model, training_defaults
 from .reports import average, markdown, summarize, without_scores
-from .runs import Data, claim, fine_tune, predictions
+from .run import Data, claim, fine_tune, predictions
 from .tasks import Source, Task
 
 # Name of the task, its row, split, rows and predictions -> the test server's file name and text.

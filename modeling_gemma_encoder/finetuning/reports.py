@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from ._scripts.training import mean_losses
+from .._scripts.training import mean_losses
 from .tasks import Task
 
 

@@ -1,0 +1,1 @@
+"""Fine-tuning: tasks, their metrics, runs that resume, and tables of many runs."""
