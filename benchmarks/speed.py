@@ -41,9 +41,9 @@ from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quanti
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.memory import keep_freed_memory
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
+from modeling_gemma_encoder.pretraining.corpus import docstrings
 from modeling_gemma_encoder.ranking.scoring import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
-from modeling_gemma_encoder.text import docstrings
 
 NANO = Path(__file__).parent.parent / "examples" / "nano"  # its tokenizer
 # The layers of Gemma 3 270M and 1B, and of Gemma 2 2B and 9B, each in both families: hidden and intermediate size,

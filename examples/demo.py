@@ -47,10 +47,10 @@ from modeling_gemma_encoder._scripts.command_line import ScriptParser, failing, 
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
 from modeling_gemma_encoder.finetuning.arguments import freeze_embeddings, parameters_of, refuse_smoothing
+from modeling_gemma_encoder.pretraining.corpus import docstrings
 from modeling_gemma_encoder.ranking.data import RankingCollator
 from modeling_gemma_encoder.ranking.scoring import choose
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
-from modeling_gemma_encoder.text import docstrings
 
 NANO = Path(__file__).parent / "nano"
 LIBRARIES = ("python", "torch", "transformers", "numpy", "pandas", "scipy", "sklearn", "matplotlib")

@@ -63,7 +63,7 @@ from modeling_gemma_encoder._scripts.training import (
     train_from,
 )
 from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
-from modeling_gemma_encoder.text import (
+from modeling_gemma_encoder.pretraining.corpus import (
     TextArguments,
     collate_blocks,
     join_lines,

@@ -58,7 +58,7 @@ from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning.arguments import refuse_training
 from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
-from modeling_gemma_encoder.text import TextArguments, load_blocks, load_documents
+from modeling_gemma_encoder.pretraining.corpus import TextArguments, load_blocks, load_documents
 
 
 @dataclass(kw_only=True)

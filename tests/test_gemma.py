@@ -33,9 +33,9 @@ from modeling_gemma_encoder import (
 )
 from modeling_gemma_encoder.adapters import add_lora, four_bit, merge
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
+from modeling_gemma_encoder.pretraining.corpus import docstrings
 from modeling_gemma_encoder.ranking.scoring import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
-from modeling_gemma_encoder.text import docstrings
 
 ROOT = Path(__file__).parent.parent
 GEMMA = Path(os.environ.get("GEMMA", ROOT / "gemma-3-270m"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.text import pack
+from modeling_gemma_encoder.pretraining.corpus import pack
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from modeling_gemma_encoder import text
-from modeling_gemma_encoder.text import (
+from modeling_gemma_encoder.pretraining import corpus as text
+from modeling_gemma_encoder.pretraining.corpus import (
     TextArguments,
     docstrings,
     join_lines,

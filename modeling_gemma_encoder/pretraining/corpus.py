@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from tqdm import tqdm
 
-from ._scripts.files import is_local, read_table
+from .._scripts.files import is_local, read_table
 
 STANDARD_LIBRARY = "python"
 FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
