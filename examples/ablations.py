@@ -50,11 +50,11 @@ from transformers.utils import logging
 from modeling_gemma_encoder._scripts.command_line import RecipeParser, fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder._scripts.training import provenance
-from modeling_gemma_encoder.ablation_reports import difference_table, notes, plot, score_table
-from modeling_gemma_encoder.ablations import Bench, Cell, Study, as_options, run_studies
+from modeling_gemma_encoder.ablations.reports import difference_table, notes, plot, score_table
+from modeling_gemma_encoder.ablations.statistics import LeftOut, add_answers, add_differences, split_in_parts
+from modeling_gemma_encoder.ablations.studies import Bench, Cell, Study, as_options, run_studies
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfig
-from modeling_gemma_encoder.differences import LeftOut, add_answers, add_differences, split_in_parts
 from modeling_gemma_encoder.finetuning.arguments import COMMON, FineTuningArguments, check_model, training_defaults
 from modeling_gemma_encoder.finetuning.metrics import of_columns, pearson_and_spearman
 from modeling_gemma_encoder.finetuning.suite import HelpOfSuites, cannot_run

@@ -17,10 +17,9 @@ from scipy.stats import bootstrap, pearsonr
 from transformers import BertForSequenceClassification, Gemma2ForSequenceClassification
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.ablation_reports import difference_table, notes, plot, score_table
-from modeling_gemma_encoder.ablations import Cell, Study, as_options, hold_out, run_studies
-from modeling_gemma_encoder.baselines import MAKERS, bag_of_words
-from modeling_gemma_encoder.differences import (
+from modeling_gemma_encoder.ablations.baselines import MAKERS, bag_of_words
+from modeling_gemma_encoder.ablations.reports import difference_table, notes, plot, score_table
+from modeling_gemma_encoder.ablations.statistics import (
     LeftOut,
     add_answers,
     add_differences,
@@ -29,6 +28,7 @@ from modeling_gemma_encoder.differences import (
     jackknife_error,
     split_in_parts,
 )
+from modeling_gemma_encoder.ablations.studies import Cell, Study, as_options, hold_out, run_studies
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments, decoder_of
 from modeling_gemma_encoder.finetuning.metrics import accuracy
 from modeling_gemma_encoder.finetuning.run import Data, digest

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from transformers import TrainingArguments
 
+from ..finetuning.arguments import FineTuningArguments
+from ..finetuning.run import Data, claim, digest, fine_tune
+from ..finetuning.tasks import Source, Task
 from .baselines import MAKERS, bag_of_words
-from .finetuning.arguments import FineTuningArguments
-from .finetuning.run import Data, claim, digest, fine_tune
-from .finetuning.tasks import Source, Task
 
 Options = dict[str, object]  # fields of FineTuningArguments, and `kind`: "words" or one of `baselines.MAKERS`
 

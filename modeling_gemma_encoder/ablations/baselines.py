@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ._scripts.files import write
-from .checkpoints import load_upstream
-from .configuration_gemma_encoder import GemmaEncoderConfig
-from .finetuning.arguments import FineTuningArguments, decoder_of, encoder_options, freeze_embeddings
-from .finetuning.run import Data
-from .finetuning.tasks import Task, most_frequent
+from .._scripts.files import write
+from ..checkpoints import load_upstream
+from ..configuration_gemma_encoder import GemmaEncoderConfig
+from ..finetuning.arguments import FineTuningArguments, decoder_of, encoder_options, freeze_embeddings
+from ..finetuning.run import Data
+from ..finetuning.tasks import Task, most_frequent
 
 
 def head_of(task: Task) -> dict:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from .ablations import Study
-from .differences import averages, mean_and_error
-from .finetuning.reports import at_least
+from ..finetuning.reports import at_least
+from .statistics import averages, mean_and_error
+from .studies import Study
 
 
 def score_table(title: str, study: Study, of_study: dict) -> str:

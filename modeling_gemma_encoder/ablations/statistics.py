@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from .ablations import Study
-from .finetuning.tasks import Task
+from ..finetuning.tasks import Task
+from .studies import Study
 
 PARTS = 100
 NEARLY = 0.1  # of the rows whose label is not what is nearly always said; our choice
