@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quantize_int8
 from modeling_gemma_encoder._scripts.files import write
-from modeling_gemma_encoder.memory import keep_freed_memory
+from modeling_gemma_encoder.callbacks import keep_freed_memory
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 from modeling_gemma_encoder.pretraining.corpus import docstrings
 from modeling_gemma_encoder.ranking.scoring import score_pairs

@@ -49,7 +49,7 @@ from transformers.utils import logging
 
 from modeling_gemma_encoder._scripts.command_line import RecipeParser, fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import write
-from modeling_gemma_encoder._scripts.training import provenance
+from modeling_gemma_encoder._scripts.provenance import provenance
 from modeling_gemma_encoder.ablations.reports import difference_table, notes, plot, score_table
 from modeling_gemma_encoder.ablations.statistics import LeftOut, add_answers, add_differences, split_in_parts
 from modeling_gemma_encoder.ablations.studies import Bench, Cell, Study, as_options, run_studies

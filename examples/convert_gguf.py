@@ -20,7 +20,7 @@ import torch
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.checkpoints import convert_gguf
-from modeling_gemma_encoder.licences import GEMMA_NOTICE, GEMMA_TERMS
+from modeling_gemma_encoder.hub.licenses import GEMMA_NOTICE, GEMMA_TERMS
 
 CARD = """---
 license: gemma

@@ -6,10 +6,10 @@
     python examples/glue.py --task cola mrpc --model examples/nano --data_dir glue        # glue/cola/train.jsonl ...
 
 Data: `nyu-mll/glue` on the Hub, or `--data_dir`. Every flag of `TrainingArguments` works; `--help` shows them, and
-`LEARNING_RATES` in `modeling_gemma_encoder/finetuning/arguments.py` the defaults by the size of the decoder. Each run has a
-folder `<output_dir>/<task>/seed-<n>` with the model, `results.json` and plots; the same command again resumes what was
-interrupted and skips what is finished. `--do_predict` leaves test predictions as the GLUE server wants them in
-`<output_dir>/submission-seed-<n>`.
+`LEARNING_RATES` in `modeling_gemma_encoder/finetuning/arguments.py` has the defaults by the size of the decoder. Each
+run has a folder `<output_dir>/<task>/seed-<n>` with the model, `results.json` and plots; the same command again resumes
+what was interrupted and skips what is finished. `--do_predict` leaves test predictions as the GLUE server wants them
+in `<output_dir>/submission-seed-<n>`.
 """
 
 import numpy as np

@@ -31,19 +31,19 @@ from transformers import Trainer, set_seed
 from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
 from modeling_gemma_encoder._scripts.command_line import fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import is_local, write
+from modeling_gemma_encoder._scripts.provenance import provenance
 from modeling_gemma_encoder._scripts.training import (
-    StepTimer,
     checkpoint_to_resume,
     count_steps,
     defaults_of,
     plot_losses,
-    provenance,
     refuse_another_run,
     replacing_weights,
     resumable,
     rows_per_step,
     train_from,
 )
+from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.finetuning.arguments import build
 from modeling_gemma_encoder.finetuning.run import RECIPE
@@ -94,7 +94,7 @@ class RankingArguments:
     list_size: int = field(default=36, metadata={"help": "Documents of a list, at most."})
     held_out: float = field(
         default=0.0,
-        metadata={"help": "About this share of the queries of --train_data, drawn by their texts, only measures it."},
+        metadata={"help": "About this share of --train_data's queries, drawn by their texts, is evaluated instead."},
     )
     eval_data: list[str] | None = field(
         default=None, metadata={"help": "Folders, files, or judged data on the Hub, `name[:split]`."}

@@ -50,7 +50,6 @@ from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, fai
 from modeling_gemma_encoder._scripts.training import (
     READING,
     HelpOfReading,
-    StepTimer,
     checkpoint_to_resume,
     defaults_of,
     leave_report,
@@ -62,6 +61,7 @@ from modeling_gemma_encoder._scripts.training import (
     set_steps,
     train_from,
 )
+from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
 from modeling_gemma_encoder.pretraining.corpus import (
     TextArguments,

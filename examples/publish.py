@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, in_words, interruptible
 from modeling_gemma_encoder._scripts.files import is_local, read
-from modeling_gemma_encoder.cards import add_ranking, masked, read_run
-from modeling_gemma_encoder.hub import publish, stage
-from modeling_gemma_encoder.verification import verify
+from modeling_gemma_encoder._scripts.provenance import masked
+from modeling_gemma_encoder.hub.model_card import add_ranking, read_run
+from modeling_gemma_encoder.hub.publishing import publish, stage
+from modeling_gemma_encoder.hub.verification import verify
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 

@@ -39,7 +39,6 @@ from modeling_gemma_encoder._scripts.command_line import RecipeParser, fail, fai
 from modeling_gemma_encoder._scripts.training import (
     READING,
     HelpOfReading,
-    StepTimer,
     checkpoint_to_resume,
     defaults_of,
     leave_report,
@@ -54,6 +53,7 @@ from modeling_gemma_encoder._scripts.training import (
     under_fsdp,
 )
 from modeling_gemma_encoder.adapters import add_lora_alone
+from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning.arguments import refuse_training

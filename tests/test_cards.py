@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, TrainingArguments
 from yaml import safe_load
 
-from modeling_gemma_encoder._scripts.training import provenance
-from modeling_gemma_encoder.cards import Run, add_ranking, make_card, masked, read_run
+from modeling_gemma_encoder._scripts.provenance import masked, provenance
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.finetuning.suite import of_run
-from modeling_gemma_encoder.licences import GEMMA_NOTICE, licence_of, notice
+from modeling_gemma_encoder.hub.licenses import GEMMA_NOTICE, licence_of, notice
+from modeling_gemma_encoder.hub.model_card import Run, add_ranking, make_card, read_run
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "model_cards" / "template.md"

@@ -18,9 +18,9 @@ from sklearn.metrics import r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderConfig
-from modeling_gemma_encoder.cards import read_run
 from modeling_gemma_encoder.finetuning.arguments import weighted_loss
 from modeling_gemma_encoder.finetuning.tasks import Task
+from modeling_gemma_encoder.hub.model_card import read_run
 
 FEW = ("--max_steps", 3, "--per_device_train_batch_size", 4, "--use_cpu", "True", "--disable_tqdm", "True")
 

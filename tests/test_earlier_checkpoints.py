@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.verification import FILE, hash_of, verify
+from modeling_gemma_encoder.hub.verification import FILE, hash_of, verify
 
 
 @pytest.fixture

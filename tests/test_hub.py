@@ -15,12 +15,12 @@ from test_verification import TEMPLATE, staged, trained  # noqa: F401
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder import hub as hub_code
 from modeling_gemma_encoder.adapters import add_lora
-from modeling_gemma_encoder.cards import Run
-from modeling_gemma_encoder.hub import stage
+from modeling_gemma_encoder.hub import publishing as hub_code
+from modeling_gemma_encoder.hub.model_card import Run
+from modeling_gemma_encoder.hub.publishing import stage
+from modeling_gemma_encoder.hub.verification import Check
 from modeling_gemma_encoder.templates import set_template
-from modeling_gemma_encoder.verification import Check
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -242,8 +242,8 @@ def test_uploaded_by_hand_published_again_by_a_stranger_and_two_of_one_name(hub,
 PUBLISH_ADAPTERS = """
 import json, sys
 from pathlib import Path
-from modeling_gemma_encoder.cards import Run
-from modeling_gemma_encoder.hub import publish, stage
+from modeling_gemma_encoder.hub.model_card import Run
+from modeling_gemma_encoder.hub.publishing import publish, stage
 for name, base, revision in (("over-raw", "me/raw", sys.argv[2]), ("over-encoder", "me/encoder", sys.argv[3])):
     source, folder = Path(sys.argv[1], name), Path(sys.argv[1], name + "-staged")
     form = {"base": base, "base_revision": revision, "licence": "apache-2.0"}

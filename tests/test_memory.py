@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from modeling_gemma_encoder.memory import keep_freed_memory
+from modeling_gemma_encoder.callbacks import keep_freed_memory
 
 def fetched():
     for _ in range(3):

@@ -12,7 +12,7 @@ from test_retrieval import PASSAGES, QRELS, QUERIES, jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.cards import read_run
+from modeling_gemma_encoder.hub.model_card import read_run
 from modeling_gemma_encoder.ranking import sources as lists_module
 from modeling_gemma_encoder.ranking.collection import Collection, read_collection, retrieve, write_run
 from modeling_gemma_encoder.ranking.queries import count_trained_on, only_held_out, write_queries
@@ -273,7 +273,7 @@ def test_the_share_that_is_held_out_is_called_about_so_much(monkeypatch, capsys)
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         command(monkeypatch, msmarco.main, "--help")
-    assert "About this share of the queries of --train_data" in capsys.readouterr().out
+    assert "About this share of --train_data's queries" in capsys.readouterr().out
 
 
 def test_every_evaluated_collection_has_its_run():

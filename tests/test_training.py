@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from transformers import Trainer, TrainingArguments
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder._scripts.training import StepTimer, mean_losses, plot_losses, refuse_another_run, under_fsdp
+from modeling_gemma_encoder._scripts.training import mean_losses, plot_losses, refuse_another_run, under_fsdp
+from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.finetuning.reports import plot_run
 
 NO_DROPOUT = {"attention_dropout": 0, "feedforward_dropout": 0}

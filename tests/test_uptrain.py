@@ -17,7 +17,7 @@ from modeling_gemma_encoder import GemmaEncoderForMaskedLM, GemmaEncoderForSeque
 from modeling_gemma_encoder._scripts.command_line import ScriptParser
 from modeling_gemma_encoder._scripts.training import READING, say_how_long, set_steps
 from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora
-from modeling_gemma_encoder.cards import read_run
+from modeling_gemma_encoder.hub.model_card import read_run
 
 ROOT = Path(__file__).parent.parent
 

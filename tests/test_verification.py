@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.cards import Run
 from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.hub import stage
+from modeling_gemma_encoder.hub.model_card import Run
+from modeling_gemma_encoder.hub.publishing import stage
+from modeling_gemma_encoder.hub.verification import FILE, compare, hash_of, run_stranger, verify
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
-from modeling_gemma_encoder.verification import FILE, compare, hash_of, run_stranger, verify
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "model_cards" / "template.md"

@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import glue
 import msmarco
 import superglue
-from modeling_gemma_encoder.finetuning.arguments.arguments import FineTuningArguments, encoder_options
-from modeling_gemma_encoder.finetuning.arguments.suite import SuiteArguments, make_parser
-from modeling_gemma_encoder.finetuning.arguments.tasks import Task
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder._scripts.command_line import share_batch
 from modeling_gemma_encoder.attention_gemma_encoder import layer_reach, unpad, with_buckets
+from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments, encoder_options
+from modeling_gemma_encoder.finetuning.suite import SuiteArguments, make_parser
+from modeling_gemma_encoder.finetuning.tasks import Task
 
 # The shapes of gated checkpoints, whose config.json needs a login.
 GEMMA_2 = {"sliding_window": 4096, "head_dim": 256, "vocab_size": 256000, "query_pre_attn_scalar": 256}

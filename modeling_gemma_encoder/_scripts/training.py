@@ -2,12 +2,6 @@
 
 import json
 import math
-import os
-import platform
-import shlex
-import statistics
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, fields
@@ -20,12 +14,13 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from ..cards import masked
+from ..callbacks import StepTimer
 from ..pretrained_gemma_encoder import quiet
 from .command_line import Help, ScriptParser, fail
 from .files import write
+from .provenance import provenance
 
 # Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
 READING = {
@@ -71,59 +66,6 @@ def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, blo
     if there:
         line += f"; the text has {there * block_size:,}, to be read {blocks_read / there:.2g} times"
     print(line, flush=True)
-
-
-class StepTimer(TrainerCallback):
-    """Times each optimizer step, from the batch on: compiling, evaluation and pauses are not in the median.
-
-    Writes beside each logged training loss of how many steps it is the mean, as `loss_steps`.
-    """
-
-    def __init__(self):
-        self.seconds: list[float] = []
-        self.tokens = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before = state.num_input_tokens_seen
-        self.logged = state.global_step  # the Trainer forgets the losses between its last log and a checkpoint
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.began)
-        self.tokens = state.num_input_tokens_seen - self.before
-
-    def on_log(self, args, state, control, **kwargs):
-        if "loss" in state.log_history[-1]:
-            state.log_history[-1]["loss_steps"] = state.global_step - self.logged
-            self.logged = state.global_step
-
-    def tokens_per_second(self, state) -> float | None:
-        """Tokens of a step over the median step's time; None when no step was taken."""
-        if not self.seconds:
-            return None
-        return state.num_input_tokens_seen / state.global_step / statistics.median(self.seconds)
-
-    def real_tokens_per_second(self) -> float | None:
-        """Tokens of all steps of this session over their time, where steps differ in length; padding does not count
-        if the Trainer's `include_num_input_tokens_seen` is "non_padding"."""
-        return self.tokens / sum(self.seconds) if self.seconds else None
-
-
-def provenance() -> dict[str, str]:
-    """The command line of this process without secrets, and what it runs on: for a card to tell."""
-    script = Path(sys.argv[0])
-    if script.is_absolute():  # as whoever reads the card would type it
-        script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else Path(script.name)
-    command = ["python", str(script), *sys.argv[1:]]
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        command[0] = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', processes)}"
-    if torch.cuda.is_available():
-        hardware = f"{processes} x {torch.cuda.get_device_name()}"
-    else:
-        hardware = f"{processes * torch.get_num_threads()} CPU threads ({platform.machine()})"
-    return {"command": masked(" ".join([command[0], *map(shlex.quote, command[1:])])), "hardware": hardware}
 
 
 def last_checkpoint(folder: Path) -> str | None:

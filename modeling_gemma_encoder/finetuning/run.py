@@ -27,12 +27,11 @@ from transformers import (
 )
 
 from .._scripts.files import write
+from .._scripts.provenance import provenance
 from .._scripts.training import (
-    StepTimer,
     checkpoint_to_resume,
     count_steps,
     defaults_of,
-    provenance,
     refuse_another_run,
     replacing_weights,
     resumable,
@@ -40,6 +39,7 @@ from .._scripts.training import (
     train_from,
     under_fsdp,
 )
+from ..callbacks import StepTimer
 from ..checkpoints import load_tokenizer
 from ..configuration_gemma_encoder import GemmaEncoderConfig
 from ..ranking.data import collate_lists

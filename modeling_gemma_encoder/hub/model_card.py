@@ -1,15 +1,15 @@
 """Model cards: what a run left in its folder, as tables a reader can check, and the Hub's metadata."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from ._scripts.files import is_local, read
-from .configuration_gemma_encoder import GemmaEncoderConfig
-from .licences import GEMMA_NOTICE, origin_of
+from .._scripts.files import is_local, read
+from .._scripts.provenance import masked, own_name
+from ..configuration_gemma_encoder import GemmaEncoderConfig
+from .licenses import GEMMA_NOTICE, origin_of
 
 PIPELINES = {
     "GemmaEncoderForRanking": "text-ranking",
@@ -43,38 +43,6 @@ class Run:
     datasets: list[str] = field(default_factory=list)
     of_pairs: bool = False  # whether it was trained on pairs of texts
     kind: str = "text-classification"  # of what `scores` measure, where it is no ranking
-
-
-TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".run", ".yaml", ".yml")
-
-
-def own_name(name: str) -> str:
-    """The last part of what names a place here, which may be gone; other names, as those of the Hub, as they are."""
-    place, colon, split = name.partition(":")
-    if "://" in name or not (is_local(place) or place.endswith(TABLES)):
-        return name
-    return f"{Path(place).expanduser().name or 'here'}{colon}{split}"
-
-
-def masked(command: str) -> str:
-    """A command line without the values of flags that hold secrets, tokens of the Hub, and the folders of places here,
-    save that of a script."""
-    places = re.compile(r"(?<![^\s=])(?:'([^']*)'|\"([^\"]*)\"|([^\s='\"]+))(?=\s|$)")
-
-    def named(match: re.Match) -> str:
-        name = next(filter(None, match.groups()), "")
-        script = name.endswith(".py") and not name.startswith(("/", "~"))
-        return match[0] if not name or name.startswith("-") or script else match[0].replace(name, own_name(name))
-
-    command = places.sub(named, command)
-    command = re.sub(r"(?<![\w.~/:])[~/](?:[\w.-]+/)+", "", command)  # within other words
-    command = re.sub(
-        r"(--(?!mask[-_]token|tokens[-_])\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+",
-        r"\1...",
-        command,
-        flags=re.IGNORECASE,
-    )
-    return re.sub(r"hf_[A-Za-z0-9]+", "hf_...", command)
 
 
 def read_run(folder: Path) -> Run:

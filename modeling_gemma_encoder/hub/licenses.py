@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.utils import cached_file
 
-from ._scripts.files import is_local
-from .gguf_gemma_encoder import split_gguf
+from .._scripts.files import is_local
+from ..gguf_gemma_encoder import split_gguf
 
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 GEMMA_TERMS = "GEMMA_TERMS.html"  # a copy of them, beside a checkpoint that `make gemma` made
@@ -78,7 +78,7 @@ def notice(base: str | None, licence: str) -> str | None:
 
 def code_licence() -> str:
     """The text of the Apache License, as installed with this package."""
-    beside = Path(__file__).parent.parent / "LICENSE"
+    beside = Path(__file__).parent.parent.parent / "LICENSE"
     if beside.is_file():
         return beside.read_text()
     files = importlib.metadata.files("gemma-encoder") or []

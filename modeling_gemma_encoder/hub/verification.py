@@ -21,15 +21,15 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ._scripts.files import read, write
-from .configuration_gemma_encoder import GemmaEncoderConfig
-from .licences import GEMMA_TERMS
-from .peft_gemma_encoder import CROSS_ENCODER_FILES
-from .stranger import observe
-from .version import __version__
+from .._scripts.files import read, write
+from ..configuration_gemma_encoder import GemmaEncoderConfig
+from ..peft_gemma_encoder import CROSS_ENCODER_FILES
+from ..version import __version__
+from .fresh_process import observe
+from .licenses import GEMMA_TERMS
 
 FILE = "verification.json"
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 STARRED = "_gemma_encoder.py"  # how the names of code files end that travel with a checkpoint
 CODE = sorted(path.name for path in PACKAGE.glob(f"*{STARRED}"))
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
@@ -251,9 +251,9 @@ def code_named(path: Path, allowed: str | None) -> list[str]:
 
 
 def run_stranger(folder: Path, inputs: list, device: str, token: str | None = None) -> dict:
-    """What `stranger.py` prints in a process without this package, the network and the user's token, or {"error": ...}.
-    The base of an adapter is fetched before."""
-    source, adapter = (PACKAGE / "stranger.py").read_text(), read(folder / "adapter_config.json")
+    """Return what `fresh_process.py` prints in a process without this package, the network and the user's token, or
+    {"error": ...}. The base of an adapter is fetched before."""
+    source, adapter = Path(__file__).with_name("fresh_process.py").read_text(), read(folder / "adapter_config.json")
     if (base := adapter.get("base_model_name_or_path")) and not Path(base).is_dir():
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         snapshot_download(base, revision=adapter.get("revision"), token=token, allow_patterns=patterns)

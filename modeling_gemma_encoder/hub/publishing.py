@@ -5,10 +5,8 @@
 `examples/publish.py` is the command that publishes.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
@@ -16,18 +14,17 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
-from . import modeling_gemma_encoder
-from ._scripts.files import is_local, write
-from .cards import Run, make_card
-from .checkpoint_gemma_encoder import WEIGHTS
-from .checkpoints import load_tokenizer
-from .configuration_gemma_encoder import GemmaEncoderConfig
-from .gguf_gemma_encoder import split_gguf
-from .licences import GEMMA_TERMS, code_licence, licence_of, notice
-from .peft_gemma_encoder import CROSS_ENCODER_FILES, write_cross_encoder_files
-from .pretrained_gemma_encoder import find_adapter
+from .. import modeling_gemma_encoder
+from .._scripts.files import is_local, write
+from ..checkpoint_gemma_encoder import WEIGHTS
+from ..checkpoints import load_tokenizer
+from ..configuration_gemma_encoder import GemmaEncoderConfig
+from ..gguf_gemma_encoder import split_gguf
+from ..peft_gemma_encoder import CROSS_ENCODER_FILES, write_cross_encoder_files
+from ..pretrained_gemma_encoder import find_adapter
+from .licenses import GEMMA_TERMS, code_licence, licence_of, notice
+from .model_card import Run, make_card
 from .verification import CODE, PACKAGE, PICKLED, STARRED, Check, dtypes, hash_of, verify, write_golden
 
 # Files of ours that another model may lack, and the one that is the Hub's.
@@ -151,7 +148,7 @@ def _stage_adapter(source: str, folder: Path, adapter: dict, base: str, revision
         )
     where = transformers.utils.cached_file(source, "adapter_model.safetensors")
     shutil.copyfile(where, folder / "adapter_model.safetensors")
-    from .adapters import refuse_stock_head
+    from ..adapters import refuse_stock_head
 
     refuse_stock_head(folder / "adapter_model.safetensors")
     revision = revision or adapter.get("revision") or HfApi().model_info(base).sha  # a branch could be moved
@@ -270,34 +267,3 @@ def arrived(api: HfApi, repo_id: str, revision: str, folder: Path, names: list[s
             content = (folder / name).read_bytes()
             blob = sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
             yield Check(name, info.blob_id == blob, "arrived" if info.blob_id == blob else "arrived changed")
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_gemma_encoder.hub",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="load a folder or repository as a stranger would, and compare")
-    check.add_argument("source", help="A folder, or a repository on the Hub.")
-    check.add_argument("--revision", help="A branch, tag or commit.")
-    check.add_argument("--trust_remote_code", action="store_true", help="Run code that is not this package's own.")
-    check.add_argument("--device", default="cpu")
-    check.add_argument("--json", action="store_true", help="For machines.")
-    args = parser.parse_args()
-    try:
-        checks = verify(
-            args.source, revision=args.revision, trust_remote_code=args.trust_remote_code, device=args.device
-        )
-    except (ValueError, OSError, HfHubHTTPError) as error:
-        parser.exit(2, f"{parser.prog} verify: error: {error}\n")
-    if args.json:
-        print(json.dumps([vars(check) for check in checks], indent=1))
-    else:
-        print("\n".join(map(str, checks)))
-    sys.exit(0 if all(check.passed for check in checks) else 1)
-
-
-if __name__ == "__main__":
-    main()

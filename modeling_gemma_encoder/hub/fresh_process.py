@@ -1,6 +1,6 @@
 """What a published folder does where only torch and transformers are installed; verification runs this file's text.
 
-Run as `python stranger.py FOLDER INPUTS.json DEVICE`; prints one line of JSON.
+Run as `python fresh_process.py FOLDER INPUTS.json DEVICE`; prints one line of JSON.
 """
 
 import json
