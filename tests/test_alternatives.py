@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, decoder_config, pad, texts
+from helpers import FAMILIES, decoder_config, pad, texts
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 BATCH = pad(texts((10, 6, 3)))

@@ -11,7 +11,7 @@ import pretraining_speed
 import pytest
 import ranking_losses
 import speed
-from conftest import NANO, decoder_config
+from helpers import NANO, decoder_config
 
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import pad
+from helpers import ROOT, pad
 from sentence_transformers import CrossEncoder
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -37,7 +37,6 @@ from modeling_gemma_encoder.pretraining.corpus import docstrings
 from modeling_gemma_encoder.ranking.scoring import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
-ROOT = Path(__file__).parent.parent
 GEMMA = Path(os.environ.get("GEMMA", ROOT / "gemma-3-270m"))
 pytestmark = [
     pytest.mark.gemma,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, FUSED, UNPADDED, build, encoder_config, pad, texts
+from helpers import FAMILIES, FUSED, UNPADDED, build, encoder_config, pad, texts
 from transformers.utils import is_flash_attn_2_available
 
 from modeling_gemma_encoder import (

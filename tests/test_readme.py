@@ -2,19 +2,18 @@
 
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NANO
 from gguf_files import Q8_0, write_gguf
+from helpers import NANO, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 def test_the_readme_runs(tmp_path, monkeypatch):
