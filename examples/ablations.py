@@ -55,8 +55,9 @@ from modeling_gemma_encoder.ablations.statistics import LeftOut, add_answers, ad
 from modeling_gemma_encoder.ablations.studies import Bench, Cell, Study, as_options, run_studies
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfig
-from modeling_gemma_encoder.finetuning.arguments import COMMON, FineTuningArguments, check_model, training_defaults
+from modeling_gemma_encoder.finetuning.arguments import COMMON, FineTuningArguments, training_defaults
 from modeling_gemma_encoder.finetuning.metrics import of_columns, pearson_and_spearman
+from modeling_gemma_encoder.finetuning.model import check_model
 from modeling_gemma_encoder.finetuning.suite import HelpOfSuites, cannot_run
 from modeling_gemma_encoder.finetuning.tasks import Source, Task, by_label
 

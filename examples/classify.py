@@ -41,6 +41,7 @@ from sklearn.model_selection import train_test_split
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder._scripts.command_line import fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import read, write
+from modeling_gemma_encoder._scripts.tables import at_row, fill_texts, read_file
 from modeling_gemma_encoder.finetuning.metrics import (
     accuracy_and_macro_f1,
     micro_and_macro_f1,
@@ -49,7 +50,7 @@ from modeling_gemma_encoder.finetuning.metrics import (
 )
 from modeling_gemma_encoder.finetuning.run import Data, claim, fine_tune, predictions
 from modeling_gemma_encoder.finetuning.suite import cannot_run, conclude, make_parser, of_run, parse
-from modeling_gemma_encoder.finetuning.tasks import Task, at_row, by_label, fill_texts, predictions_of, read_file
+from modeling_gemma_encoder.finetuning.tasks import Task, by_label, predictions_of
 
 
 def one_class(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:

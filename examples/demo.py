@@ -44,9 +44,9 @@ from transformers import (
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, failing, interruptible
-from modeling_gemma_encoder.checkpoints import load_tokenizer
+from modeling_gemma_encoder.checkpoints import load_tokenizer, parameters_of
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, Pooling
-from modeling_gemma_encoder.finetuning.arguments import freeze_embeddings, parameters_of, refuse_smoothing
+from modeling_gemma_encoder.finetuning.model import freeze_embeddings, refuse_smoothing
 from modeling_gemma_encoder.pretraining.corpus import docstrings
 from modeling_gemma_encoder.ranking.data import RankingCollator
 from modeling_gemma_encoder.ranking.scoring import choose

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
-from modeling_gemma_encoder.ranking.collection import add_run, read_collection
+from modeling_gemma_encoder.ranking.bm25 import add_run
+from modeling_gemma_encoder.ranking.collection import read_collection
 from modeling_gemma_encoder.ranking.evaluation import MEASURES, baselines, evaluate, parse_measures
 from modeling_gemma_encoder.ranking.queries import count_trained_on, only_held_out, say_trained_on
 from modeling_gemma_encoder.ranking.scoring import ScoringArguments, choose, load_ranker, rerank

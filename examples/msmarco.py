@@ -32,6 +32,7 @@ from modeling_gemma_encoder import GemmaEncoderConfig, verify_attention
 from modeling_gemma_encoder._scripts.command_line import fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import is_local, write
 from modeling_gemma_encoder._scripts.provenance import provenance
+from modeling_gemma_encoder._scripts.tables import FORMATS
 from modeling_gemma_encoder._scripts.training import (
     checkpoint_to_resume,
     count_steps,
@@ -45,12 +46,13 @@ from modeling_gemma_encoder._scripts.training import (
 )
 from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.finetuning.arguments import build
+from modeling_gemma_encoder.finetuning.model import build
 from modeling_gemma_encoder.finetuning.run import RECIPE
 from modeling_gemma_encoder.finetuning.suite import make_parser, parse
-from modeling_gemma_encoder.finetuning.tasks import FORMATS, Task
+from modeling_gemma_encoder.finetuning.tasks import Task
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
-from modeling_gemma_encoder.ranking.collection import Collection, add_run, lists_of, read_collection
+from modeling_gemma_encoder.ranking.bm25 import add_run
+from modeling_gemma_encoder.ranking.collection import Collection, lists_of, read_collection
 from modeling_gemma_encoder.ranking.data import FreshLists, RankingCollator, RankingDataset
 from modeling_gemma_encoder.ranking.evaluation import MEASURES, baselines, evaluate, measure_lists, parse_measures
 from modeling_gemma_encoder.ranking.queries import count_trained_on, say_trained_on, write_queries

@@ -63,15 +63,8 @@ from modeling_gemma_encoder._scripts.training import (
 )
 from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
-from modeling_gemma_encoder.pretraining.corpus import (
-    TextArguments,
-    collate_blocks,
-    join_lines,
-    load_blocks,
-    load_documents,
-    mix,
-    sample,
-)
+from modeling_gemma_encoder.pretraining.blocks import collate_blocks, load_blocks, mix, sample
+from modeling_gemma_encoder.pretraining.corpus import TextArguments, join_lines, load_documents
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 

@@ -31,17 +31,11 @@ from typing import ClassVar
 from tqdm import tqdm
 
 from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
-from modeling_gemma_encoder._scripts.files import read_lines, read_table, write
-from modeling_gemma_encoder.ranking.collection import (
-    Run,
-    check_ids,
-    name_and_split,
-    ranked,
-    read_run,
-    read_texts,
-    write_run,
-)
+from modeling_gemma_encoder._scripts.files import read_lines, write
+from modeling_gemma_encoder._scripts.tables import read_table
+from modeling_gemma_encoder.ranking.collection import check_ids, name_and_split, read_texts
 from modeling_gemma_encoder.ranking.scoring import ScoringArguments, choose, load_ranker, score_pairs
+from modeling_gemma_encoder.ranking.trec import TrecRun, ranked, read_run, write_run
 from modeling_gemma_encoder.templates import encode_pairs
 
 
@@ -279,7 +273,7 @@ def stamp(path: Path, output: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
-def as_run(part: Path) -> Run:
+def as_run(part: Path) -> TrecRun:
     run = defaultdict(dict)
     for line, _ in read_lines(part):
         qid, pid, score = line.split("\t")

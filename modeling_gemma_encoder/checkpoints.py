@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .gguf_gemma_encoder import HUB_OPTIONS, find_gguf, read_decoder, split_gguf
@@ -80,3 +80,14 @@ def convert_gguf(checkpoint: str | Path, folder: str | Path, dtype: torch.dtype)
     if folder.exists():
         folder.rmdir()
     part.rename(folder)
+
+
+def decoder_of(checkpoint: str) -> PreTrainedModel:
+    """The decoder by its config, without weights."""
+    with torch.device("meta"):
+        return AutoModel.from_config(GemmaEncoderConfig.from_pretrained(checkpoint).text_config)
+
+
+def parameters_of(checkpoint: str) -> int:
+    """Of the decoder, by its config."""
+    return decoder_of(checkpoint).num_parameters()

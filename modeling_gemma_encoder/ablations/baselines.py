@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from .._scripts.files import write
-from ..checkpoints import load_upstream
+from ..checkpoints import decoder_of, load_upstream
 from ..configuration_gemma_encoder import GemmaEncoderConfig
-from ..finetuning.arguments import FineTuningArguments, decoder_of, encoder_options, freeze_embeddings
+from ..finetuning.arguments import FineTuningArguments, encoder_options
+from ..finetuning.model import freeze_embeddings
 from ..finetuning.run import Data
 from ..finetuning.tasks import Task, most_frequent
 

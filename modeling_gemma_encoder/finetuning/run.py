@@ -44,7 +44,8 @@ from ..checkpoints import load_tokenizer
 from ..configuration_gemma_encoder import GemmaEncoderConfig
 from ..ranking.data import collate_lists
 from ..verification_gemma_encoder import verify_attention
-from .arguments import FineTuningArguments, build, weighted_loss
+from .arguments import FineTuningArguments
+from .model import build, weighted_loss
 from .reports import plot_run
 from .tasks import Source, Task, most_frequent, predictions_of, say_empty
 

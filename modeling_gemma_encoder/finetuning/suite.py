@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 from .._scripts.command_line import Help, RecipeParser, fail, failing, interruptible, share_batch
 from .._scripts.files import write
 from .._scripts.training import names_checkpoint, rows_per_step, under_fsdp
-from .arguments import COMMON, FineTuningArguments, check_model, training_defaults
+from .arguments import COMMON, FineTuningArguments, training_defaults
+from .model import check_model
 from .reports import average, markdown, summarize, without_scores
 from .run import Data, claim, fine_tune, predictions
 from .tasks import Source, Task

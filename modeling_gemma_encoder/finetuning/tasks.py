@@ -5,7 +5,6 @@
 """
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,14 +15,13 @@ import numpy as np
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .._scripts.files import line_of, read_table
+from .._scripts.tables import FORMATS, at_row, fill_texts, read_file
 from ..losses_gemma_encoder import IGNORE
 from ..modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from ..templates import set_template
 from .truncation import truncate
 
 Metric = Callable[[np.ndarray, Dataset], dict[str, float]]
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -234,32 +232,6 @@ class Source:
         return next((path for path in paths if path.exists()), None)
 
 
-def at_row(place: str, row: int, path: Path | None) -> str:
-    """Return what a message calls a row of a split, counted from 0, with its line in a file that has one."""
-    line = path and line_of(path, row)
-    return f"{place}, row {row}" + f" (line {line})" * (line is not None)
-
-
-def fill_texts(rows: Dataset, texts: Sequence[str], place: str) -> Dataset:
-    """
-    Make a null an empty text, as an empty field of a .csv file is one.
-
-    Raises:
-        ValueError: a column is empty in every row.
-    """
-    for column in texts:
-        if column not in rows.column_names or not len(rows):
-            continue
-        values = list(rows[column])
-        if all(value is None or (isinstance(value, str) and not value.strip()) for value in values):
-            raise ValueError(f"{place}: {column!r} is empty in every row.")
-        if None in values and all(isinstance(value, str) for value in values if value is not None):
-            filled = f"{column}, filled"  # first, as rows without a column are none
-            rows = rows.add_column(filled, [value or "" for value in values])
-            rows = rows.remove_columns(column).rename_column(filled, column)
-    return rows
-
-
 def say_empty(name: str, source: "Source", split: str, rows: Dataset, texts: Sequence[str]) -> None:
     """Print how many rows of a split have a text without a word, and which is the first."""
     columns = [list(rows[column]) for column in texts]
@@ -268,57 +240,6 @@ def say_empty(name: str, source: "Source", split: str, rows: Dataset, texts: Seq
         column = next(column for column, values in zip(texts, columns, strict=True) if not values[empty[0]].strip())
         first = f"the first is {source.where(split, empty[0])}, column {column!r}"
         print(f"{name}, {split}: {len(empty):,} of {len(rows):,} rows have an empty text; {first}", flush=True)
-
-
-def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
-    """
-    Rows of a .jsonl, .json, .csv, .tsv or .parquet file. In .csv and .tsv nothing stands for a missing value, "NA" is a
-    word, and the columns `texts` are text even where they hold numbers; see `files.read_table`.
-
-    Args:
-        texts: None: all columns.
-
-    Raises:
-        ValueError: the file is missing, empty, of another kind, or cannot be read.
-    """
-    if path.suffix not in FORMATS:
-        raise ValueError(f"{path} is none of {', '.join(FORMATS)}.")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty.")
-    try:
-        if FORMATS[path.suffix] == "csv":
-            (names, _), *rows = list(read_table(path)) or [([], path)]
-            names = [name or f"Unnamed: {number}" for number, name in enumerate(names)]  # an index, as pandas has it
-            columns = {name: [row[number] for row, _ in rows] for number, name in enumerate(names)}
-            kept = columns if texts is None else texts
-            return Dataset.from_dict({name: of if name in kept else as_numbers(of) for name, of in columns.items()})
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:
-        if str(error).startswith(str(path)):  # it says where
-            raise
-        if isinstance(cause := error.__cause__ or error, UnicodeDecodeError):
-            cause = f"byte {cause.start} is not UTF-8; save it in that encoding"
-        raise ValueError(f"{path} cannot be read: {cause}") from error
-
-
-WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})")
-DECIMAL = re.compile(WHOLE.pattern + r"(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?")
-
-
-TRUTH = {"true": True, "false": False}
-
-
-def as_numbers(cells: list[str]) -> list[str] | list[int] | list[float] | list[bool]:
-    """Read cells as numbers where all of them are, and none is longer than a float tells apart ("007" is a name)."""
-    bare = [cell.strip() for cell in cells]
-    if all(cell.lower() in TRUTH for cell in bare):
-        return [TRUTH[cell.lower()] for cell in bare]
-    for form, kind in ((WHOLE, int), (DECIMAL, float)):
-        if all(map(form.fullmatch, bare)):
-            return list(map(kind, bare))
-    return cells
 
 
 def by_label(metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Metric:

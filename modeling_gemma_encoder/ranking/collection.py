@@ -4,21 +4,18 @@ Read from a TREC-style folder, a BEIR-style one, a file of labelled pairs, or th
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zlib import crc32
 
-import bm25s
 import numpy as np
 from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
 
 from .._scripts.files import is_local, read_lines
-from ..finetuning.tasks import FORMATS, read_file
+from .._scripts.tables import FORMATS, read_file
+from .trec import TrecRun, ranked, read_qrels
 
-Run = dict[str, dict[str, float]]  # query id -> passage id -> score
 BM25_DEPTH = 100  # of all passages, where nobody says how many
 
 # What columns are called, in TREC-style and BEIR-style files and on the Hub.
@@ -66,7 +63,7 @@ class Collection:
     queries: Mapping[str, str]
     passages: Mapping[str, str]
     qrels: dict[str, dict[str, int]]
-    run: Run | None = None
+    run: TrecRun | None = None
     first_stage: str = "first stage"
     relevance_level: int = 1
     run_from: str | None = None
@@ -246,58 +243,6 @@ def _column(rows: Dataset, names: tuple[str, ...], where) -> str:
     return column
 
 
-GRADE = re.compile(r"[-+]?[0-9]+(\.0*)?")
-
-
-def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """
-    Read TREC's `qid 0 pid grade`, or BEIR's `qid pid grade` below a header. Where a line has tabs, they alone part it.
-
-    Raises:
-        ValueError: a line is neither, its grade is no whole number, or it contradicts an earlier one.
-    """
-    found = defaultdict(dict)
-    for number, (line, where) in enumerate(read_lines(path)):
-        fields = [field.strip() for field in line.rstrip().split("\t")] if "\t" in line else line.split()
-        if number == 0 and len(fields) in (3, 4) and not re.search("[0-9]", "".join(fields)):
-            continue  # words alone are a header
-        if len(fields) not in (3, 4) or not GRADE.fullmatch(fields[-1]):
-            raise ValueError(f"{where}: {line!r} is not `qid 0 pid grade`, with a whole number for a grade.")
-        qid, pid, grade = fields[0], fields[-2], int(float(fields[-1]))
-        if found[qid].setdefault(pid, grade) != grade:
-            raise ValueError(f"{where}: {qid} {pid} was judged {found[qid][pid]} before.")
-    return dict(found)
-
-
-def read_run(path: Path) -> Run:
-    """TREC's `qid Q0 pid rank score tag`. A passage twice for a query, or a score that is none, raises ValueError."""
-    found = defaultdict(dict)
-    for line, where in read_lines(path):
-        try:
-            fields = line.split("\t") if line.count("\t") == 5 else line.split()
-            qid, _, pid, _, score, _ = map(str.strip, fields)
-            score = float(score)
-        except ValueError:
-            raise ValueError(f"{where}: {line!r} is not `qid Q0 pid rank score tag`.") from None
-        if pid in found[qid] or math.isnan(score):
-            raise ValueError(f"{where}: {qid} {pid} " + ("is there twice." if pid in found[qid] else "is NaN."))
-        found[qid][pid] = score
-    return dict(found)
-
-
-def write_run(run: Run, path: Path, tag: str) -> None:
-    """Write TREC's format, best first; all of it or nothing. Tabs part ids that hold blanks, as they are read."""
-    ids = [*run, *(pid for scores in run.values() for pid in scores)]
-    tag = re.sub(r"\s+", "-", tag)
-    gap = "\t" if any(re.search(r"\s", one) for one in ids) else " "
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        for qid, scores in run.items():
-            for rank, pid in enumerate(ranked(scores), start=1):
-                file.write(gap.join((qid, "Q0", pid, str(rank), repr(scores[pid]), tag)) + "\n")
-    part.replace(path)
-
-
 def _pairs(rows: Dataset, where: str, columns: tuple[str, str, str]) -> Collection:
     """Labelled pairs: equal texts are one query or one passage, numbered as they come."""
     for column in columns:
@@ -347,58 +292,7 @@ def _hub(name: str, split: str) -> Collection:
 # Rankings
 
 
-def ranked(scores: Mapping[str, float]) -> list[str]:
-    """Ids, best first. Equal scores: by the CRC-32 of the id, an order that has nothing to do with relevance."""
-    return sorted(scores, key=lambda pid: (-scores[pid], crc32(pid.encode()), pid))
-
-
-def _bm25(collection: Collection, pids: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each judged query and its scores of these passages."""
-    words = {"stopwords": None, "show_progress": False}
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize([collection.passages[pid] for pid in pids], **words), show_progress=False)
-    for qid in collection.qrels:
-        tokens = bm25s.tokenize(collection.queries[qid], return_ids=False, **words)[0]
-        yield qid, index.get_scores(tokens) if tokens else np.zeros(len(pids))
-
-
-def bm25(collection: Collection, depth: int | None = None) -> Run:
-    """
-    The collection's candidates by BM25 (bm25s: Lucene's, k1 1.5, b 0.75, lower case, no stemming, no stop words),
-    whose statistics are those of all passages; `depth` as for `candidates`.
-    """
-    chosen, pids = collection.candidates(depth), list(collection.passages)
-    needed = {pid for of_query in chosen.values() for pid in of_query}
-    places = {pid: place for place, pid in enumerate(pids) if pid in needed}
-    return {qid: {pid: float(s[places[pid]]) for pid in chosen[qid]} for qid, s in _bm25(collection, pids)}
-
-
-def retrieve(collection: Collection, depth: int = BM25_DEPTH) -> Run:
-    """The best `depth` of all passages by BM25, for each query that was judged."""
-    pids, run = list(collection.passages), {}
-    depth = min(depth, len(pids))
-    for qid, scores in _bm25(collection, pids):
-        best = np.argpartition(-scores, depth - 1)[:depth]
-        run[qid] = {pids[i]: float(scores[i]) for i in best}
-    return run
-
-
-def add_run(collection: Collection, run: str, depth: int | None = None) -> None:
-    """
-    Give a collection candidates: a TREC run file's, or with `bm25` the best `depth`, by default 100, of all passages.
-
-    Raises:
-        ValueError: the run has none of the judged queries, or names what is not there.
-    """
-    if run == "bm25":
-        collection.run, collection.first_stage = retrieve(collection, depth or BM25_DEPTH), "BM25"
-    else:
-        collection.run = read_run(Path(run))
-    collection.run_from = run
-    collection.check(run)
-
-
-def lists_of(collection: Collection, run: Run | None = None) -> tuple[list[dict], int]:
+def lists_of(collection: Collection, run: TrecRun | None = None) -> tuple[list[dict], int]:
     """
     Of each query all that was judged, and a run's passages, which are irrelevant where nobody judged them.
 

@@ -13,8 +13,10 @@ from scipy.stats import bootstrap, permutation_test
 
 from .._scripts.files import write
 from ..losses_gemma_encoder import IGNORE
-from .collection import Collection, Run, bm25, ranked, write_run
+from .bm25 import bm25
+from .collection import Collection
 from .queries import say_trained_on
+from .trec import TrecRun, ranked, write_run
 
 MEASURES = ("nDCG@10", "RR@10", "AP", "R@100")  # what `ir_measures` calls them
 
@@ -40,7 +42,7 @@ def parse_measures(names: Sequence[str], relevance_level: int = 1) -> list:
     return found
 
 
-def measure(qrels: dict[str, dict[str, int]], run: Run, measures: Sequence) -> dict[str, dict[str, float]]:
+def measure(qrels: dict[str, dict[str, int]], run: TrecRun, measures: Sequence) -> dict[str, dict[str, float]]:
     """
     Measure -> query -> value, of all queries of `qrels`; one the run does not have is worth 0, as `trec_eval -c` says.
 
@@ -91,7 +93,7 @@ def measure_lists(scores: np.ndarray, labels: np.ndarray, measures: Sequence) ->
     return {name: float(np.mean([*found.values()])) for name, found in measure(qrels, run, measures).items()}
 
 
-def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -> dict[str, Run]:
+def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -> dict[str, TrecRun]:
     """What the same candidates are worth by BM25 of the whole collection, in random order, and, if they are another
     run's, as they came."""
     rows = {}
@@ -104,7 +106,7 @@ def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -
     return {**rows, "random order": random_order(collection, depth, seed)}
 
 
-def random_order(collection: Collection, depth: int | None = None, seed: int = 0) -> Run:
+def random_order(collection: Collection, depth: int | None = None, seed: int = 0) -> TrecRun:
     """A draw for each query by its id, of passages in the order of theirs: the same wherever they were read."""
     run = {}
     for qid, pids in collection.candidates(depth).items():
@@ -136,7 +138,7 @@ def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> 
     return {**result, "p": float(test.pvalue), "interval": bounds}
 
 
-def describe_pool(collection: Collection, candidates: Run, means: dict[str, float]) -> dict:
+def describe_pool(collection: Collection, candidates: TrecRun, means: dict[str, float]) -> dict:
     """
     Count the candidates and the relevant ones, by the collection's level, and say as `warning`, else None, why their
     order tells little: random order beats BM25, or most of what was judged is relevant. Of a run's most may be.
@@ -160,7 +162,7 @@ def describe_pool(collection: Collection, candidates: Run, means: dict[str, floa
 
 
 def evaluate(
-    collection: Collection, runs: dict[str, Run], measures: Sequence, folder: Path, facts: dict | None = None
+    collection: Collection, runs: dict[str, TrecRun], measures: Sequence, folder: Path, facts: dict | None = None
 ) -> dict:
     """
     Measures runs of a collection, the first against each other one, and leaves in `folder` `<name>.run` of each,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from ..precision_gemma_encoder import computes_in_bf16
 from ..quantization_gemma_encoder import quantize_int8
 from ..templates import encode_pairs
 from ..verification_gemma_encoder import verify_attention
-from .collection import Collection, Run
+from .trec import TrecRun
+
+if TYPE_CHECKING:
+    from .collection import Collection
 
 logger = logging.get_logger(__name__)
 
@@ -159,11 +162,11 @@ def score_pairs(
 def rerank(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    collection: Collection,
+    collection: "Collection",
     depth: int | None = None,
     max_length: int | None = None,
     tokens_per_batch: int | None = None,
-) -> Run:
+) -> TrecRun:
     """The collection's candidates with the model's scores; a judged query without candidates has none."""
     candidates = collection.candidates(depth)
     places = [(qid, pid) for qid, pids in candidates.items() for pid in pids]

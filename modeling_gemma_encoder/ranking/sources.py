@@ -10,7 +10,8 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from ..losses_gemma_encoder import DISTILLATION_LOSSES
-from .collection import Collection, Texts, add_run, lists_of, read_collection
+from .bm25 import add_run
+from .collection import Collection, Texts, lists_of, read_collection
 from .data import RankingDataset
 
 CONFIGS = {"sentence-transformers/msmarco-bm25": "triplet-50", "sentence-transformers/msmarco": "labeled-list"}

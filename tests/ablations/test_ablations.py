@@ -29,7 +29,8 @@ from modeling_gemma_encoder.ablations.statistics import (
     split_in_parts,
 )
 from modeling_gemma_encoder.ablations.studies import Cell, Study, as_options, hold_out, run_studies
-from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments, decoder_of
+from modeling_gemma_encoder.checkpoints import decoder_of
+from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.finetuning.metrics import accuracy
 from modeling_gemma_encoder.finetuning.run import Data, digest
 from modeling_gemma_encoder.finetuning.tasks import Task, by_label

@@ -18,7 +18,7 @@ from sklearn.metrics import r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderConfig
-from modeling_gemma_encoder.finetuning.arguments import weighted_loss
+from modeling_gemma_encoder.finetuning.model import weighted_loss
 from modeling_gemma_encoder.finetuning.tasks import Task
 from modeling_gemma_encoder.hub.model_card import read_run
 

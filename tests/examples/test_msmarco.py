@@ -14,8 +14,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder.hub.model_card import read_run
 from modeling_gemma_encoder.ranking import sources as lists_module
-from modeling_gemma_encoder.ranking.collection import Collection, read_collection, retrieve, write_run
+from modeling_gemma_encoder.ranking.bm25 import retrieve
+from modeling_gemma_encoder.ranking.collection import Collection, read_collection
 from modeling_gemma_encoder.ranking.queries import count_trained_on, only_held_out, write_queries
+from modeling_gemma_encoder.ranking.trec import write_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 CORPUS = [{"docid": pid, "text": text} for pid, text in PASSAGES.items()]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.pretraining.corpus import pack
+from modeling_gemma_encoder.pretraining.blocks import pack
 
 SHAPE = {
     "vocab_size": 400,

@@ -17,8 +17,8 @@ from helpers import jsonl
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.ranking.collection import ranked, read_run
 from modeling_gemma_encoder.ranking.scoring import choose, load_ranker, score_pairs
+from modeling_gemma_encoder.ranking.trec import ranked, read_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 ROWS = [{"id": n, "query": f"query {n % 7}", "passage": "some words " * (n * 5 % 13)} for n in range(60)]

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from modeling_gemma_encoder._scripts.files import is_local, read_lines, read_table
-from modeling_gemma_encoder.finetuning.tasks import read_file
-from modeling_gemma_encoder.ranking.collection import read_collection, read_qrels, read_run
+from modeling_gemma_encoder._scripts.files import is_local, read_lines
+from modeling_gemma_encoder._scripts.tables import read_file, read_table
+from modeling_gemma_encoder.ranking.collection import read_collection
+from modeling_gemma_encoder.ranking.trec import read_qrels, read_run
 
 MARK = "\ufeff"
 

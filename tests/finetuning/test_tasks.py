@@ -10,16 +10,9 @@ from datasets import Dataset
 from helpers import NANO
 from transformers import AutoTokenizer
 
+from modeling_gemma_encoder._scripts.tables import read_file
 from modeling_gemma_encoder.finetuning.metrics import accuracy
-from modeling_gemma_encoder.finetuning.tasks import (
-    Source,
-    Task,
-    by_label,
-    most_frequent,
-    predictions_of,
-    read_file,
-    say_empty,
-)
+from modeling_gemma_encoder.finetuning.tasks import Source, Task, by_label, most_frequent, predictions_of, say_empty
 from modeling_gemma_encoder.finetuning.truncation import mark, share, truncate
 from modeling_gemma_encoder.ranking.data import collate_lists
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, TEMPLATE
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 

@@ -149,7 +149,7 @@ def test_a_config_fetches_no_code_and_no_quantiser(folder):
 
 def test_our_own_commands_never_ask_whether_to_run_remote_code():
     """An Auto class that is not told asks at a prompt, in a job that nobody watches."""
-    scripts = [*ROOT.glob("modeling_gemma_encoder/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]
+    scripts = [*ROOT.glob("modeling_gemma_encoder/**/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]
     calls = [
         (path.name, node.lineno, {keyword.arg for keyword in node.keywords})
         for path in scripts

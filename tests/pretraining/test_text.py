@@ -10,15 +10,8 @@ import pytest
 from datasets import Dataset
 
 from modeling_gemma_encoder.pretraining import corpus as text
-from modeling_gemma_encoder.pretraining.corpus import (
-    TextArguments,
-    docstrings,
-    join_lines,
-    load_blocks,
-    load_documents,
-    pack,
-    read_text,
-)
+from modeling_gemma_encoder.pretraining.blocks import load_blocks, pack
+from modeling_gemma_encoder.pretraining.corpus import TextArguments, docstrings, join_lines, load_documents, read_text
 
 TEXTS = ["The first text.\nIt goes on.\n\nA second paragraph.", "Another, shorter one.", "A third. " * 40]
 

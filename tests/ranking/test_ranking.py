@@ -10,7 +10,8 @@ from sklearn.metrics import ndcg_score
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from modeling_gemma_encoder.ranking.collection import Collection, add_run, bm25, read_run, retrieve
+from modeling_gemma_encoder.ranking.bm25 import add_run, bm25, retrieve
+from modeling_gemma_encoder.ranking.collection import Collection
 from modeling_gemma_encoder.ranking.evaluation import (
     baselines,
     compare,
@@ -22,6 +23,7 @@ from modeling_gemma_encoder.ranking.evaluation import (
     random_order,
 )
 from modeling_gemma_encoder.ranking.scoring import load_ranker, rerank, score_pairs
+from modeling_gemma_encoder.ranking.trec import read_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 PAIRS = [(f"query {n % 3}", "some words " * (n * 7 % 11)) for n in range(12)]

@@ -7,18 +7,9 @@ from datasets import Dataset
 from helpers import PASSAGES, QRELS, QUERIES, jsonl
 
 from modeling_gemma_encoder.ranking import collection as retrieval
-from modeling_gemma_encoder.ranking.collection import (
-    Collection,
-    Texts,
-    add_run,
-    bm25,
-    lists_of,
-    ranked,
-    read_collection,
-    read_run,
-    retrieve,
-    write_run,
-)
+from modeling_gemma_encoder.ranking.bm25 import add_run, bm25, retrieve
+from modeling_gemma_encoder.ranking.collection import Collection, Texts, lists_of, read_collection
+from modeling_gemma_encoder.ranking.trec import ranked, read_run, write_run
 
 
 @pytest.fixture
