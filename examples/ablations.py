@@ -37,10 +37,7 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-import classify
-import glue
 import numpy as np
-import superglue
 import torch
 from datasets import Dataset
 from tqdm import tqdm
@@ -55,6 +52,7 @@ from modeling_gemma_encoder.ablations.statistics import LeftOut, add_answers, ad
 from modeling_gemma_encoder.ablations.studies import Bench, Cell, Study, as_options, run_studies
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import GemmaEncoderConfig
+from modeling_gemma_encoder.finetuning import glue, own_table, superglue
 from modeling_gemma_encoder.finetuning.arguments import COMMON, FineTuningArguments, training_defaults
 from modeling_gemma_encoder.finetuning.metrics import of_columns, pearson_and_spearman
 from modeling_gemma_encoder.finetuning.model import check_model
@@ -221,21 +219,21 @@ def source_of(name: str, data_dir: str | None) -> Source:
     return Source(dataset, tasks[name].config or name, folder)
 
 
-def own_table(own: AblationArguments) -> dict[str, tuple[Task, classify.Table]]:
+def read_own_table(own: AblationArguments) -> dict[str, tuple[Task, own_table.Table]]:
     if own.table is None:
         return {}
     if len(own.table) > 2:
         raise ValueError("--table names one file or two, to train on and to evaluate")
     files = dict(zip(("train_file", "validation_file"), own.table, strict=False))
     flags = [word for name, file in files.items() for word in (f"--{name}", file)] + shlex.split(own.table_flags)
-    (table,) = HfArgumentParser(classify.TableArguments).parse_args_into_dataclasses(args=flags)
+    (table,) = HfArgumentParser(own_table.TableArguments).parse_args_into_dataclasses(args=flags)
     own_flags = ("text_column", "label_column", "problem", "template")
-    plain = classify.TableArguments(**files)
+    plain = own_table.TableArguments(**files)
     if wrong := [key for key in vars(plain) if key not in own_flags and getattr(table, key) != getattr(plain, key)]:
         raise ValueError(f"--table_flags takes --{', --'.join(own_flags)}, and no --{', --'.join(wrong)}")
     if problem := table.complaint(do_train=True, do_eval=True, do_predict=False):
         raise ValueError(f"--table_flags: {problem}")
-    name, task, source = classify.task_of(table)
+    name, task, source = own_table.task_of(table)
     source.hold_out()
     if task.problem == "regression":  # without R², which has no least value and would drown the others in a mean
         several = task.label_columns
@@ -438,7 +436,7 @@ def main():
     if unknown := [name for name in given.tasks if name not in known or known[name].train_on]:
         fail(parser, f"--tasks: {', '.join(unknown)} is none that GLUE or SuperGLUE trains")
     with failing(parser):
-        of_user = own_table(given)
+        of_user = read_own_table(given)
         first = next(iter([known[name] for name in given.tasks] or known.values()))
         defaults = training_defaults(given.model, given.lora_r is not None, first)
         parser.set_defaults(seed=given.seeds[0], **defaults)

@@ -1,4 +1,5 @@
-"""Fine-tunes a Gemma Encoder on tasks of GLUE (arXiv 1804.07461), or on your own: a task is a row of `TASKS`.
+"""Fine-tunes a Gemma Encoder on tasks of GLUE (arXiv 1804.07461), or on your own: a task is a row of a table, `TASKS`
+in `modeling_gemma_encoder/finetuning/glue.py`.
 
     python examples/glue.py --task sst2 --model google/gemma-3-270m
     python examples/glue.py --task all --model google/gemma-3-1b-pt --lora_r 16 --bf16 --seeds 1 2 3 --do_predict
@@ -15,33 +16,9 @@ in `<output_dir>/submission-seed-<n>`.
 import numpy as np
 from datasets import Dataset
 
-from modeling_gemma_encoder.finetuning.metrics import (
-    accuracy,
-    accuracy_and_f1,
-    matthews_correlation,
-    pearson_and_spearman,
-)
+from modeling_gemma_encoder.finetuning.glue import BOTH, TASKS, UNSCORED
 from modeling_gemma_encoder.finetuning.suite import run_suite
-from modeling_gemma_encoder.finetuning.tasks import Task, by_label
-
-NLI = ("entailment", "neutral", "contradiction")
-SENTENCES = ("sentence1", "sentence2")
-BOTH = ("premise", "hypothesis")
-MATCHED = {"validation": ("validation_matched", "validation_mismatched"), "test": ("test_matched", "test_mismatched")}
-
-TASKS = {
-    "cola": Task(("sentence",), by_label(matthews_correlation), ("unacceptable", "acceptable"), epochs=10),
-    "sst2": Task(("sentence",), by_label(accuracy), ("negative", "positive")),
-    "mrpc": Task(SENTENCES, by_label(accuracy_and_f1), ("not_equivalent", "equivalent"), epochs=10),
-    "stsb": Task(SENTENCES, by_label(pearson_and_spearman), problem="regression", epochs=10),
-    "qqp": Task(("question1", "question2"), by_label(accuracy_and_f1), ("not_duplicate", "duplicate")),
-    "mnli": Task(BOTH, by_label(accuracy), NLI, **MATCHED),
-    "qnli": Task(("question", "sentence"), by_label(accuracy), ("entailment", "not_entailment")),
-    "rte": Task(SENTENCES, by_label(accuracy), ("entailment", "not_entailment"), max_length=256, epochs=10),
-    "wnli": Task(SENTENCES, by_label(accuracy), ("not_entailment", "entailment"), epochs=10),
-    "ax": Task(BOTH, by_label(matthews_correlation), NLI, train_on="mnli", validation=()),
-}
-UNSCORED = ("wnli", "ax")  # as papers do: WNLI's test set is adversarial, AX is a diagnostic
+from modeling_gemma_encoder.finetuning.tasks import Task
 
 # The server's files: by task and split, and the tasks whose labels are words.
 FILES = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "qnli": "QNLI", "rte": "RTE"}

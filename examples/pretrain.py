@@ -34,7 +34,6 @@ from typing import Literal
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from ngrams import NGramModel, perplexity
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -65,6 +64,7 @@ from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
 from modeling_gemma_encoder.pretraining.blocks import collate_blocks, load_blocks, mix, sample
 from modeling_gemma_encoder.pretraining.corpus import TextArguments, join_lines, load_documents
+from modeling_gemma_encoder.pretraining.ngrams import NGramModel, perplexity
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 

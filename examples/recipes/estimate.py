@@ -28,16 +28,14 @@ from transformers import AutoConfig, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import glue
-import msmarco
-import superglue
-
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder._scripts.command_line import share_batch
 from modeling_gemma_encoder.attention_gemma_encoder import layer_reach, unpad, with_buckets
+from modeling_gemma_encoder.finetuning import glue, superglue
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments, encoder_options
 from modeling_gemma_encoder.finetuning.suite import SuiteArguments, make_parser
 from modeling_gemma_encoder.finetuning.tasks import Task
+from modeling_gemma_encoder.ranking import arguments
 
 # The shapes of gated checkpoints, whose config.json needs a login.
 GEMMA_2 = {"sliding_window": 4096, "head_dim": 256, "vocab_size": 256000, "query_pre_attn_scalar": 256}
@@ -80,9 +78,9 @@ class Recipe:
         if script not in (*SUITES, "msmarco"):
             raise ValueError(f"{path}: a recipe's name ends with -glue, -superglue or -msmarco.")
         ranks = script == "msmarco"
-        parser = make_parser(msmarco.RankingArguments if ranks else SuiteArguments, "", "")
-        parser.set_defaults(**(msmarco.DEFAULTS if ranks else {}))
-        known = {"msmarco": msmarco.TASK} if ranks else SUITES[script]
+        parser = make_parser(arguments.RankingArguments if ranks else SuiteArguments, "", "")
+        parser.set_defaults(**(arguments.DEFAULTS if ranks else {}))
+        known = {"msmarco": arguments.TASK} if ranks else SUITES[script]
         given = parser.parse_args(words)
         names = known if ranks or "all" in given.task else given.task
         if unknown := [name for name in names if name not in known]:

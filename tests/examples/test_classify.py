@@ -18,6 +18,8 @@ from sklearn.metrics import r2_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderConfig
+from modeling_gemma_encoder._scripts.tables import read_file
+from modeling_gemma_encoder.finetuning import own_table
 from modeling_gemma_encoder.finetuning.model import weighted_loss
 from modeling_gemma_encoder.finetuning.tasks import Task
 from modeling_gemma_encoder.hub.model_card import read_run
@@ -43,9 +45,9 @@ def write_csv(path: Path, columns: dict[str, list]) -> Path:
     return path
 
 
-def table(folder: Path, labels: list, **options) -> classify.Table:
+def table(folder: Path, labels: list, **options) -> own_table.Table:
     file = write_csv(folder / "train.csv", {"text": [f"text {n}" for n in range(len(labels))], "label": labels})
-    return classify.Table(classify.TableArguments(train_file=str(file), **options))
+    return own_table.Table(own_table.TableArguments(train_file=str(file), **options))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +108,10 @@ def test_names_that_are_one_number_are_said(tmp_path, capsys):
     assert "'100000', '1e5' are classes of their own" in capsys.readouterr().out
 
 
-def lists(folder: Path, labels: list[list], **options) -> classify.Table:
+def lists(folder: Path, labels: list[list], **options) -> own_table.Table:
     rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return classify.Table(classify.TableArguments(train_file=str(folder / "train.jsonl"), **options))
+    return own_table.Table(own_table.TableArguments(train_file=str(folder / "train.jsonl"), **options))
 
 
 @pytest.mark.parametrize(
@@ -176,17 +178,17 @@ def test_numbers_of_named_classes_are_no_flags(tmp_path):
     kind = datasets.Features({"text": datasets.Value("string"), "label": [datasets.ClassLabel(names=["x", "y"])]})
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [[0, 1], [1, 0]]}, features=kind)
     rows.to_parquet(tmp_path / "train.parquet")
-    found = classify.Table(classify.TableArguments(train_file=str(tmp_path / "train.parquet")))
+    found = own_table.Table(own_table.TableArguments(train_file=str(tmp_path / "train.parquet")))
     assert found.names == ["x", "y"] and found.rows("train")["label"][:] == [["x", "y"], ["y", "x"]]
 
 
 def test_columns_of_zeros_and_ones_may_have_blanks(tmp_path):
     (tmp_path / "train.csv").write_text("text,toxic,rude\na, 1, 0\nb, 0,1.\n")
     given = {"train_file": str(tmp_path / "train.csv"), "label_column": ["toxic", "rude"]}
-    assert classify.Table(classify.TableArguments(**given)).rows("train")["label"][:] == [["toxic"], ["rude"]]
+    assert own_table.Table(own_table.TableArguments(**given)).rows("train")["label"][:] == [["toxic"], ["rude"]]
     (tmp_path / "train.csv").write_text("text,toxic,rude\na,1,0\nb,2,1\n")
     with pytest.raises(ValueError, match="'toxic' is 2 in row 1; several columns"):
-        classify.Table(classify.TableArguments(**given))
+        own_table.Table(own_table.TableArguments(**given))
 
 
 def test_flags_of_other_rows_are_as_many_as_in_training(tmp_path):
@@ -206,13 +208,13 @@ def test_a_column_of_several_that_is_missing_is_named(tmp_path):
     other = write_csv(tmp_path / "dev.csv", {"text": ["a", "b"], "toxic": [0, 1]})
     given = {"train_file": str(train), "validation_file": str(other), "label_column": ["toxic", "rude"]}
     with pytest.raises(ValueError, match=r"dev\.csv has no column rude; it has text, toxic"):
-        classify.Table(classify.TableArguments(**given)).rows("validation")
+        own_table.Table(own_table.TableArguments(**given)).rows("validation")
 
 
 def test_another_encoding_is_said(tmp_path):
     (tmp_path / "latin.csv").write_bytes("text,label\nété,a\nhiver,b\n".encode("latin-1"))
     with pytest.raises(ValueError, match="is not UTF-8; save it in that encoding"):
-        classify.Table(classify.TableArguments(train_file=str(tmp_path / "latin.csv")))
+        own_table.Table(own_table.TableArguments(train_file=str(tmp_path / "latin.csv")))
 
 
 @pytest.fixture
@@ -280,14 +282,14 @@ def test_tables_of_other_kinds_have_the_same_labels(tmp_path, first, other):
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dev = write_csv(tmp_path / "dev.csv", {"text": ["a"] * len(other), "label": other})
-    found = classify.Table(classify.TableArguments(train_file=str(train), validation_file=str(dev)))
+    found = own_table.Table(own_table.TableArguments(train_file=str(train), validation_file=str(dev)))
     assert found.rows("validation")["label"] == found.rows("train")["label"][: len(other)]
 
 
 def test_a_word_among_numbers_is_named_wherever_it_is(tmp_path):
     train = write_csv(tmp_path / "train.csv", {"text": ["a", "b"], "label": ["0.5", "1"]})
     dev = write_csv(tmp_path / "dev.csv", {"text": ["a", "b"], "label": ["0.5", "?"]})
-    found = classify.Table(classify.TableArguments(train_file=str(train), validation_file=str(dev)))
+    found = own_table.Table(own_table.TableArguments(train_file=str(train), validation_file=str(dev)))
     with pytest.raises(ValueError, match=r"dev\.csv, row 1: 'label' is '\?', no number"):
         found.rows("validation")
 
@@ -486,7 +488,7 @@ def test_accumulation_never_changes_what_weighted_classes_learn(run, tmp_path):
 
     untrained, losses = train("untrained", 0)
     tokenizer, model = (kind.from_pretrained(untrained) for kind in (AutoTokenizer, AutoModelForSequenceClassification))
-    texts = list(classify.read_file(file, ["text"])["text"])
+    texts = list(read_file(file, ["text"])["text"])
     with torch.no_grad():
         logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.double()
     weights = [8 / (2 * labels.count(label)) for label in labels]
@@ -628,9 +630,9 @@ def test_several_columns_of_numbers_are_predicted_together(run, tmp_path, capsys
 )
 def test_a_cell_of_several_columns_that_is_none_is_named(tmp_path, cell, options, message):
     file = write_csv(tmp_path / "x.csv", {"text": ["s", "t", "u"], "a": [0, 1, 1], "b": [0, cell, 1]})
-    given = classify.TableArguments(train_file=str(file), label_column=["a", "b"], **options)
+    given = own_table.TableArguments(train_file=str(file), label_column=["a", "b"], **options)
     with pytest.raises(ValueError, match=message):
-        classify.Table(given)
+        own_table.Table(given)
 
 
 def test_empty_texts_are_said_once_by_their_place_in_the_file(run, tmp_path, capsys):

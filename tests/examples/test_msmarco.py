@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder.hub.model_card import read_run
 from modeling_gemma_encoder.ranking import sources as lists_module
+from modeling_gemma_encoder.ranking.arguments import RankingArguments
 from modeling_gemma_encoder.ranking.bm25 import retrieve
 from modeling_gemma_encoder.ranking.collection import Collection, read_collection
 from modeling_gemma_encoder.ranking.queries import count_trained_on, only_held_out, write_queries
@@ -280,7 +281,7 @@ def test_the_share_that_is_held_out_is_called_about_so_much(monkeypatch, capsys)
 
 def test_every_evaluated_collection_has_its_run():
     def runs(**given):
-        ranking = msmarco.RankingArguments(**given)
+        ranking = RankingArguments(**given)
         assert ranking.problem() is None
         return ranking.runs()
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderConfig
+from modeling_gemma_encoder.finetuning import own_table
 from modeling_gemma_encoder.finetuning.arguments import ENCODER_OPTIONS, FineTuningArguments
 from modeling_gemma_encoder.finetuning.reports import average, markdown, plot_run, summarize, without_scores
 from modeling_gemma_encoder.finetuning.run import TrainerInOrder
@@ -136,7 +137,7 @@ def test_every_task_of_glue_runs_to_the_servers_files(run, tmp_path):
     files = {path.name: path.read_text() for path in (tmp_path / "out" / "submission-seed-42").iterdir()}
     names = {"CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI", "AX"}
     assert set(files) == {f"{name}.tsv" for name in names}
-    words = {"MNLI-m": glue.NLI, "MNLI-mm": glue.NLI, "AX": glue.NLI}
+    words = {"MNLI-m": glue.TASKS["mnli"].labels, "MNLI-mm": glue.TASKS["mnli"].labels, "AX": glue.TASKS["mnli"].labels}
     words |= {"QNLI": ("entailment", "not_entailment"), "RTE": ("entailment", "not_entailment")}
     for name in names:
         header, *lines = files[f"{name}.tsv"].splitlines()
@@ -665,7 +666,7 @@ def test_fractions_are_regression_and_lists_are_several_labels(tmp_path):
     write_rows(tmp_path, "minus", [{"text": "a", "label": -1}, {"text": "b", "label": 1}, {"text": "c", "label": 0}])
 
     def table(name):
-        return classify.Table(classify.TableArguments(train_file=str(tmp_path / f"{name}.jsonl")))
+        return own_table.Table(own_table.TableArguments(train_file=str(tmp_path / f"{name}.jsonl")))
 
     assert (table("numbers").problem, table("numbers").names) == ("regression", [])
     assert (table("lists").problem, table("lists").names) == ("multi_label_classification", ["x", "y"])

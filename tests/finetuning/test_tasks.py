@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import superglue
 import torch
 from datasets import Dataset
 from helpers import NANO
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder._scripts.tables import read_file
+from modeling_gemma_encoder.finetuning import superglue
 from modeling_gemma_encoder.finetuning.metrics import accuracy
 from modeling_gemma_encoder.finetuning.tasks import Source, Task, by_label, most_frequent, predictions_of, say_empty
 from modeling_gemma_encoder.finetuning.truncation import mark, share, truncate

@@ -337,7 +337,8 @@ def test_commands_of_our_cards_have_only_flags_that_exist():
     """Of scripts in examples/, by their dataclasses and Trainer's."""
     sources = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
     shared = {*TrainingArguments.__dataclass_fields__, *FineTuningArguments.__dataclass_fields__}
-    suite = "".join((ROOT / "modeling_gemma_encoder" / name).read_text() for name in ("suites.py", "recipes.py"))
+    names = ("finetuning/suite.py", "finetuning/own_table.py", "ranking/arguments.py", "_scripts/command_line.py")
+    suite = "".join((ROOT / "modeling_gemma_encoder" / name).read_text() for name in names)
     seen = 0
     for card in (ROOT / "model_cards").glob("*.md"):
         for block in re.findall(r"```bash\n(.*?)```", card.read_text(), re.DOTALL):

@@ -5,7 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from ngrams import NGramModel, perplexity
+
+from modeling_gemma_encoder.pretraining.ngrams import NGramModel, perplexity
 
 VOCAB = 5
 BLOCKS = np.random.default_rng(0).integers(0, VOCAB - 1, (6, 7))  # the last token is never seen
