@@ -93,6 +93,7 @@ def close(found, expected):
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.own_process
 def test_a_published_ranker_comes_back_pinned_tagged_and_private(hub, trained):
     command = [sys.executable, "examples/publish.py", "--model", str(trained), "--repo_id", "me/ranker", "--tag", "v1"]
     command += ["--base_model", "google/gemma-2-2b"]

@@ -74,6 +74,7 @@ def test_what_is_published_is_all_that_is_needed_and_nothing_else(staged):
     assert tokenizer.decode(tokenizer("rain", "It rains.")["input_ids"]) == "<bos>Query: rain Document: It rains."
 
 
+@pytest.mark.own_process
 def test_a_published_folder_passes_by_function_and_command(staged):
     assert failed(staged) == {}
     command = [sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", str(staged), "--json"]
@@ -117,6 +118,7 @@ def test_a_file_cut_short_is_caught(folder):
     assert {"hashes", "loads as a stranger"} <= set(failed(folder))
 
 
+@pytest.mark.own_process
 def test_missing_or_other_code_is_caught_and_never_run(folder, tmp_path):
     original = (folder / "pooling_gemma_encoder.py").read_text()
     witness = tmp_path / "witness"
