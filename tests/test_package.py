@@ -1,5 +1,6 @@
 """Laws of the package as a whole: what imports need, where files may stand, and that the wheel holds all of it."""
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -50,8 +51,13 @@ def test_no_script_imports_another():
 
 def test_the_wheel_holds_every_file_and_is_typed(tmp_path):
     """Built and installed beside what it needs, in an environment that does not know of this folder."""
+    source = tmp_path / "source"
+    hidden = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "modeling_gemma_encoder", source / "modeling_gemma_encoder", ignore=hidden)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, cwd=tmp_path)
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], check=True, cwd=tmp_path)
     environment = tmp_path / "environment"
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
@@ -64,9 +70,9 @@ def test_the_wheel_holds_every_file_and_is_typed(tmp_path):
         check=True,
         cwd=tmp_path,
     )
-    there = {str(path.relative_to(purelib)) for path in Path(purelib).glob("modeling_gemma_encoder/**/*.*")}
+    there = {path.relative_to(purelib) for path in Path(purelib).glob("modeling_gemma_encoder/**/*.*")}
     package = [*ROOT.glob("modeling_gemma_encoder/**/*.py"), ROOT / "modeling_gemma_encoder" / "py.typed"]
-    assert {str(path.relative_to(ROOT)) for path in package} <= there
+    assert {path for path in there if path.suffix != ".pyc"} == {path.relative_to(ROOT) for path in package}
     where = "import modeling_gemma_encoder; print(modeling_gemma_encoder.__file__)"
-    found = subprocess.check_output([python, "-c", where], text=True, cwd=tmp_path)
+    found = subprocess.check_output([python, "-I", "-c", where], text=True, cwd=tmp_path)
     assert found.startswith(str(purelib))
