@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from modeling_gemma_encoder._scripts.command_line import RecipeParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.command_line import YamlScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder._scripts.provenance import provenance
 from modeling_gemma_encoder.ablations.reports import difference_table, notes, plot, score_table
@@ -56,7 +56,8 @@ from modeling_gemma_encoder.finetuning import glue, own_table, superglue
 from modeling_gemma_encoder.finetuning.arguments import COMMON, FineTuningArguments, training_defaults
 from modeling_gemma_encoder.finetuning.metrics import of_columns, pearson_and_spearman
 from modeling_gemma_encoder.finetuning.model import check_model
-from modeling_gemma_encoder.finetuning.suite import HelpOfSuites, cannot_run
+from modeling_gemma_encoder.finetuning.suite import HelpOfSuites
+from modeling_gemma_encoder.finetuning.suite import validate as validate_runs
 from modeling_gemma_encoder.finetuning.tasks import Source, Task, by_label
 
 SUITES = {"glue": ("nyu-mll/glue", glue.TASKS), "superglue": ("aps/super_glue", superglue.TASKS)}
@@ -231,8 +232,10 @@ def read_own_table(own: AblationArguments) -> dict[str, tuple[Task, own_table.Ta
     plain = own_table.TableArguments(**files)
     if wrong := [key for key in vars(plain) if key not in own_flags and getattr(table, key) != getattr(plain, key)]:
         raise ValueError(f"--table_flags takes --{', --'.join(own_flags)}, and no --{', --'.join(wrong)}")
-    if problem := table.complaint(do_train=True, do_eval=True, do_predict=False):
-        raise ValueError(f"--table_flags: {problem}")
+    try:
+        table.validate(do_train=True, do_eval=True, do_predict=False)
+    except ValueError as error:
+        raise ValueError(f"--table_flags: {error}") from error
     name, task, source = own_table.task_of(table)
     source.hold_out()
     if task.problem == "regression":  # without R², which has no least value and would drown the others in a mean
@@ -423,7 +426,7 @@ class BenchElsewhere(Bench):
 
 @interruptible()
 def main():
-    parser = RecipeParser((AblationArguments, FineTuningArguments, TrainingArguments), __doc__, HelpOfSuites)
+    parser = YamlScriptParser((AblationArguments, FineTuningArguments, TrainingArguments), __doc__, HelpOfSuites)
     parser.set_defaults(output_dir="runs/ablations", **COMMON)
     parser.set_defaults(eval_strategy="no", save_strategy="no", disable_tqdm=True, **PLAIN)
     parser.set_defaults(**dict.fromkeys((*OF_TASK, "learning_rate", "seed")))
@@ -446,8 +449,9 @@ def main():
         if not own.tasks:  # GLUE's average is nothing to stand beside other data
             studies = {name: replace(study, paper={}) for name, study in studies.items()}
         tasks = {name: (known[name], source_of(name, own.data_dir)) for name in own.tasks} | of_user
-        problem = options.problem(args) or cannot_run(args, [task for task, _ in tasks.values()], own.seeds, options)
-        if problem := problem or cannot_ablate(own, options, args, studies, tasks):
+        options.validate(args)
+        validate_runs(args, [task for task, _ in tasks.values()], own.seeds, options)
+        if problem := cannot_ablate(own, options, args, studies, tasks):
             fail(parser, problem)
         flags = tuple(shlex.split(own.ranking_flags))
         starts = [options.model, *(own.starts if "start" in studies else [])]

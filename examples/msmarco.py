@@ -47,7 +47,7 @@ from modeling_gemma_encoder._scripts.training import (
 from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.finetuning.model import build
-from modeling_gemma_encoder.finetuning.run import RECIPE
+from modeling_gemma_encoder.finetuning.run import IDENTIFYING_ARGUMENTS
 from modeling_gemma_encoder.finetuning.suite import make_parser, parse
 from modeling_gemma_encoder.losses_gemma_encoder import DISTILLATION_LOSSES
 from modeling_gemma_encoder.ranking.arguments import DEFAULTS, TASK, RankingArguments
@@ -161,7 +161,7 @@ def train_and_evaluate(parser, ranking, options, args):
         evaluated = [c.queries[qid] for c in collections.values() for qid in c.qrels]
         check_lengths(tokenizer, lists, [*queries, *evaluated], max_length)
         checkpoint = checkpoint_to_resume(args)
-        run = {**asdict(ranking), **asdict(options), **{key: getattr(args, key) for key in RECIPE}}
+        run = {**asdict(ranking), **asdict(options), **{key: getattr(args, key) for key in IDENTIFYING_ARGUMENTS}}
         run = {key: value for key, value in run.items() if not key.startswith("eval_") and key not in FREE}
         run["batch_size"] = rows_per_step(args)
         run |= {"lists": digest, "max_length": max_length}

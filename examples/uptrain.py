@@ -35,7 +35,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForMaskedLM, verify_attention
-from modeling_gemma_encoder._scripts.command_line import RecipeParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.command_line import YamlScriptParser, fail, failing, interruptible
 from modeling_gemma_encoder._scripts.training import (
     READING,
     HelpOfReading,
@@ -162,7 +162,7 @@ def mask_with(tokenizer, mask_token: str | None):
 
 @interruptible()
 def main():
-    parser = RecipeParser((UptrainingArguments, TrainingArguments), __doc__, HelpOfReading)
+    parser = YamlScriptParser((UptrainingArguments, TrainingArguments), __doc__, HelpOfReading)
     parser.set_defaults(  # our choice, for a few million parameters; every one is a flag
         output_dir="runs/uptrain",
         learning_rate=5e-4,

@@ -1,1 +1,1 @@
-"""What the command lines share; not an interface of the package."""
+"""What the scripts share. Not a public interface of the package."""

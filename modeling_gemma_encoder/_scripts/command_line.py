@@ -1,4 +1,4 @@
-"""Command lines: errors in one line, flags in a YAML file, and a batch that is the same on any number of devices."""
+"""Command lines: errors of one line, flags in a YAML file, and the same batch on any number of devices."""
 
 import json
 import os
@@ -28,13 +28,13 @@ logger = logging.get_logger(__name__)
 
 
 def fail(parser: ArgumentParser, message: str) -> NoReturn:
-    """Ends the process with a message, without the hundreds of lines of usage."""
+    """End the process with a message, without the hundreds of lines of usage."""
     parser.exit(2, f"{parser.prog}: error: {message}\n")
 
 
 @contextmanager
 def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
-    """What is wrong with what the user gave ends the process with its message after `begin`, see `fail`."""
+    """End the process with one line, `begin` and the message, where an error is the user's to correct; see `fail`."""
     try:
         yield
     except OSError as error:
@@ -45,23 +45,24 @@ def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
         fail(parser, f"{begin}{error}: {error.__cause__}")
 
 
-CHECKPOINTS = ("model", "starts", "tokenizer")  # flags of every script that name a folder or a repository
+# Flags of all scripts that name a folder or a repository on the Hub.
+CHECKPOINTS = ("model", "starts", "tokenizer")
 
 
-def places(given: Namespace, flags: Iterable[str]) -> list[tuple[str, str]]:
-    """Each flag that is given, and what it names that is not here."""
+def absent_places(given: Namespace, flags: Iterable[str]) -> list[tuple[str, str]]:
+    """Return each flag with the file or folder that it names, of those that do not exist."""
     values = [(flag, getattr(given, flag, None) or []) for flag in flags]
     named = [(flag, one) for flag, several in values for one in ([several] if isinstance(several, str) else several)]
     return [(flag, name) for flag, name in named if not Path(name).expanduser().exists()]
 
 
 def in_words(error: OSError, given: Namespace) -> str:
-    """What an error says, and that there is no such file or folder where it is of one, or of a name on the Hub."""
+    """Return the message of an error, which begins with the file, folder or name on the Hub that does not exist."""
     text = str(error)
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"there is no file {error.filename}"
     data = re.search(r"(?:reach|Dataset) '([^']+)'", text)  # as `datasets` puts it
-    missing = [name for _, name in places(given, CHECKPOINTS)]
+    missing = [name for _, name in absent_places(given, CHECKPOINTS)]
     if data or (missing and "huggingface.co" in text):
         names = data[1] if data else " and no ".join(missing)
         return f"there is no folder {names} here, and from the Hub: {text.splitlines()[0]}"
@@ -73,8 +74,8 @@ def interruptible(otherwise: str = "nothing new was saved; give the same command
     """
     End the process on Ctrl-C with one line and the code 130, as shells have it; also a decorator.
 
-    What is interrupted says how to go on by raising `KeyboardInterrupt` with that text; `otherwise` is said where it
-    does not.
+    Args:
+        otherwise: What the line says where the `KeyboardInterrupt` itself has no text on how to go on.
     """
     try:
         yield
@@ -85,9 +86,9 @@ def interruptible(otherwise: str = "nothing new was saved; give the same command
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """A script's description as it is written, and defaults of all flags."""
+    """Help with a script's description as it is written, and the defaults of all flags."""
 
-    LATER: ClassVar = {}  # those that are known only when the command line was read
+    LATER: ClassVar = {}  # defaults that are known only after the command line is parsed
 
     def _get_help_string(self, action):
         if action.dest in self.LATER:
@@ -96,10 +97,10 @@ class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class ScriptParser(HfArgumentParser):
-    """A parser of a script's dataclasses; an unknown flag ends the process with a line that names it.
+    """Parse the flags of a script into its dataclasses. An error ends the process with one line.
 
-    A process has one device. Upstream's Trainer would take all GPUs that it sees, by `torch.nn.DataParallel`: each with
-    a batch of its own, so that the same command would train something else on another machine.
+    A process uses one device. The Trainer itself would use all GPUs that it sees, with `torch.nn.DataParallel` and a
+    batch on each, so that the same command would train something else on another machine.
     """
 
     def __init__(self, types, description: str, formatter_class: type[Help] = Help):
@@ -111,7 +112,7 @@ class ScriptParser(HfArgumentParser):
             self.add_argument("--force_bf16", nargs="?", const=True, default=False, type=string_to_bool, help=help)
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        """As upstream; the hundred options of its Trainer come after all of ours, in a group of their own."""
+        """Add a dataclass as upstream does, but the hundred options of its Trainer last, in a group of their own."""
         if not issubclass(dtype, TrainingArguments):
             return super()._add_dataclass_arguments(dtype)
         group, hints = self.add_argument_group("options of transformers' TrainingArguments"), get_type_hints(dtype)
@@ -121,10 +122,10 @@ class ScriptParser(HfArgumentParser):
                 self._parse_dataclass_field(group, field)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
-        """As argparse, but fp32 takes the place of bf16 on a processor without instructions for it, which is said."""
+        """Parse as argparse does, and replace bf16 with fp32 on a processor without bf16 instructions."""
         self.words = sys.argv[1:] if args is None else list(args)
         namespace, rest = super().parse_known_args(args, namespace)
-        self.given = Namespace(**vars(namespace))  # upstream takes it apart
+        self.given = Namespace(**vars(namespace))  # a copy, as upstream empties the namespace
         forced = vars(namespace).pop("force_bf16", True)
         on_cpu = getattr(namespace, "use_cpu", False) or not torch.accelerator.is_available()
         if not forced and on_cpu and not computes_in_bf16("cpu"):
@@ -138,17 +139,17 @@ class ScriptParser(HfArgumentParser):
         return namespace, rest
 
     def parse_args(self, args=None, namespace=None) -> Namespace:
-        """As argparse, and a flag that does not exist is answered with the one it is most like."""
+        """Parse as argparse does, and name the most similar flag where one does not exist."""
         namespace, rest = self.parse_known_args(args, namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest)}")
-        for flag, name in places(namespace, (*CHECKPOINTS, "data_dir")):
+        for flag, name in absent_places(namespace, (*CHECKPOINTS, "data_dir")):
             if flag == "data_dir" or is_local(name):
                 fail(self, f"--{flag}: there is no {'file' if name.endswith('.gguf') else 'folder'} {name}")
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        """As argparse; where it misses a flag, a misspelt one may be it."""
+        """Report an error as argparse does, but a misspelt flag before one that is missing."""
         known = self._option_string_actions
         flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
         unknown = [flag for flag in flags if flag != "--" and not any(name.startswith(flag) for name in known)]
@@ -162,22 +163,23 @@ class ScriptParser(HfArgumentParser):
         return f". Did you mean {close[0]}?" if close else ""
 
     def parse_args_into_dataclasses(self, args=None, **options) -> tuple:
-        self.parse_args(args)  # upstream raises a ValueError
+        """Parse as upstream does, with one device a process."""
+        self.parse_args(args)  # ends with one line, where upstream raises a ValueError
         parsed = super().parse_args_into_dataclasses(args, **options)
         for found in parsed:
             if isinstance(found, TrainingArguments) and found.n_gpu > 1:
-                logger.warning_once(f"{found.n_gpu} GPUs are there and one is used: `accelerate launch` uses them all.")
+                logger.warning_once(f"There are {found.n_gpu} GPUs and one is used: `accelerate launch` uses them all.")
                 found._n_gpu = 1
         return parsed
 
 
-class RecipeParser(ScriptParser):
-    """A parser with `--config FILE`: flags in YAML, over which those of the command line win."""
+class YamlScriptParser(ScriptParser):
+    """Parse also `--config FILE`, which has flags in YAML. Flags of the command line win over those of the file."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.last: list[str] = []  # flags that win over all that are given: `share_batch`
-        self.of_file: list[str] = []  # what the file said
+        self.last: list[str] = []  # flags that win over all others; see `share_batch`
+        self.of_file: list[str] = []  # flags of the file
         self.add_argument(
             "--config", metavar="FILE", help="Flags in YAML, as in examples/recipes; flags given beside it win."
         )
@@ -191,14 +193,15 @@ class RecipeParser(ScriptParser):
             except (OSError, ValueError, yaml.YAMLError) as error:
                 fail(self, f"--config {found.config}: {error}")
         namespace, rest = super().parse_known_args([*self.of_file, *words, *self.last], namespace)
-        if vars(namespace).pop("config", None) is not None:  # otherwise it has become the flags it holds
-            fail(self, "--config cannot be abbreviated")
+        # `config_flag` has taken `--config` out, unless it was abbreviated.
+        if vars(namespace).pop("config", None) is not None:
+            fail(self, "--config cannot be abbreviated.")
         return namespace, rest
 
     def _read(self, path: Path) -> list[str]:
         flags = yaml.safe_load(path.read_text())
         if not isinstance(flags, dict):
-            raise ValueError("it must hold `flag: value` in each line.")
+            raise ValueError("the file must have `flag: value` in each line.")
         known = {flag[2:]: action for flag, action in self._option_string_actions.items() if flag.startswith("--")}
         words = []
         for name, value in flags.items():
@@ -207,7 +210,7 @@ class RecipeParser(ScriptParser):
                 raise ValueError(f"there is no flag {name!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
             if isinstance(value, list) and value:
                 words += [f"--{name}", *map(as_word, value)]
-            elif value is False and "no" in (known[name].choices or ()):  # YAML reads a plain `no` so
+            elif value is False and "no" in (known[name].choices or ()):  # YAML reads a plain `no` as False
                 words.append(f"--{name}=no")
             elif value not in (None, []):
                 words.append(f"--{name}={as_word(value)}")
@@ -219,26 +222,31 @@ config_flag.add_argument("--config")
 
 
 def as_word(value) -> str:
-    """A value of a YAML file as it is written on a command line."""
+    """Return a value of a YAML file as it is written on a command line."""
     return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
 
 
-def says(words: list[str], flag: str) -> bool:
-    """Whether a command line has the flag, perhaps abbreviated; argparse has refused what is ambiguous."""
+TOTAL, STEPS = "--total_batch_size", "--gradient_accumulation_steps"
+
+
+def has_flag(words: list[str], flag: str) -> bool:
+    """Return whether a command line has a flag, perhaps abbreviated; argparse has refused ambiguous ones."""
     return any(len(word) > 2 and word.startswith("--") and flag.startswith(word.partition("=")[0]) for word in words)
 
 
-def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int | None = None) -> None:
+def share_batch(parser: YamlScriptParser, args: list[str] | None = None, count: int | None = None) -> None:
     """
-    Divides `--total_batch_size` among devices and accumulation steps. A device takes as much at a time as
-    `--per_device_train_batch_size` allows. Accumulation steps of the command line win over a file's total.
+    Divide `--total_batch_size` among devices and accumulation steps.
+
+    A device takes at most `--per_device_train_batch_size` rows at a time. Accumulation steps of the command line win
+    over the total of a file.
 
     Args:
-        args: What is parsed; None: the command line.
-        count: Of the devices; None: of the processes that were launched.
+        args: The words to parse; None: those of the command line.
+        count: The number of devices; None: the number of processes that were launched.
 
     Raises:
-        ValueError: it cannot be divided, or `--gradient_accumulation_steps` is given beside it.
+        ValueError: The total cannot be divided, or `--gradient_accumulation_steps` is given beside it.
     """
     parser.last = []
     given = parser.parse_args(args)
@@ -246,16 +254,16 @@ def share_batch(parser: RecipeParser, args: list[str] | None = None, count: int 
     if total is None:
         return
     count = count or int(os.environ.get("WORLD_SIZE", "1"))
-    places = (parser.of_file, sys.argv[1:] if args is None else args)
-    totals = [says(words, "--total_batch_size") for words in places]
-    steps = [says(words, "--gradient_accumulation_steps") for words in places]
-    if steps[1] and not totals[1]:
-        parser.last = [f"--total_batch_size={count * most * given.gradient_accumulation_steps}"]
+    file, command = parser.of_file, sys.argv[1:] if args is None else args
+    total_in_file, steps_in_file = has_flag(file, TOTAL), has_flag(file, STEPS)
+    total_given, steps_given = has_flag(command, TOTAL), has_flag(command, STEPS)
+    if steps_given and not total_given:
+        parser.last = [f"{TOTAL}={count * most * given.gradient_accumulation_steps}"]
         return
-    if (totals[0] and steps[0] and not totals[1]) or (totals[1] and steps[1]):
-        raise ValueError("--total_batch_size sets --gradient_accumulation_steps: give one of the two")
+    if (total_in_file and steps_in_file and not total_given) or (total_given and steps_given):
+        raise ValueError("--total_batch_size sets --gradient_accumulation_steps: give one of the two.")
     if total < 1 or most < 1 or total % count:
-        raise ValueError(f"--total_batch_size {total} cannot be divided among {count} devices, {most} rows at a time")
+        raise ValueError(f"--total_batch_size {total} cannot be divided among {count} devices, {most} rows at a time.")
     share = total // count
     size = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
-    parser.last = [f"--gradient_accumulation_steps={share // size}", f"--per_device_train_batch_size={size}"]
+    parser.last = [f"{STEPS}={share // size}", f"--per_device_train_batch_size={size}"]

@@ -8,27 +8,31 @@ from typing import TextIO
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a text file whole, or leave the one that is there."""
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n")
     part.replace(path)
 
 
 def is_local(name: str) -> bool:
-    """Whether it names a place here, which may be missing, and nothing on the Hub, `owner/name` or a GGUF file."""
+    """Return whether a name is a path, which may not exist, and not `owner/name` or a GGUF file on the Hub."""
     bare = name.partition(":")[0]
     several = bare.endswith("/") or (bare.count("/") > 1 and not bare.endswith(".gguf"))
     return several or name.startswith((".", "/", "~")) or Path(name).exists()
 
 
 def read(path: Path) -> dict:
-    """A JSON file's content; {} where there is none."""
+    """Return the content of a JSON file; {} where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @contextmanager
 def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
-    """Open a file in UTF-8, with or without a byte order mark. Any other encoding raises ValueError with its line."""
+    """Open a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: The file has another encoding; the message names the line.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
@@ -49,14 +53,14 @@ def _not_in_utf8(path: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the lines that are not blank, without their ends, and where each is; only a line feed ends one."""
+    """Yield each line that is not blank, without its end, and its place. Only a line feed ends a line."""
     for line, where in _lines(path):
         if line.strip():
             yield line, where
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield lines without their ends, and where each is. Raises ValueError for lines that end in returns alone."""
+    """Yield each line without its end, and its place. Raise ValueError for lines that end in carriage returns alone."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):

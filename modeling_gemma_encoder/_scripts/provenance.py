@@ -1,4 +1,4 @@
-"""Where a run was made: its command without places and secrets, and the machine."""
+"""The origin of a run: its command without folders and secrets, and the machine."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".run", ".yaml"
 
 
 def own_name(name: str) -> str:
-    """The last part of what names a place here, which may be gone; other names, as those of the Hub, as they are."""
+    """Return the last part of a path of this machine, and other names, such as those of the Hub, as they are."""
     place, colon, split = name.partition(":")
     if "://" in name or not (is_local(place) or place.endswith(TABLES)):
         return name
@@ -23,8 +23,11 @@ def own_name(name: str) -> str:
 
 
 def masked(command: str) -> str:
-    """A command line without the values of flags that hold secrets, tokens of the Hub, and the folders of places here,
-    save that of a script."""
+    """Return a command line without secrets and folders of this machine.
+
+    It has no tokens of the Hub, no values of flags that hold secrets, and of a path only its last part, unless it is
+    that of a script.
+    """
     places = re.compile(r"(?<![^\s=])(?:'([^']*)'|\"([^\"]*)\"|([^\s='\"]+))(?=\s|$)")
 
     def named(match: re.Match) -> str:
@@ -33,7 +36,7 @@ def masked(command: str) -> str:
         return match[0] if not name or name.startswith("-") or script else match[0].replace(name, own_name(name))
 
     command = places.sub(named, command)
-    command = re.sub(r"(?<![\w.~/:])[~/](?:[\w.-]+/)+", "", command)  # within other words
+    command = re.sub(r"(?<![\w.~/:])[~/](?:[\w.-]+/)+", "", command)  # paths within other words
     command = re.sub(
         r"(--(?!mask[-_]token|tokens[-_])\S*(?:token|key|secret|password)\S*?(?:=|\s+))\S+",
         r"\1...",
@@ -44,9 +47,9 @@ def masked(command: str) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """The command line of this process without secrets, and what it runs on: for a card to tell."""
+    """Return the command line of this process without secrets, and what it runs on, for a model card."""
     script = Path(sys.argv[0])
-    if script.is_absolute():  # as whoever reads the card would type it
+    if script.is_absolute():  # the reader of a card types a relative path
         script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else Path(script.name)
     command = ["python", str(script), *sys.argv[1:]]
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:

@@ -1,4 +1,4 @@
-"""What training scripts share: how fast, whether it is the same run again, and how it went."""
+"""What training scripts share: resuming a run, refusing another one in its folder, and reports of how it went."""
 
 import json
 import math
@@ -41,23 +41,25 @@ READING = {
 
 
 class HelpOfReading(Help):
+    """Help with the defaults that `set_steps` finds."""
+
     LATER: ClassVar = {"num_train_epochs": "as many as --max_steps are", "max_steps": "1000, or --num_train_epochs"}
 
 
 def set_steps(parser: ScriptParser) -> None:
-    """`--num_train_epochs` alone is how long it trains: the default of `--max_steps` would win over it."""
+    """Let `--num_train_epochs` alone say how long a training is; the default of `--max_steps` would win over it."""
     parser.set_defaults(num_train_epochs=None, max_steps=None)
     given = parser.parse_args()
     steps, epochs = given.max_steps, given.num_train_epochs
     if steps is None:
         steps = READING["max_steps"] if epochs is None else -1
     if given.streaming and steps <= 0:
-        fail(parser, "--streaming needs --max_steps: a stream has no known length")
+        fail(parser, "--streaming needs --max_steps: a stream has no known length.")
     parser.set_defaults(num_train_epochs=3.0 if epochs is None else epochs, max_steps=steps)
 
 
 def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, block_size: int) -> None:
-    """How much is read, and how often."""
+    """Print how many tokens a training reads, and how often it reads the text."""
     batch = rows_per_step(args)
     there = None if isinstance(blocks, IterableDataset) else len(blocks)
     steps = count_steps(args, there or 0)
@@ -69,33 +71,36 @@ def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, blo
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end: the Trainer writes `trainer_state.json` last."""
+    """Return the last checkpoint that is complete, which has `trainer_state.json`; the Trainer writes that last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def names_checkpoint(args: TrainingArguments) -> bool:
-    """Whether `--resume_from_checkpoint` is a folder. Upstream's Trainer takes True too; its flag makes it a text."""
+    """Return whether `--resume_from_checkpoint` names a folder, and is not True, which the Trainer also takes."""
     return args.resume_from_checkpoint not in (None, True, "True", "true")
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that is named, or the last whole one in the folder, where there is one. Raises ValueError where
-    there is none of that name."""
+    """Return the checkpoint that is named, or the last complete one in the folder, or None.
+
+    Raises:
+        ValueError: There is no checkpoint of that name.
+    """
     if not names_checkpoint(args):
         return last_checkpoint(Path(args.output_dir))
     if not (Path(args.resume_from_checkpoint) / "trainer_state.json").exists():
-        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint of the Trainer")
+        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint of the Trainer.")
     return args.resume_from_checkpoint
 
 
 def step_of(checkpoint: str) -> int:
-    """The optimizer step at which a checkpoint was written."""
+    """Return the optimizer step at which a checkpoint was written."""
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
 def train_from(trainer: Trainer, checkpoint: str | None) -> None:
-    """Train, from the start or from a checkpoint, which is said."""
+    """Train from the start, or from a checkpoint, and print which."""
     if checkpoint and trainer.is_world_process_zero():
         print(f"Resuming from step {step_of(checkpoint)}, {checkpoint}", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -104,10 +109,10 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
 @contextmanager
 def resumable(args: TrainingArguments, finished: Path | None = None) -> Iterator[None]:
     """
-    Have an interruption say where the same command goes on.
+    Add to a `KeyboardInterrupt` where the same command goes on.
 
     Args:
-        finished: A file that is there when the model is trained and saved.
+        finished: A file that exists when the model is trained and saved.
     """
     try:
         yield
@@ -123,17 +128,17 @@ def resumable(args: TrainingArguments, finished: Path | None = None) -> Iterator
 
 
 def replacing_weights(checkpoint: str | None) -> AbstractContextManager:
-    """Load without upstream's warning of new weights, where those of a checkpoint are about to replace them."""
+    """Suppress upstream's warning of new weights while a model is loaded whose weights a checkpoint will replace."""
     return quiet() if checkpoint else nullcontext()
 
 
 def rows_per_step(args: TrainingArguments) -> int:
-    """Of an optimizer step, on all devices."""
+    """Return the number of rows of an optimizer step on all devices."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def count_steps(args: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of a training on so many rows; says so where none of them changes anything."""
+    """Return the number of optimizer steps of a training on so many rows. Warn where all of them warm up."""
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step(args)))
@@ -147,22 +152,29 @@ def count_steps(args: TrainingArguments, rows: int) -> int:
 
 
 def under_fsdp(args: TrainingArguments) -> bool:
-    """Upstream's `is_fsdp_enabled` also asks whether weights are loaded on one process only."""
+    """Return whether FSDP is used. Upstream's `is_fsdp_enabled` also asks for weights that one process loads."""
     return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def defaults_of(options) -> dict:
-    """Of a dataclass's fields that have one."""
+    """Return the defaults of the fields of a dataclass that have one."""
     return {field.name: field.default for field in fields(options) if field.default is not MISSING}
 
 
 def refuse_another_run(
     run: dict, folder: Path, checkpoint: str | None, is_main: bool, defaults: dict | None = None
 ) -> None:
-    """Writes down what a run began with, or raises ValueError if what `checkpoint` is of began with something else.
+    """
+    Write `run.json`, what a run began with, or compare it with the one in the folder.
 
     Args:
-        defaults: What options were that a run, begun before there were such, says nothing of.
+        run: What makes a run this one and no other.
+        checkpoint: A checkpoint or a result in the folder; None: there is nothing, and the run begins anew.
+        is_main: Whether this process is the one that writes.
+        defaults: The values of fields that an older `run.json` does not have.
+
+    Raises:
+        ValueError: The checkpoint is of another run.
     """
     path, run = folder / "run.json", json.loads(json.dumps(run))
     began = json.loads(path.read_text()) if path.exists() else {}
@@ -178,12 +190,12 @@ def refuse_another_run(
 
 def leave_report(trainer: Trainer, timer: StepTimer, options, extra: dict, history: list[dict] | None = None) -> None:
     """
-    `results.json` and `training_log.json` of a model that has read plain text, in the Trainer's folder.
+    Write `results.json` and `training_log.json` of a model that has read plain text into the Trainer's folder.
 
     Args:
-        options: What was asked for beside the Trainer's arguments.
-        extra: What the script found; `results.json` begins with it.
-        history: Default: the Trainer's.
+        options: The dataclass of the script's own options.
+        extra: What the script found. `results.json` begins with it.
+        history: The content of `training_log.json`; None: the Trainer's.
     """
     args, state = trainer.args, trainer.state
     report = {**extra, "tokens": state.num_input_tokens_seen, "steps": state.global_step, "seed": args.seed}
@@ -199,8 +211,8 @@ def mean_losses(history: list[dict]) -> list[tuple[dict, float]]:
     """
     Return training losses as means over equally many steps, each with the entry of the history where these end.
 
-    The Trainer logs means over fewer steps than others where it logs the first step alone, goes on from a checkpoint or
-    ends within an epoch. They are merged to the number of steps that leaves out the fewest, or left out.
+    The Trainer logs a mean over fewer steps after the first step, after a checkpoint and at the end. Such means are
+    merged into means over one number of steps, the one that leaves out the fewest steps.
     """
     losses, before = [], 0
     for entry in history:
@@ -212,6 +224,7 @@ def mean_losses(history: list[dict]) -> list[tuple[dict, float]]:
 
 
 def _merge(losses: list[tuple[dict, int]], size: int) -> list[tuple[dict, float]]:
+    """Return the means over `size` steps that successive losses add up to."""
     found, total, count = [], 0.0, 0
     for entry, steps in losses:
         if count + steps > size:
@@ -230,8 +243,13 @@ def plot_losses(
     levels: dict[str, dict[str, float]] | None = None,
     ylabel: str = "loss (nats a token)",
 ):
-    """Training and held-out loss over tokens, the former as `mean_losses` has it; `levels` of each held-out text are
-    drawn as horizontal lines."""
+    """
+    Plot the training loss, see `mean_losses`, and the losses of held-out texts over tokens.
+
+    Args:
+        held_out: The names of the held-out texts.
+        levels: For each held-out text, losses to compare with, which are drawn as horizontal lines.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
 

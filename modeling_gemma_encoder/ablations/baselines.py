@@ -21,8 +21,8 @@ from .._scripts.files import write
 from ..checkpoints import decoder_of, load_upstream
 from ..configuration_gemma_encoder import GemmaEncoderConfig
 from ..finetuning.arguments import FineTuningArguments, encoder_options
+from ..finetuning.data import Data
 from ..finetuning.model import freeze_embeddings
-from ..finetuning.run import Data
 from ..finetuning.tasks import Task, most_frequent
 
 

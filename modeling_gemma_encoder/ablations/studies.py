@@ -17,7 +17,8 @@ import numpy as np
 from transformers import TrainingArguments
 
 from ..finetuning.arguments import FineTuningArguments
-from ..finetuning.run import Data, claim, digest, fine_tune
+from ..finetuning.data import Data, digest
+from ..finetuning.run import Run, claim, fine_tune
 from ..finetuning.tasks import Source, Task
 from .baselines import MAKERS, bag_of_words
 
@@ -137,7 +138,7 @@ class Bench:
         if ("kind", "words") in cell.options:
             return json.loads((folder / "results.json").read_text())
         data, options, args = self.prepare(cell, folder)
-        claim(cell.task, self.tasks[cell.task][0], data, options, args, None)
+        claim(Run(cell.task, self.tasks[cell.task][0], data, options, args))
         report = json.loads((folder / "results.json").read_text())
         if other := [split for split in data.validation if report["evaluated"].get(split) != data.digests[split]]:
             raise ValueError(f"{folder} was evaluated on other rows of {', '.join(other)}: run it again.")
@@ -156,7 +157,7 @@ class Bench:
         if kind == "words":
             return bag_of_words(task, data, folder, cell.task, cell.seed)
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-            report = fine_tune(cell.task, task, data, options, args, make=MAKERS.get(kind))
+            report = fine_tune(Run(cell.task, task, data, options, args, make=MAKERS.get(kind)))
         self.tidy(folder)
         return report
 

@@ -1,4 +1,4 @@
-"""What is fine-tuned and how: options of the command line, defaults by size, and the model they make."""
+"""The options of fine-tuning on the command line, and the Trainer's defaults by the size of the decoder."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,14 +11,14 @@ from ..configuration_gemma_encoder import Attention, GemmaEncoderConfig, Pooling
 from ..pretrained_gemma_encoder import find_adapter
 from .tasks import Task
 
-# Our choice, by the decoder's parameters, at most: learning rates of full fine-tuning and of adapters. A tenth of
-# the steps to warm up, then down to zero in a line; batches and passes over the data are the task's.
+# Our choice: a decoder's parameters, at most; the learning rate of full fine-tuning; and that of adapters. It rises for
+# a tenth of the steps and then falls linearly to zero. The task says how large batches are, and how many epochs.
 LEARNING_RATES = ((100e6, 5e-4, 1e-3), (500e6, 5e-5, 5e-4), (1.5e9, 2e-5, 2e-4), (float("inf"), 1e-5, 1e-4))
 
 
 @dataclass
 class FineTuningArguments:
-    """What is fine-tuned, and how; the first ones are options of `GemmaEncoderConfig`."""
+    """The options of what is fine-tuned, and how. None leaves a field of the config as the checkpoint has it."""
 
     model: str = field(metadata={"help": "A checkpoint of Gemma, Llama or Qwen: raw, up-trained or fine-tuned."})
     attention: Attention | None = field(
@@ -67,30 +67,110 @@ class FineTuningArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "Adapters over 4-bit weights (bitsandbytes)."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
-    def problem(self, args: TrainingArguments) -> str | None:
-        """What cannot be, in the words of the command line."""
+    def validate(self, args: TrainingArguments) -> None:
+        """Raise ValueError for options that contradict each other or the Trainer's."""
         if args.do_train and find_adapter(self.model, {}):
-            return f"--model {self.model} is an adapter, which is not trained further: merge it first, see the README"
+            raise ValueError(
+                f"--model {self.model} is an adapter, which is not trained further: merge it first, see the README."
+            )
         if args.prediction_loss_only or args.batch_eval_metrics:
-            return "--prediction_loss_only and --batch_eval_metrics leave no predictions to score"
-        if self.load_in_4bit and self.lora_r is None:
-            return "--load_in_4bit needs --lora_r: 4-bit weights cannot be trained themselves"
-        if self.dtype == "bfloat16" and self.lora_r is None:
-            return "--dtype bfloat16 needs --lora_r: small updates are lost in bf16 weights; use --bf16 instead"
-        if self.lora_r is None and (self.lora_alpha is not None or self.lora_target_modules):
-            return "--lora_alpha and --lora_target_modules need --lora_r"
+            raise ValueError("--prediction_loss_only and --batch_eval_metrics leave no predictions to score.")
+        self._validate_adapters()
         for name in ("max_length", "max_train_samples", "max_eval_samples", "lora_r"):
             if (value := getattr(self, name)) is not None and value < 1:
-                return f"--{name} must be at least 1, got {value}"
-        return None
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+
+    def _validate_adapters(self) -> None:
+        if self.lora_r is not None:
+            return
+        if self.load_in_4bit:
+            raise ValueError("--load_in_4bit needs --lora_r: 4-bit weights cannot be trained themselves.")
+        if self.dtype == "bfloat16":
+            raise ValueError(
+                "--dtype bfloat16 needs --lora_r: small updates are lost in bf16 weights; use --bf16 instead."
+            )
+        if self.lora_alpha is not None or self.lora_target_modules:
+            raise ValueError("--lora_alpha and --lora_target_modules need --lora_r.")
+
+
+@dataclass
+class TableArguments:
+    """The options of a user's own table: its files, its columns, and what is learned of them."""
+
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    dataset: str | None = field(default=None, metadata={"help": "On the Hub, as `name` or `name:config`, instead."})
+    train_split: str = field(default="train", metadata={"help": "Of --dataset."})
+    validation_split: str | None = field(default=None, metadata={"help": "Of --dataset."})
+    test_split: str = field(default="test", metadata={"help": "Of --dataset, for --do_predict."})
+    text_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "One column, or two for pairs. Default: text; with --do_train false as --model was trained."},
+    )
+    label_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One column, several of 0 and 1, or several of numbers with --problem regression. Default: label; "
+            "with --do_train false as --model was trained."
+        },
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Of the classes, where labels are lists of 0 and 1. Default: 0, 1, 2, ..."}
+    )
+    problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = field(
+        default=None, metadata={"help": "Default: by the training labels; numbers with a fraction are regression."}
+    )
+    template: str | None = field(
+        default=None,
+        metadata={"help": "How two texts are read as one. Default: {first}\n{second}, or as a trained --model does."},
+    )
+    class_weights: Literal["balanced"] | None = field(
+        default=None,
+        metadata={"help": "What a row counts in the loss; balanced: training rows / (classes x rows of its class)."},
+    )
+    standardize_labels: bool = field(
+        default=True,
+        metadata={
+            "help": "A regression learns labels less their mean, over their deviation, and predicts them as read."
+        },
+    )
+    seeds: list[int] | None = field(default=None, metadata={"help": "A run for each. Default: --seed alone."})
+
+    @property
+    def lacks_training(self) -> bool:
+        """Whether there are no rows to train on."""
+        return self.train_file is None and self.dataset is None
+
+    def validate(self, do_train: bool, do_eval: bool, do_predict: bool) -> None:
+        """Raise ValueError for flags that contradict each other, or lack a file."""
+        self._validate_files(do_train, do_eval, do_predict)
+        if self.text_column and len(self.text_column) > 2:
+            raise ValueError(f"--text_column takes one or two columns, got {', '.join(self.text_column)}.")
+        several = len(self.label_column or ()) > 1
+        if self.class_names and (self.lacks_training or several):
+            raise ValueError("--class_names is for training on one column of lists of 0 and 1.")
+        if self.problem == "single_label_classification" and several:
+            raise ValueError(f"--problem {self.problem} takes one --label_column, got {', '.join(self.label_column)}.")
+        if self.class_weights and not do_train:
+            raise ValueError(f"--class_weights {self.class_weights} is for training.")
+
+    def _validate_files(self, do_train: bool, do_eval: bool, do_predict: bool) -> None:
+        if (do_train and self.lacks_training) or (self.train_file and self.dataset):
+            raise ValueError("give either --train_file or --dataset.")
+        if self.lacks_training and do_eval and not self.validation_file:
+            raise ValueError("--do_eval needs --validation_file; or give --do_eval false.")
+        if do_predict and not (self.test_file or self.dataset):
+            raise ValueError("--do_predict needs --test_file.")
+        if not (do_train or do_eval or do_predict):
+            raise ValueError("there is nothing to do without --do_train, --do_eval and --do_predict.")
 
 
 ENCODER_OPTIONS = FineTuningArguments.__dataclass_fields__.keys() & (
     GemmaEncoderConfig.__dataclass_fields__.keys() - {"dtype"}
 )
 
-
-# Whatever the decoder's size; our choice.
+# Our choice of the Trainer's defaults for decoders of any size.
 COMMON = {
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
@@ -108,7 +188,7 @@ COMMON = {
 
 
 def training_defaults(model: str, adapters: bool, task: Task) -> dict:
-    """Defaults of `TrainingArguments` for a decoder of this size and a task; our choice."""
+    """Return the defaults of `TrainingArguments` for a decoder of this size and a task."""
     parameters = parameters_of(model)
     row = next(row for row in LEARNING_RATES if parameters <= row[0])
     return {
@@ -120,5 +200,5 @@ def training_defaults(model: str, adapters: bool, task: Task) -> dict:
 
 
 def encoder_options(options: FineTuningArguments) -> dict:
-    """The config's fields that the command line names."""
+    """Return the fields of `GemmaEncoderConfig` that the command line gives."""
     return {name: value for name in ENCODER_OPTIONS if (value := getattr(options, name)) is not None}

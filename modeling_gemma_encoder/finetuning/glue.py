@@ -1,4 +1,4 @@
-"""The tasks of GLUE (Wang et al., 2018, arXiv 1804.07461)."""
+"""The tasks of GLUE (Wang et al., 2018, arXiv 1804.07461). Add a row to `TASKS` for a task of your own."""
 
 from .metrics import accuracy, accuracy_and_f1, matthews_correlation, pearson_and_spearman
 from .tasks import Task, by_label
@@ -24,4 +24,5 @@ TASKS = {
     "ax": Task(BOTH, by_label(matthews_correlation), NLI, train_on="mnli", validation=()),
 }
 
-UNSCORED = ("wnli", "ax")  # as papers do: WNLI's test set is adversarial, AX is a diagnostic
+# As in papers: the test set of WNLI is adversarial, and AX is a diagnostic.
+UNSCORED = ("wnli", "ax")

@@ -1,7 +1,8 @@
-"""The metrics of GLUE and SuperGLUE, offline: predictions and labels -> named scores between -1 and 1.
+"""The metrics of GLUE, SuperGLUE and own tables, offline: predictions and labels -> named scores between -1 and 1.
 
-Where a question has several answers, `groups` says which rows belong to one question. GLUE: arXiv 1804.07461, table 1;
-SuperGLUE: arXiv 1905.00537, table 1 and section 3.
+Predictions and labels have one entry a row, or one column for each label. Where a question has several answers,
+`groups` says which rows belong to one question. GLUE: arXiv 1804.07461, table 1; SuperGLUE: arXiv 1905.00537, table 1
+and section 3.
 """
 
 import re
@@ -11,40 +12,56 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, r2_score
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the share of rows whose class is predicted."""
     return {"accuracy": float(accuracy_score(labels, predictions))}
 
 
 def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """F1 of class 1 (MRPC, QQP)."""
+    """Return the accuracy, and the F1 of class 1, as MRPC and QQP are scored."""
     return {**accuracy(predictions, labels), "f1": float(f1_score(labels, predictions, zero_division=0))}
 
 
 def accuracy_and_macro_f1(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
-    """F1 averaged over the classes (CB), all of them: one that no row has, nor is given, counts 0.
+    """Return the accuracy, and the F1 averaged over all classes, as CB is scored.
 
-    Over those that happen to be there, as scikit-learn's default has it, one row more or less would change how many.
+    A class that no row has and that is not predicted counts 0. Averaged over the classes that happen to be there, which
+    is scikit-learn's default, the score would jump with a single row.
     """
     macro = f1_score(labels, predictions, labels=range(classes), average="macro", zero_division=0)
     return {**accuracy(predictions, labels), "f1": float(macro)}
 
 
 def micro_and_macro_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Of several labels a row, zeros and ones (n, num_labels): F1 over all of them, and averaged over the labels."""
+    """Return the F1 over all labels of all rows, and averaged over the labels, which are 0 or 1 (rows, num_labels)."""
     f1 = {how: float(f1_score(labels, predictions, average=how, zero_division=0)) for how in ("micro", "macro")}
     return {"micro_f1": f1["micro"], "macro_f1": f1["macro"]}
 
 
+def classification_scores(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """Return the scores of an own table with one class a row."""
+    scores = accuracy_and_macro_f1(predictions, labels, classes)
+    return {"accuracy": scores["accuracy"], "macro_f1": scores["f1"]}
+
+
+def regression_scores(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the scores of an own table of numbers: correlations, and R², which also falls when the scale is wrong.
+
+    An R² of 0 is as good as always predicting the mean.
+    """
+    return {**pearson_and_spearman(predictions, labels), "r2": float(r2_score(labels, predictions))}
+
+
 def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """CoLA, AX and AX-b; 0 when all predictions are one class."""
+    """Return Matthews' correlation, as CoLA, AX and AX-b are scored; 0 when all predictions are one class."""
     return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
 
 
 def pearson_and_spearman(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """STS-B; 0 when all predictions are one number, where correlation is not defined."""
+    """Return both correlations, as STS-B is scored; 0 when all predictions are one number, where none is defined."""
     if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
     return {
@@ -59,7 +76,7 @@ def of_columns(
     predictions: np.ndarray,
     labels: np.ndarray,
 ) -> dict[str, float]:
-    """Score several numbers a row, (n, columns): a score's mean over the columns, and `<score>_<column>` of each."""
+    """Return the mean of each score over the columns, and `<score>_<column>` of each, for numbers (rows, columns)."""
     found = {name: metric(predictions[:, n], labels[:, n]) for n, name in enumerate(columns)}
     means = {score: float(np.mean([of[score] for of in found.values()])) for score in next(iter(found.values()))}
     return means | {f"{score}_{name}": value for name, of in found.items() for score, value in of.items()}
@@ -68,7 +85,8 @@ def of_columns(
 def answer_f1_and_exact_match(
     predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Hashable]
 ) -> dict[str, float]:
-    """MultiRC: F1 over all answers, F1 averaged over questions, and questions whose answers are all judged right."""
+    """Return the F1 over all answers, the F1 averaged over questions, and the share of questions whose answers are all
+    judged right, as MultiRC is scored."""
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     question = np.array([numbers[group] for group in groups])
     predictions, labels = np.asarray(predictions), np.asarray(labels)
@@ -88,7 +106,7 @@ def answer_f1_and_exact_match(
 
 
 def span_f1_and_exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """ReCoRD: overlap in words, and equality, of each predicted text with the best of its answers."""
+    """Return how far predicted texts have the words of their best answers, or equal them, as ReCoRD is scored."""
     f1 = [max(_word_f1(text, answer) for answer in right) for text, right in zip(predictions, answers, strict=True)]
     exact = [
         any(normalize(text) == normalize(answer) for answer in right)
@@ -98,7 +116,11 @@ def span_f1_and_exact_match(predictions: Sequence[str], answers: Sequence[Sequen
 
 
 def gender_parity(predictions: np.ndarray, pairs: Sequence[Hashable]) -> dict[str, float]:
-    """AX-g: share of pairs, two rows of the same name in `pairs`, with equal predictions; 0 when there are no pairs."""
+    """Return the share of pairs with equal predictions, as AX-g is scored; 0 when there are no pairs.
+
+    Args:
+        pairs: A name for each row, which the two rows of a pair share.
+    """
     rows = defaultdict(list)
     for pair, prediction in zip(pairs, np.asarray(predictions).tolist(), strict=True):
         rows[pair].append(prediction)
@@ -107,7 +129,7 @@ def gender_parity(predictions: np.ndarray, pairs: Sequence[Hashable]) -> dict[st
 
 
 def normalize(text: str) -> str:
-    """Lower case without punctuation, articles and extra spaces, as SQuAD's evaluation (arXiv 1606.05250) does."""
+    """Return a text in lower case without punctuation, articles and extra spaces, as SQuAD (arXiv 1606.05250) does."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

@@ -23,19 +23,21 @@ PRONOUNS = re.compile(r"\b(he|she|him|her|his|hers|himself|herself)\b", re.IGNOR
 
 
 def copa(row: dict) -> dict:
+    """Return the premise with its question, and the two choices."""
     read = {"first": f"{row['premise']} What was the {row['question']}?", "second": [row["choice1"], row["choice2"]]}
     return {**read, "label": [int(row["label"] == choice) for choice in (0, 1)]} if "label" in row else read
 
 
 def multirc(row: dict) -> dict:
+    """Return the question and the answer as one text."""
     return {"second": f"{row['question']} {row['answer']}"}
 
 
 def record(row: dict) -> dict:
-    """The query with each entity in the gap, which truncation spares."""
+    """Return the passage, and the query with each entity in its gap, where truncation spares it."""
     before, gap, after = row["query"].partition("@placeholder")
     if not gap or not row["entities"]:
-        raise ValueError(f"ReCoRD's row {row['idx']} has no @placeholder in its query, or no entities.")
+        raise ValueError(f"Row {row['idx']} of ReCoRD must have a @placeholder in its query, and entities.")
     read = {
         "first": row["passage"].replace("@highlight", ""),
         "second": [before + entity + after for entity in row["entities"]],
@@ -45,42 +47,51 @@ def record(row: dict) -> dict:
 
 
 def wic(row: dict) -> dict:
+    """Return both sentences with the word in brackets, which truncation spares."""
     first, keep_first = mark(row["sentence1"], (row["start1"], row["end1"]))
     second, keep_second = mark(row["sentence2"], (row["start2"], row["end2"]))
     return {"first": first, "second": second, "keep": {"first": keep_first, "second": keep_second}}
 
 
 def wsc(row: dict) -> dict:
+    """Return the text with the noun and the pronoun in brackets, which truncation spares."""
     spans = [find_words(row["text"], row[f"span{n}_index"], row[f"span{n}_text"]) for n in (1, 2)]
     text, keep = mark(row["text"], *spans)
     return {"first": text, "keep": {"first": keep}}
 
 
 def find_words(text: str, index: int, words: str) -> tuple[int, int]:
-    """Characters of `words` in a text, near its word number `index`: WSC's numbers and case are not always right.
+    """Return the first character of a phrase in a text, and the one after its last.
 
-    A few of its phrases, "Kamenev and Zinoviev", are not in one piece in the text; of those it is the word at `index`.
+    Of several places it is the one nearest to the word number `index`, as WSC's numbers and case are not always right.
+    A few phrases, such as "Kamenev and Zinoviev", are not in one piece in the text: the place is then the word at
+    `index`.
+
+    Raises:
+        ValueError: The text has no such word number.
     """
     each = [match.span() for match in re.finditer(r"\S+", text)]
     if not 0 <= index < len(each):
-        raise ValueError(f"WSC's word number {index} is not in {text!r}.")
+        raise ValueError(f"The word number {index} is not in WSC's text {text!r}.")
     places = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE)]
     return min(places or [each[index]], key=lambda place: abs(place[0] - each[index][0]))
 
 
 def score_multirc(predictions: np.ndarray, rows: Dataset) -> dict[str, float]:
+    """Return the two scores of MultiRC that the benchmark counts."""
     questions = [(index["paragraph"], index["question"]) for index in rows["idx"]]
     scores = answer_f1_and_exact_match(predictions, np.array(rows["label"]), questions)
-    return {name: scores[name] for name in ("f1_a", "exact_match")}  # the benchmark's two
+    return {name: scores[name] for name in ("f1_a", "exact_match")}
 
 
 def score_record(predictions: np.ndarray, rows: Dataset) -> dict[str, float]:
+    """Return the scores of the chosen entities."""
     texts = [entities[choice] for entities, choice in zip(rows["entities"], predictions, strict=True)]
     return span_f1_and_exact_match(texts, rows["answers"])
 
 
 def score_winogender(predictions: np.ndarray, rows: Dataset) -> dict[str, float]:
-    """Accuracy, and parity over the pairs of rows that differ in a pronoun's gender alone."""
+    """Return the accuracy, and the parity over pairs of rows that differ only in the gender of a pronoun."""
     sentences = zip(rows["premise"], rows["hypothesis"], strict=True)
     alike = [(PRONOUNS.sub("_", premise), hypothesis) for premise, hypothesis in sentences]
     return {**by_label(accuracy)(predictions, rows), **gender_parity(predictions, alike)}
@@ -161,4 +172,5 @@ TASKS = {
     "axg": Task(("premise", "hypothesis"), score_winogender, RTE, train_on="rte", validation=(), max_length=256),
 }
 
-UNSCORED = ("axb", "axg")  # diagnostics
+# Diagnostics do not count in the average.
+UNSCORED = ("axb", "axg")

@@ -1,4 +1,4 @@
-"""Texts that are too long: which tokens go, and which parts of a text must stay."""
+"""Texts that are too long: which tokens are cut, and which parts of a text are never cut."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,16 @@ from transformers import PreTrainedTokenizerBase
 
 
 def mark(text: str, *spans: tuple[int, int]) -> tuple[str, tuple[int, int]]:
-    """The text with square brackets around its spans, (start, end) in characters, and the part they all are in.
+    """Return a text with square brackets around its spans, and the part of it that has all of them.
+
+    Args:
+        spans: The first character of each, and the one after its last.
 
     Raises:
-        ValueError: a span is empty or outside of the text.
+        ValueError: A span is empty or outside of the text.
     """
     if wrong := [span for span in spans if not 0 <= span[0] < span[1] <= len(text)]:
-        raise ValueError(f"{wrong[0]} are not the first and last character of a part of {text!r}, {len(text)} long.")
+        raise ValueError(f"The span {wrong[0]} is empty or outside of {text!r}, which has {len(text)} characters.")
     marks = sorted([(start, 1, "[ ") for start, _ in spans] + [(end, 0, " ]") for _, end in spans])
     marked, last = "", 0
     for place, _, bracket in marks:
@@ -28,13 +31,16 @@ def truncate(
     max_length: int,
     keep: dict[str, tuple[int, int]],
 ) -> list[int]:
-    """As `tokenizer(first, second, truncation=True, max_length=max_length)`, except that `keep` is never cut.
+    """Return the token ids of one or two texts, cut to `max_length` without ever cutting what is in `keep`.
 
-    The longer text is cut first, down to the length of the other, so neither is lost. A text with characters to keep
-    is cut at both ends.
+    Without a part to keep it is `tokenizer(first, second, truncation=True, max_length=max_length)`: the longer text is
+    cut first, down to the length of the other. A text with a part to keep is cut at both ends.
+
+    Args:
+        keep: The part to keep of "first" and "second": its first character, and the one after its last.
 
     Raises:
-        ValueError: what is to be kept does not fit.
+        ValueError: What is to be kept does not fit.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -59,7 +65,7 @@ def truncate(
 
 
 def share(room: int, lengths: Sequence[int]) -> list[int]:
-    """How many tokens of one or two texts fit: the longer is cut first."""
+    """Return how many tokens of one or two texts fit into `room`. The longer text is cut first."""
     if sum(lengths) <= room:
         return list(lengths)
     if len(lengths) == 1:
@@ -69,7 +75,7 @@ def share(room: int, lengths: Sequence[int]) -> list[int]:
 
 
 def kept_tokens(encoding, characters: tuple[int, int] | None) -> tuple[int, int]:
-    """First token of a span of characters, and the one after its last."""
+    """Return the first token of a span of characters, and the one after its last."""
     if characters is None:
         return 0, 0
     start, end = characters

@@ -31,8 +31,8 @@ from modeling_gemma_encoder.ablations.statistics import (
 from modeling_gemma_encoder.ablations.studies import Cell, Study, as_options, hold_out, run_studies
 from modeling_gemma_encoder.checkpoints import decoder_of
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
+from modeling_gemma_encoder.finetuning.data import Data, digest
 from modeling_gemma_encoder.finetuning.metrics import accuracy
-from modeling_gemma_encoder.finetuning.run import Data, digest
 from modeling_gemma_encoder.finetuning.tasks import Task, by_label
 
 PAIR = Task(("first", "second"), by_label(accuracy), ("no", "yes"))

@@ -82,15 +82,15 @@ def test_labels_are_what_they_look_like(tmp_path, labels, problem, names):
     [
         (["pos", "", "neg"], {}, "'label' is empty in row 1"),
         (["0.5", " ", "1.5"], {}, "'label' is empty in row 1"),
-        (["0.5", "1.5", "nan"], {}, "'label' is 'nan' in row 2, and a number elsewhere"),
-        (["0.5", "N/A"], {}, "'label' is 'N/A' in row 1, and a number elsewhere"),
+        (["0.5", "1.5", "nan"], {}, "'label' is 'nan' in row 2, and a number in other rows"),
+        (["0.5", "N/A"], {}, "'label' is 'N/A' in row 1, and a number in other rows"),
         (
             ["0,5", "1,5", "2,25"],
             {},
             "'label' holds '0,5' and as many classes as rows: write 0.5 for --problem regression",
         ),
         (["pos", "neg"], {"class_names": ["a", "b"]}, "--class_names is for lists of zeros and ones"),
-        (["0.5", "2,5"], {"problem": "regression"}, "'label' is '2,5' in row 1, which is no number"),
+        (["0.5", "2,5"], {"problem": "regression"}, "'label' is '2,5' in row 1, which is not a number"),
     ],
 )
 def test_a_cell_that_is_no_label_is_named(tmp_path, labels, options, message):
@@ -195,7 +195,9 @@ def test_flags_of_other_rows_are_as_many_as_in_training(tmp_path):
     found = lists(tmp_path, [[1, 0, 1], [0, 0, 0]])
     (tmp_path / "dev.jsonl").write_text('{"text": "a", "label": [1, 1]}\n')
     found.files["validation"] = str(tmp_path / "dev.jsonl")
-    with pytest.raises(ValueError, match=r"dev\.jsonl, row 0: 'label' is \[1, 1\], not 3 zeros and ones"):
+    with pytest.raises(
+        ValueError, match=r"dev\.jsonl, row 0: 'label' is \[1, 1\], and must be a list of 3 zeros and ones"
+    ):
         found.rows("validation")
 
 
@@ -247,7 +249,7 @@ def test_a_trained_model_needs_no_table_and_reads_as_in_training(run, trained, t
     assert "| new.csv | 42 | test | 4 | predicted, not scored" in (tmp_path / "predicted" / "results.md").read_text()
     with pytest.raises(SystemExit):
         run(*flags, "--output_dir", tmp_path / "other")  # the decoder as it is
-    assert "is no trained classifier: give --train_file" in capsys.readouterr().err
+    assert "is not a trained classifier: give --train_file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(*flags, "--problem", "regression", "--output_dir", tmp_path / "other", model=trained[1])
     assert "was trained for single_label_classification" in capsys.readouterr().err
@@ -290,7 +292,7 @@ def test_a_word_among_numbers_is_named_wherever_it_is(tmp_path):
     train = write_csv(tmp_path / "train.csv", {"text": ["a", "b"], "label": ["0.5", "1"]})
     dev = write_csv(tmp_path / "dev.csv", {"text": ["a", "b"], "label": ["0.5", "?"]})
     found = own_table.Table(own_table.TableArguments(train_file=str(train), validation_file=str(dev)))
-    with pytest.raises(ValueError, match=r"dev\.csv, row 1: 'label' is '\?', no number"):
+    with pytest.raises(ValueError, match=r"dev\.csv, row 1: 'label' is '\?', which is not a number"):
         found.rows("validation")
 
 
@@ -624,8 +626,8 @@ def test_several_columns_of_numbers_are_predicted_together(run, tmp_path, capsys
     ("cell", "options", "message"),
     [
         ("", {"problem": "regression"}, r"x\.csv, row 1: 'b' is empty"),
-        ("much", {"problem": "regression"}, r"x\.csv, row 1: 'b' is 'much', no number"),
-        ("0.5", {}, "'b' is 0.5 in row 1; several columns of labels hold 0 and 1, or are numbers with --problem regr"),
+        ("much", {"problem": "regression"}, r"x\.csv, row 1: 'b' is 'much', which is not a number"),
+        ("0.5", {}, "'b' is 0.5 in row 1; several columns of labels hold 0 and 1, or numbers with --problem regr"),
     ],
 )
 def test_a_cell_of_several_columns_that_is_none_is_named(tmp_path, cell, options, message):
@@ -640,7 +642,7 @@ def test_empty_texts_are_said_once_by_their_place_in_the_file(run, tmp_path, cap
     columns = {"text": [f"text {n}" for n in range(30)], "label": [n % 2 for n in range(30)]}
     plain = table(tmp_path, columns["label"])
     plain.hold_out()
-    held, trained_on = plain.parts["validation"][1], plain.parts["train"][4]
+    held, trained_on = plain.held_out.validation[1], plain.held_out.train[4]
     columns["text"][held] = columns["text"][trained_on] = ""
     file, other = write_csv(tmp_path / "x.csv", columns), tmp_path / "new.jsonl"
     other.write_text('{"text": "a"}\n{"text": null}\n')

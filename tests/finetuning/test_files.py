@@ -175,7 +175,7 @@ def test_a_table_parted_by_semicolons_is_refused_as_one(content, tmp_path):
     """As spreadsheets write it where the comma is a decimal one."""
     path = tmp_path / "rows.csv"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"rows\.csv, line 1: 'text;label' is parted by semicolons"):
+    with pytest.raises(ValueError, match=r"rows\.csv, line 1: 'text;label' is separated by semicolons"):
         list(read_table(path))
 
 

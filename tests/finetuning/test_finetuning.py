@@ -108,13 +108,11 @@ def run(monkeypatch, decoder):
 
 
 def run_glue():
-    others = ("superglue.py", glue.SUPERGLUE)
-    glue.run_suite(glue.TASKS, "nyu-mll/glue", "runs/glue", glue.submission, glue.UNSCORED, "", others)
+    glue.run_suite(glue.SUITE, "runs/glue")
 
 
 def run_superglue():
-    tasks, others = superglue.TASKS, ("glue.py", superglue.GLUE)
-    superglue.run_suite(tasks, "aps/super_glue", "runs", superglue.submission, superglue.UNSCORED, "", others)
+    superglue.run_suite(superglue.SUITE, "runs")
 
 
 FEW = ("--max_steps", 1, "--per_device_train_batch_size", 4, "--max_length", 48, "--use_cpu", "True")
@@ -252,7 +250,7 @@ def test_a_finished_task_is_not_run_again_and_another_run_is_refused(run, tmp_pa
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--metric_for_best_model", "f1"), "--metric_for_best_model f1 is none of loss, accuracy"),
+        (("--metric_for_best_model", "f1"), "--metric_for_best_model must be one of loss, accuracy; got f1"),
         (("--resume_from_checkpoint", "not/there"), "--resume_from_checkpoint not/there is no checkpoint"),
     ],
 )
@@ -447,7 +445,7 @@ def test_a_curve_has_more_than_one_point(tmp_path, history, drawn):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--task", "sst3"), "--task: sst3 is none of cola"),
+        (("--task", "sst3"), "--task must be one of cola, .*, all; got sst3"),
         (("--task", "sst2", "--lora_alpha", 3), "need --lora_r"),
         (("--task", "sst2", "--load_in_4bit"), "--load_in_4bit needs --lora_r"),
         (("--task", "sst2", "--dtype", "bfloat16"), "--dtype bfloat16 needs --lora_r"),
@@ -551,10 +549,11 @@ def test_the_other_suites_tasks_are_named(run, capsys):
     for script, task, other in ((run_glue, "cb", "superglue.py"), (run_superglue, "cola", "glue.py")):
         with pytest.raises(SystemExit):
             run(script, "--task", task)
-        assert capsys.readouterr().err.endswith(f", all; {other} has {task}\n")
+        assert capsys.readouterr().err.endswith(f", all; got {task}, which {other} has.\n")
     assert glue.SUPERGLUE.keys() == superglue.TASKS.keys()
     assert superglue.GLUE.keys() == glue.TASKS.keys()
-    assert (glue.SUPERGLUE["rte"], superglue.GLUE["rte"]) == (superglue.TASKS["rte"].texts, glue.TASKS["rte"].texts)
+    assert glue.SUPERGLUE["rte"].texts == superglue.TASKS["rte"].texts
+    assert superglue.GLUE["rte"].texts == glue.TASKS["rte"].texts
 
 
 def test_a_misspelt_flag_is_named_before_one_that_is_missing(run, capsys):

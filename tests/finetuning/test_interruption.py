@@ -153,7 +153,7 @@ def test_scripts_with_loops_of_their_own_say_where_they_go_on(script, decoder, t
 )
 def test_every_script_ends_with_one_line(script, monkeypatch, capsys):
     monkeypatch.setattr(ScriptParser, "parse_known_args", interrupt)
-    main = script.main if script is not suites else lambda: suites.run_suite({}, "", "", None)
+    main = script.main if script is not suites else lambda: suites.run_suite(suites.Suite({}, "", None), "")
     assert end(main, capsys) == "Interrupted: nothing new was saved; give the same command again."
 
 

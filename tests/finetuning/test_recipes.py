@@ -108,7 +108,7 @@ def test_plain_python_uses_one_gpu(recipe, monkeypatch):
     monkeypatch.setattr("modeling_gemma_encoder._scripts.command_line.logger.warning_once", said.append)
     _, _, args = parsed(monkeypatch, "--config", recipe(), "--per_device_train_batch_size", "4")
     assert (args.n_gpu, args.train_batch_size) == (1, 4)
-    assert "8 GPUs are there and one is used" in said[0]
+    assert "There are 8 GPUs and one is used" in said[0]
 
 
 def test_the_command_line_wins_over_a_files_batch(recipe, monkeypatch):
@@ -146,7 +146,7 @@ def test_a_recipe_trains(decoder, tmp_path, monkeypatch):
     words = f"--config {RECIPES[0]} --model {decoder} --data_dir {tmp_path} --task cola --seeds 1 --max_steps 2"
     words += f" --output_dir {tmp_path / 'out'} --use_cpu true --disable_tqdm true"
     monkeypatch.setattr(sys, "argv", ["glue.py", *words.split()])
-    glue.run_suite(glue.TASKS, "nyu-mll/glue", "runs/glue", glue.submission, glue.UNSCORED)
+    glue.run_suite(glue.SUITE, "runs/glue")
     began = json.loads((tmp_path / "out" / "cola" / "seed-1" / "run.json").read_text())
     assert (began["batch_size"], began["bf16"], began["learning_rate"]) == (32, True, 1e-5)
     assert began["attention_dropout"] == began["feedforward_dropout"] == 0.1

@@ -14,7 +14,7 @@ from yaml import safe_load
 
 from modeling_gemma_encoder._scripts.provenance import masked, provenance
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
-from modeling_gemma_encoder.finetuning.suite import of_run
+from modeling_gemma_encoder.finetuning.suite import args_of_run
 from modeling_gemma_encoder.hub.licenses import GEMMA_NOTICE, licence_of, notice
 from modeling_gemma_encoder.hub.model_card import Run, add_ranking, make_card, read_run
 
@@ -74,11 +74,11 @@ def test_a_table_of_ones_own_has_the_recipes_mean_too(classified):
 
 def test_every_run_has_a_repository_of_its_own(tmp_path):
     args = TrainingArguments(str(tmp_path / "mine"), push_to_hub=True, report_to="none", use_cpu=True)
-    of_glue = of_run(args, tmp_path / "mine" / "cola" / "seed-1", 1, "cola")
-    of_table = of_run(args, tmp_path / "mine" / "seed-1", 1, "classify")
+    of_glue = args_of_run(args, tmp_path / "mine" / "cola" / "seed-1", 1, "cola")
+    of_table = args_of_run(args, tmp_path / "mine" / "seed-1", 1, "classify")
     assert (of_glue.hub_model_id, of_table.hub_model_id) == ("mine-cola-seed-1", "mine-classify-seed-1")
     args.hub_model_id = "me/it"
-    assert of_run(args, tmp_path / "mine" / "seed-1", 1, "classify").hub_model_id == "me/it-classify-seed-1"
+    assert args_of_run(args, tmp_path / "mine" / "seed-1", 1, "classify").hub_model_id == "me/it-classify-seed-1"
 
 
 def test_a_split_of_unknown_size_has_a_table_too(classified):
@@ -337,7 +337,7 @@ def test_commands_of_our_cards_have_only_flags_that_exist():
     """Of scripts in examples/, by their dataclasses and Trainer's."""
     sources = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
     shared = {*TrainingArguments.__dataclass_fields__, *FineTuningArguments.__dataclass_fields__}
-    names = ("finetuning/suite.py", "finetuning/own_table.py", "ranking/arguments.py", "_scripts/command_line.py")
+    names = ("finetuning/suite.py", "finetuning/arguments.py", "ranking/arguments.py", "_scripts/command_line.py")
     suite = "".join((ROOT / "modeling_gemma_encoder" / name).read_text() for name in names)
     seen = 0
     for card in (ROOT / "model_cards").glob("*.md"):

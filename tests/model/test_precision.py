@@ -15,7 +15,7 @@ from modeling_gemma_encoder import (
     GemmaEncoderForSequenceClassification,
     GemmaEncoderModel,
 )
-from modeling_gemma_encoder._scripts.command_line import RecipeParser, ScriptParser
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, YamlScriptParser
 from modeling_gemma_encoder.adapters import four_bit
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
@@ -49,7 +49,7 @@ def test_a_processor_computes_in_bf16_where_it_has_instructions_for_it(processor
     assert four_bit().bnb_4bit_compute_dtype == (torch.bfloat16 if fast else torch.float32)
 
 
-@pytest.mark.parametrize("parser_class", [ScriptParser, RecipeParser])
+@pytest.mark.parametrize("parser_class", [ScriptParser, YamlScriptParser])
 def test_training_is_in_fp32_where_bf16_is_slow_and_says_so(processor, parser_class, tmp_path):
     flags = [
         "--model",
