@@ -1,1 +1,1 @@
-"""The Hub: publishing a trained encoder with its code, card and licenses, and verifying what was published."""
+"""Publish a trained encoder on the Hub with its code, card and licenses, and verify what was published."""

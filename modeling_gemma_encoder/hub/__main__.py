@@ -1,6 +1,6 @@
 """Verify a published encoder: `python -m modeling_gemma_encoder.hub verify me/my-ranker`.
 
-A model is published with `examples/publish.py`.
+`examples/publish.py` publishes a model.
 """
 
 import argparse
@@ -12,19 +12,27 @@ from huggingface_hub.errors import HfHubHTTPError
 from .verification import verify
 
 
-def main():
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m modeling_gemma_encoder.hub",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="load a folder or repository as a stranger would, and compare")
+    check = commands.add_parser("verify", help="load a folder or repository in a fresh process, and compare")
     check.add_argument("source", help="A folder, or a repository on the Hub.")
     check.add_argument("--revision", help="A branch, tag or commit.")
-    check.add_argument("--trust_remote_code", action="store_true", help="Run code that is not this package's own.")
-    check.add_argument("--device", default="cpu")
-    check.add_argument("--json", action="store_true", help="For machines.")
+    check.add_argument(
+        "--trust_remote_code", action="store_true", help="Run code that differs from this package's own."
+    )
+    check.add_argument("--device", default="cpu", help="The device to compute outputs on.")
+    check.add_argument("--json", action="store_true", help="Print the checks as JSON.")
+    return parser
+
+
+def main():
+    parser = make_parser()
     args = parser.parse_args()
     try:
         checks = verify(

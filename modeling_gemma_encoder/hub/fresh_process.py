@@ -1,6 +1,7 @@
-"""What a published folder does where only torch and transformers are installed; verification runs this file's text.
+"""Observe what a published folder does where only torch and transformers are installed.
 
-Run as `python fresh_process.py FOLDER INPUTS.json DEVICE`; prints one line of JSON.
+Verification runs the text of this file as `python -c TEXT FOLDER INPUTS.json DEVICE`, so it imports nothing of this
+package. It prints one line of JSON.
 """
 
 import json
@@ -13,63 +14,73 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 AUTO = {"GemmaEncoderModel": AutoModel, "GemmaEncoderForMaskedLM": AutoModelForMaskedLM}
 # Fields of a config that say where and by what it was written, not what it does.
-ASIDE = ("transformers_version", "_name_or_path", "auto_map", "text_config._name_or_path")
-LONGEST = 512  # tokens of an input
-TOGETHER = 8  # inputs of a batch
-VOCABULARY = 32  # tokens whose logits are looked at in a masked language model
+IGNORED = ("transformers_version", "_name_or_path", "auto_map", "text_config._name_or_path")
+MAX_LENGTH = 512  # tokens of an input
+BATCH_SIZE = 8
+VOCABULARY = 32  # tokens whose logits are recorded of a masked language model
 
 
 def outputs(model, batch) -> torch.Tensor:
-    """(batch, num_labels) logits of a head; (batch, hidden) without one; some of the vocabulary's."""
+    """Return logits (batch, num_labels); (batch, hidden) without a head; (batch, VOCABULARY) of a masked LM."""
     found = model(**batch.to(model.device))
     if "logits" not in found:
         return found.pooler_output.float().cpu()
-    if found.logits.ndim == 3:
+    if found.logits.ndim == 3:  # (batch, seq_len, vocabulary): the first real token of each input stands for all
         first = batch["attention_mask"].argmax(-1)
         return found.logits[torch.arange(len(first)), first, :VOCABULARY].float().cpu()
     return found.logits.float().cpu()
 
 
 def settings(config) -> dict:
-    """Every field of a config, those of its decoder as `text_config.name`."""
+    """Return every field of a config that decides what it does, those of its decoder as `text_config.name`."""
     fields = json.loads(json.dumps(config.to_dict()))
     fields |= {f"text_config.{name}": value for name, value in fields.pop("text_config").items()}
-    return {name: value for name, value in fields.items() if name not in ASIDE and "transformers_version" not in name}
+    return {name: value for name, value in fields.items() if name not in IGNORED and "transformers_version" not in name}
 
 
 def reading(tokenizer) -> dict:
-    """What of a tokenizer decides how texts are read, besides its template."""
+    """Return what decides how a tokenizer reads texts, besides its template, which the golden tokens show."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    added = sorted(str(token) for token in tokenizer.added_tokens_decoder.values())
     return {
-        **{"tokenizer.model_max_length": tokenizer.model_max_length, "tokenizer.padding_side": tokenizer.padding_side},
-        **{"tokenizer.truncation_side": tokenizer.truncation_side, "tokenizer.added_tokens": added},
+        "tokenizer.model_max_length": tokenizer.model_max_length,
+        "tokenizer.padding_side": tokenizer.padding_side,
+        "tokenizer.truncation_side": tokenizer.truncation_side,
+        "tokenizer.added_tokens": sorted(str(token) for token in tokenizer.added_tokens_decoder.values()),
         "tokenizer.vocabulary": sha256(vocabulary.encode()).hexdigest(),
     }
 
 
+def attention_error(model) -> str | None:
+    """Return what is wrong with the model's attention, None where it is as configured."""
+    try:
+        return model.verify_attention()
+    except RuntimeError as error:
+        return str(error)
+
+
 @torch.no_grad()
 def observe(model, tokenizer, config, inputs: list) -> dict:
-    """Tokens, outputs and settings of a model in fp32, and of its config as it is in the folder; `inputs` are texts and
-    pairs of texts."""
-    found = {**settings(config), **reading(tokenizer)}
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, LONGEST)
+    """
+    Return the tokens, outputs and settings of a model.
+
+    Args:
+        model: In fp32 and eval mode.
+        config: As it is in the folder, where the dtype of the weights stands.
+        inputs: Texts and pairs of texts.
+    """
+    max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings, MAX_LENGTH)
     pairs = [[text] if isinstance(text, str) else text for text in inputs]
-    encoded = [tokenizer(*pair, truncation=True, max_length=longest) for pair in pairs]
+    encoded = [tokenizer(*pair, truncation=True, max_length=max_length) for pair in pairs]
+    # Each input by itself, and then padded in batches: padding must not change the outputs.
     alone = [outputs(model, tokenizer.pad([one], return_tensors="pt"))[0] for one in encoded]
-    batches = [encoded[start : start + TOGETHER] for start in range(0, len(encoded), TOGETHER)]
+    batches = [encoded[start : start + BATCH_SIZE] for start in range(0, len(encoded), BATCH_SIZE)]
     together = torch.cat([outputs(model, tokenizer.pad(batch, return_tensors="pt")) for batch in batches])
-    reach = [module.reach for module in model.modules() if hasattr(module, "reach")]
-    try:
-        attention = model.verify_attention()
-    except RuntimeError as error:
-        attention = str(error)
     return {
         "class": type(model).__name__,
         "decoder": model.config.text_config.model_type,
-        "settings": found,
-        "reach": reach,
-        "attention": attention,
+        "settings": {**settings(config), **reading(tokenizer)},
+        "reach": [module.reach for module in model.modules() if hasattr(module, "reach")],
+        "attention": attention_error(model),
         "tokens": [one["input_ids"] for one in encoded],
         "outputs": [values.tolist() for values in alone],
         "padding_changes": (together - torch.stack(alone)).abs().max().item(),

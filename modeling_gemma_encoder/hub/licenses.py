@@ -1,4 +1,4 @@
-"""Under which licence a model is: its decoder's, and what that asks of who publishes something made of it."""
+"""Find the license of a model: that of its decoder, and the files that it asks of whoever publishes a derivative."""
 
 import importlib.metadata
 from pathlib import Path
@@ -11,34 +11,44 @@ from .._scripts.files import is_local
 from ..gguf_gemma_encoder import split_gguf
 
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
-GEMMA_TERMS = "GEMMA_TERMS.html"  # a copy of them, beside a checkpoint that `make gemma` made
+GEMMA_TERMS = "GEMMA_TERMS.html"  # a copy of the terms, beside a checkpoint that `make gemma` made
 
-OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "apache-2.0"}
+# The license that Google gives its decoders of each model type.
+LICENSES_OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma4_text": "apache-2.0"}
 
 
-def licence_of(base: str, decoder: str, given: str | None = None) -> str:
+def license_of(base: str, decoder: str, given: str | None = None) -> str:
     """
-    Of the weights: what is given; or what the base model's card says; or what Google says of such decoders.
+    Return the license of the weights: `given`, or that of the base model's card, or Google's for the decoder's type.
+
+    Args:
+        base: The checkpoint that was trained further.
+        decoder: The model type of its decoder.
 
     Raises:
-        ValueError: the base is under the Gemma Terms or a licence of Llama's, which hold for what is made of it, and
-            `given` is another; or none of these says anything.
+        ValueError: `base` is under the Gemma Terms of Use or a license of Llama, which hold for derivatives too, and
+            `given` is another license; or no license is known.
     """
     if card := _card_of(base):
         of_base = card.data.license
-    else:  # gated, or out of reach: what cannot be read allows nothing
-        of_base = OF_GOOGLE.get(decoder) if base.startswith("google/") else None
-    holds = of_base and (of_base == "gemma" or of_base.startswith("llama"))
-    if holds and given not in (None, of_base):
+    else:  # the base may be gated or out of reach: a card that cannot be read allows nothing
+        of_base = LICENSES_OF_GOOGLE.get(decoder) if base.startswith("google/") else None
+    binds = of_base is not None and (of_base == "gemma" or of_base.startswith("llama"))
+    if binds and given not in (None, of_base):
         name = "the Gemma Terms of Use" if of_base == "gemma" else of_base
-        raise ValueError(f"--license {given}: {base} is under {name}, and so is what is made of it.")
-    if found := given or of_base or OF_GOOGLE.get(decoder):
+        raise ValueError(
+            f"--license {given} cannot be given: {base} is under {name}, and so is every model that is made of it."
+        )
+    if found := given or of_base or LICENSES_OF_GOOGLE.get(decoder):
         return found
-    raise ValueError(f"{base} has no card that names its licence, and decoders of {decoder} have several: --license.")
+    raise ValueError(
+        f"The license of {base} is not known: it has no card that names one, and decoders of {decoder} have several. "
+        "Give it with --license."
+    )
 
 
 def _card_of(base: str) -> ModelCard | None:
-    """The card of a repository, of a folder, or of where a GGUF file is; None where it cannot be read."""
+    """Return the card of a repository, of a folder, or of the folder of a GGUF file; None if it cannot be read."""
     source, _ = split_gguf(base)
     if is_local(str(source)) and not Path(source).exists():
         return None
@@ -50,21 +60,22 @@ def _card_of(base: str) -> ModelCard | None:
 
 
 def origin_of(base: str | None) -> str | None:
-    """Return the repository that a model is made of: for a local checkpoint, what its card names, None without one."""
+    """Return the repository that a model was made of: of a local checkpoint, the one that its card names, or None."""
     source, _ = split_gguf(base)
     if source is None:
         return None
     card, place = _card_of(str(source)), Path(source)
+    # `owner/name` may also be a folder that was deleted: then its parent is usually still there.
     if not is_local(str(source)) and (card or place.parent == Path() or not place.parent.is_dir()):
-        return source  # and not a folder that was deleted since, from one that is still there
+        return source
     found = card and card.data.base_model
     found = found[0] if isinstance(found, list) else found
     return None if not found or is_local(found) else found
 
 
-def notice(base: str | None, licence: str) -> str | None:
-    """The NOTICE file that the Gemma Terms of Use (section 3.1) ask of derivatives, with the changes said."""
-    if licence != "gemma":
+def notice(base: str | None, license: str) -> str | None:
+    """Return the NOTICE file that the Gemma Terms of Use ask of derivatives (section 3.1), None for other licenses."""
+    if license != "gemma":
         return None
     by_way = f", by way of {Path(base).name}" if base and Path(base).exists() else ""
     origin = (origin_of(base) or "a Gemma") + by_way
@@ -76,8 +87,8 @@ def notice(base: str | None, licence: str) -> str | None:
     )
 
 
-def code_licence() -> str:
-    """The text of the Apache License, as installed with this package."""
+def code_license() -> str:
+    """Return the text of the Apache License, as installed with this package."""
     beside = Path(__file__).parent.parent.parent / "LICENSE"
     if beside.is_file():
         return beside.read_text()

@@ -22,7 +22,7 @@ from modeling_gemma_encoder._scripts.tables import read_file
 from modeling_gemma_encoder.finetuning import own_table
 from modeling_gemma_encoder.finetuning.model import weighted_loss
 from modeling_gemma_encoder.finetuning.tasks import Task
-from modeling_gemma_encoder.hub.model_card import read_run
+from modeling_gemma_encoder.hub.run_record import read_run_record
 
 FEW = ("--max_steps", 3, "--per_device_train_batch_size", 4, "--use_cpu", "True", "--disable_tqdm", "True")
 
@@ -397,7 +397,7 @@ def test_a_card_names_the_file_of_each_score(run, tmp_path):
     flags = ("--train_file", train, "--output_dir", tmp_path / "out", "--do_predict", "--test_file")
     for file, rows in ((test, 40), (write_csv(tmp_path / "new.csv", {key: columns[key][:8] for key in columns}), 8)):
         run(*flags, file)
-        tables = "\n".join(read_run(tmp_path / "out" / "seed-42").results)
+        tables = "\n".join(read_run_record(tmp_path / "out" / "seed-42").results)
         assert "| validation: a tenth of each class of train_text.csv, held out, 4 rows, x 100 |" in tables
         assert f"| test: {file.name}, {rows} rows, x 100 |" in tables and tables.count("x 100") == 2
 

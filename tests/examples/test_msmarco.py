@@ -12,7 +12,7 @@ from helpers import PASSAGES, QRELS, QUERIES, jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.hub.model_card import read_run
+from modeling_gemma_encoder.hub.run_record import read_run_record
 from modeling_gemma_encoder.ranking import sources as lists_module
 from modeling_gemma_encoder.ranking.arguments import RankingArguments
 from modeling_gemma_encoder.ranking.bm25 import retrieve
@@ -113,7 +113,7 @@ def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_
     saved = json.loads((runs / "ranker" / folder.name / "results.json").read_text())
     assert saved["queries"] == saved["queries_trained_on"] == 2 and saved["ranking_loss"] == "lambdarank"
     assert (saved["run"], saved["depth"]) == ("judged pool", None)
-    card = "".join(read_run(runs / "ranker").results)
+    card = "".join(read_run_record(runs / "ranker").results)
     assert "Reranked: the judged pool; 4 passages, 2 of them relevant (50.0%)." in card
     assert "\n\n2 queries are too few for more than these means." in card
     other = ["--do_train", "False", "--eval_strategy", "no", "--load_best_model_at_end", "False"]
@@ -209,7 +209,7 @@ def test_what_a_training_held_out_is_measured_alone(many, decoder, tmp_path_fact
     assert f"held-out, {ours['queries']} queries, 0 of them trained on" in capsys.readouterr().out
 
     assert (ours["run"], ours["depth"]) == ("bm25", 4)
-    card = "".join(read_run(runs / "ranker").results)
+    card = "".join(read_run_record(runs / "ranker").results)
     assert "Reranked: BM25's ranking of the whole collection, the 4 best of each query; " in card
     assert f"; {4 * ours['queries']} passages, {ours['queries']} of them relevant (25.0%)." in card
 

@@ -17,7 +17,7 @@ from modeling_gemma_encoder import GemmaEncoderForMaskedLM, GemmaEncoderForSeque
 from modeling_gemma_encoder._scripts.command_line import ScriptParser
 from modeling_gemma_encoder._scripts.training import READING, say_how_long, set_steps
 from modeling_gemma_encoder.adapters import TARGET_MODULES, add_lora
-from modeling_gemma_encoder.hub.model_card import read_run
+from modeling_gemma_encoder.hub.run_record import read_run_record
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_epochs_are_what_is_asked_for_and_the_card_says_what_was_done(run, capsy
         capsys.readouterr().out.split(" steps of 8 blocks of 32 tokens")[0].rpartition("\n")[2].replace(",", "")
     )
     assert report["steps"] == blocks > 6
-    found = read_run(folder)
+    found = read_run_record(folder)
     rows, (table,) = dict(found.training), found.results
     assert rows["objective"] == "mntp" and rows["learning rate"] == "0.001" and rows["precision"] == "fp32"
     assert rows["data"] == "text.txt" and found.command.startswith("python uptrain.py --model")

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
 from modeling_gemma_encoder.hub import verification
-from modeling_gemma_encoder.hub.model_card import Run
 from modeling_gemma_encoder.hub.publishing import stage
+from modeling_gemma_encoder.hub.run_record import RunRecord
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
 
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def staged(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("staged") / "folder"
-    stage(str(trained), folder, "me/ranker", TEMPLATE, Run(), base="examples/nano", licence="apache-2.0")
+    stage(str(trained), folder, "me/ranker", TEMPLATE, RunRecord(), base="examples/nano", licence="apache-2.0")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Laws of cards: they say what the run left, metadata is the Hub's, licences follow the base, commands exist."""
+"""Laws of cards: they say what the run left, metadata is the Hub's, licenses follow the base, commands exist."""
 
 import json
 import re
@@ -15,8 +15,9 @@ from yaml import safe_load
 from modeling_gemma_encoder._scripts.provenance import masked, provenance
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.finetuning.suite import args_of_run
-from modeling_gemma_encoder.hub.licenses import GEMMA_NOTICE, licence_of, notice
-from modeling_gemma_encoder.hub.model_card import Run, add_ranking, make_card, read_run
+from modeling_gemma_encoder.hub.licenses import GEMMA_NOTICE, license_of, notice
+from modeling_gemma_encoder.hub.model_card import CardRequest, ModelFacts, make_card
+from modeling_gemma_encoder.hub.run_record import RunRecord, add_ranking, read_run_record
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
 
@@ -44,14 +45,14 @@ def classified(tmp_path):
 
 def card_of(run, architecture="GemmaEncoderForSequenceClassification", **options) -> ModelCard:
     config = encoder_config(architectures=[architecture], num_labels=2)
-    form = {"base": "google/gemma-2-2b", "licence": "gemma", "parameters": 12, "dtypes": {"F32": 3}, **options}
-    return make_card(
-        TEMPLATE, "me/model", config=config, tokenizer=AutoTokenizer.from_pretrained(NANO), run=run, **form
-    )
+    revision = options.pop("revision", None)
+    form = {"base": "google/gemma-2-2b", "license": "gemma", "parameters": 12, "dtypes": {"F32": 3}, **options}
+    facts = ModelFacts(config, AutoTokenizer.from_pretrained(NANO), **form)
+    return make_card(CardRequest(TEMPLATE, "me/model", run), facts, revision)
 
 
 def test_a_classifiers_card_says_what_the_run_left(classified):
-    card = card_of(read_run(classified), revision="0" * 40)
+    card = card_of(read_run_record(classified), revision="0" * 40)
     text = str(card)
     assert "| accuracy | 71.5 | 71.0 ± 1.0, seeds 1, 2 | 52.7 |" in text
     assert "rte, validation, 277 rows" in text and "python glue.py" in text
@@ -69,7 +70,7 @@ def test_a_table_of_ones_own_has_the_recipes_mean_too(classified):
     summary = json.loads((classified.parent.parent / "results.json").read_text())
     (classified.parent.parent / "results.json").unlink()
     (classified.parent / "results.json").write_text(json.dumps(summary))
-    assert "| accuracy | 71.5 | 71.0 ± 1.0, seeds 1, 2 | 52.7 |" in str(card_of(read_run(classified)))
+    assert "| accuracy | 71.5 | 71.0 ± 1.0, seeds 1, 2 | 52.7 |" in str(card_of(read_run_record(classified)))
 
 
 def test_every_run_has_a_repository_of_its_own(tmp_path):
@@ -85,7 +86,7 @@ def test_a_split_of_unknown_size_has_a_table_too(classified):
     found = json.loads((classified / "results.json").read_text())
     scores = {**found["scores"], "test": {"accuracy": 0.5}}
     (classified / "results.json").write_text(json.dumps({**found, "scores": scores}))
-    text = str(card_of(read_run(classified)))
+    text = str(card_of(read_run_record(classified)))
     assert "| rte, validation, 277 rows, x 100 |" in text and "| rte, test, x 100 |" in text
 
 
@@ -99,7 +100,7 @@ def test_a_card_says_which_rows_of_a_table_were_scored(classified):
         "test": {"data": "new.csv"},
     }
     (classified / "results.json").write_text(json.dumps(found))
-    text = str(card_of(read_run(classified)))
+    text = str(card_of(read_run_record(classified)))
     assert "| validation: a tenth of each class of train.csv, held out, 10 rows, x 100 |" in text
     assert "| test: new.csv, 1,200 rows, x 100 |" in text
     results = safe_load(text.split("---")[1])["model-index"][0]["results"]
@@ -113,7 +114,7 @@ def test_a_card_says_which_rows_of_a_table_were_scored(classified):
     ):
         found["sources"] = {"validation": {"data": "me/data", **source}}
         (classified / "results.json").write_text(json.dumps(found))
-        text = str(card_of(read_run(classified)))
+        text = str(card_of(read_run_record(classified)))
         assert f"| validation: {said}, 10 rows, x 100 |" in text
         dataset = safe_load(text.split("---")[1])["model-index"][0]["results"][0]["dataset"]
         assert (dataset["type"], dataset["split"]) == ("me/data", split)
@@ -139,7 +140,7 @@ def test_a_cards_columns_hold_something_and_say_what(classified, left, problem, 
     (classified / "results.json").write_text(json.dumps(found))
     began = json.loads((classified / "run.json").read_text())
     (classified / "run.json").write_text(json.dumps({**began, "problem": problem}))
-    (table,) = read_run(classified).results
+    (table,) = read_run_record(classified).results
     lines = table.splitlines()
     columns = head.count("|") + 1
     assert lines[0] == f"| rte, validation, 277 rows, x 100 | {head} |" and row in lines[2]
@@ -151,7 +152,7 @@ def test_a_rerankers_card_has_its_baselines(tmp_path):
     (tmp_path / "dl2020").mkdir()
     (tmp_path / "dl2020" / "results.json").write_text(json.dumps({"means": means, "queries": 54}))
     (tmp_path / "training.json").write_text(json.dumps({"history": [{"step": 3}], "command": "python msmarco.py"}))
-    card = card_of(read_run(tmp_path), "GemmaEncoderForRanking")
+    card = card_of(read_run_record(tmp_path), "GemmaEncoderForRanking")
     text = str(card)
     assert "| dl2020, 54 queries, x 100 | nDCG@10 | RR@10 |" in text
     assert "| Gemma Encoder | 50.0 | 25.0 |\n| BM25 | 62.5 | 75.0 |" in text and "CrossEncoder(" in text
@@ -161,13 +162,13 @@ def test_a_rerankers_card_has_its_baselines(tmp_path):
     (tmp_path / "dl2020" / "results.json").write_text(
         json.dumps({"means": means, "queries": 54, "queries_trained_on": 3})
     )
-    text = str(card_of(read_run(tmp_path), "GemmaEncoderForRanking"))
+    text = str(card_of(read_run_record(tmp_path), "GemmaEncoderForRanking"))
     assert "\n\n3 of these 54 queries were also trained on, so this says little of new ones." in text
 
 
 def test_a_card_names_the_gain_and_sells_no_finding_that_there_is_not():
     found = {"means": {"BM25": {"nDCG@10": 0.5, "AP": 0.5}}, "queries": 9, "gains": {"nDCG@10": "linear"}}
-    run = Run()
+    run = RunRecord()
     add_ranking(run, "a", {**found, "pool": {"warning": None}})
     add_ranking(run, "b", {**found, "pool": {"warning": "random order beats BM25"}})
     assert "| nDCG@10 (linear gain) | AP |" in run.results[0] and "No finding" not in run.results[0]
@@ -186,7 +187,7 @@ def test_a_card_names_the_gain_and_sells_no_finding_that_there_is_not():
 )
 def test_a_rerankers_card_says_what_was_reranked(facts, said):
     pool = {"candidates": 1200, "relevant": 300, "relevant_share": 0.25, "relevance_level": 1, "warning": None}
-    run, found = Run(), {"means": {"BM25": {"AP": 0.5}}, "queries": 12, **facts, "pool": pool}
+    run, found = RunRecord(), {"means": {"BM25": {"AP": 0.5}}, "queries": 12, **facts, "pool": pool}
     add_ranking(run, "a", found)
     add_ranking(run, "b", {**found, "pool": {**pool, "relevance_level": 2}})
     assert run.results[0].endswith(f"\n\nReranked: {said}; 1,200 passages, 300 of them relevant (25.0%).")
@@ -197,7 +198,7 @@ def test_a_rerankers_card_says_what_was_reranked(facts, said):
 
 def test_a_card_of_few_queries_says_that_they_are_too_few():
     """Nine are, ten are not; where no difference is claimed anyway, that is what is said."""
-    run, found = Run(), {"means": {"BM25": {"AP": 0.5}}, "queries": 9, "pool": {"warning": None}}
+    run, found = RunRecord(), {"means": {"BM25": {"AP": 0.5}}, "queries": 9, "pool": {"warning": None}}
     few = {"AP, Gemma Encoder - BM25": {"difference": 0.1, "queries": 9, "p": None, "interval": None, "too_few": True}}
     enough = {"AP, Gemma Encoder - BM25": {**few["AP, Gemma Encoder - BM25"], "too_few": False}}
     add_ranking(run, "a", {**found, "compared": few})
@@ -208,17 +209,17 @@ def test_a_card_of_few_queries_says_that_they_are_too_few():
 
 
 def test_results_from_elsewhere_are_added(tmp_path):
-    run = Run()
+    run = RunRecord()
     add_ranking(run, "dl2023", {"means": {"Gemma Encoder": {"AP": 0.125}}, "queries": 25})
     assert "| dl2023, 25 queries, x 100 | AP |" in run.results[0] and run.scores[0].metric_value == 0.125
 
 
 def test_a_card_without_results_says_so():
-    text = str(card_of(Run()))
+    text = str(card_of(RunRecord()))
     assert "None were measured" in text and "Nothing was left beside the model" in text
-    assert str(card_of(Run(), adapter=True)).count("base_model_relation: adapter") == 1
-    assert "The local checkpoint `nano`" in str(card_of(Run(), base=str(NANO)))
-    assert "base_model" not in str(card_of(Run(), base=str(NANO)))  # a folder is no name on the Hub
+    assert str(card_of(RunRecord(), adapter=True)).count("base_model_relation: adapter") == 1
+    assert "The local checkpoint `nano`" in str(card_of(RunRecord(), base=str(NANO)))
+    assert "base_model" not in str(card_of(RunRecord(), base=str(NANO)))  # a folder is no name on the Hub
 
 
 def test_secrets_stay_out_of_cards(classified, monkeypatch):
@@ -235,7 +236,7 @@ def test_secrets_stay_out_of_cards(classified, monkeypatch):
     assert provenance()["command"] == "python glue.py"
     found = json.loads((classified / "results.json").read_text())
     (classified / "results.json").write_text(json.dumps({**found, "command": f"python glue.py --token {secret}"}))
-    assert secret not in str(card_of(read_run(classified)))
+    assert secret not in str(card_of(read_run_record(classified)))
 
 
 @pytest.mark.parametrize(
@@ -281,16 +282,16 @@ def test_places_on_a_machine_stay_out_of_cards(tmp_path, monkeypatch):
             (tmp_path / "model" / "run.json").write_text(json.dumps(run))
             told = {"command": f"python examples/msmarco.py --model {base} --train_data {data} --output_dir runs/x/y"}
             (tmp_path / "model" / "training.json").write_text(json.dumps(told))
-            card = str(card_of(read_run(tmp_path / "model"), "GemmaEncoderForRanking", base=base, licence="mit"))
+            card = str(card_of(read_run_record(tmp_path / "model"), "GemmaEncoderForRanking", base=base, license="mit"))
             for place in (str(tmp_path), f"{base} ", f"{base}`", f"{base}\n", "gone/", "deep/", "~/", "runs/"):
                 if place.strip() != "here/gone":  # as a flag it could be a repository's name
                     assert place not in card, (base, data, place)
             assert "base_model" not in card and f"| data | {Path(data).name} |" in card
-    assert "base_model: google/gemma-2-2b" in str(card_of(Run()))
+    assert "base_model: google/gemma-2-2b" in str(card_of(RunRecord()))
     (tmp_path / "google").mkdir()  # a folder of that name here hides nothing
-    assert "base_model: me/mine" in str(card_of(Run(), base="me/mine"))
+    assert "base_model: me/mine" in str(card_of(RunRecord(), base="me/mine"))
     (tmp_path / "here" / "decoder" / "README.md").write_text("---\nbase_model: /home/ada/gemma\n---\n")
-    assert "ada" not in str(card_of(Run(), base="here/decoder"))
+    assert "ada" not in str(card_of(RunRecord(), base="here/decoder"))
 
 
 def test_a_regressor_is_not_called_a_classifier(tmp_path):
@@ -301,35 +302,36 @@ def test_a_regressor_is_not_called_a_classifier(tmp_path):
     for problem in ("regression", None):  # one output is a number, as upstream has it
         config = encoder_config(architectures=["GemmaEncoderForSequenceClassification"], num_labels=1)
         config.problem_type, config.id2label = problem, {0: "stars"}
-        form = {"base": "google/gemma-2-2b", "licence": "gemma", "parameters": 12, "dtypes": {"F32": 3}}
+        form = {"base": "google/gemma-2-2b", "license": "gemma", "parameters": 12, "dtypes": {"F32": 3}}
         tokenizer = AutoTokenizer.from_pretrained(NANO)
-        text = str(make_card(TEMPLATE, "me/it", config=config, tokenizer=tokenizer, run=read_run(tmp_path), **form))
+        request = CardRequest(TEMPLATE, "me/it", read_run_record(tmp_path))
+        text = str(make_card(request, ModelFacts(config, tokenizer, **form)))
         assert "trained as a regressor" in text and "| number | stars |" in text and "numbers = model(" in text
         assert not re.search("classifier|classify|text-classification|pipeline", text, re.IGNORECASE)
         metadata = safe_load(text.split("---")[1])
         assert metadata["model-index"][0]["results"][0]["task"]["type"] == "text-regression"
-    classifier = str(card_of(Run()))
+    classifier = str(card_of(RunRecord()))
     assert "trained as a classifier" in classifier and "pipeline_tag: text-classification" in classifier
 
 
-def test_the_licence_is_the_bases(tmp_path):
-    assert licence_of(str(NANO), "gemma2") == "apache-2.0"  # its card says
-    assert licence_of(str(tmp_path), "gemma2") == licence_of(str(tmp_path), "gemma3_text") == "gemma"
-    assert licence_of(str(tmp_path), "gemma4_text") == "apache-2.0"
-    assert licence_of("google/not-to-be-had", "gemma2") == "gemma"
+def test_the_license_is_the_bases(tmp_path):
+    assert license_of(str(NANO), "gemma2") == "apache-2.0"  # its card says
+    assert license_of(str(tmp_path), "gemma2") == license_of(str(tmp_path), "gemma3_text") == "gemma"
+    assert license_of(str(tmp_path), "gemma4_text") == "apache-2.0"
+    assert license_of("google/not-to-be-had", "gemma2") == "gemma"
     with pytest.raises(ValueError, match="Gemma Terms"):  # a card that cannot be read allows nothing
-        licence_of("google/not-to-be-had", "gemma2", "mit")
-    with pytest.raises(ValueError, match="decoders of llama have several: --license"):
-        licence_of(str(tmp_path), "llama")
-    assert licence_of(str(tmp_path), "llama", "llama3.2") == "llama3.2"
+        license_of("google/not-to-be-had", "gemma2", "mit")
+    with pytest.raises(ValueError, match=r"decoders of llama have several\. Give it with --license"):
+        license_of(str(tmp_path), "llama")
+    assert license_of(str(tmp_path), "llama", "llama3.2") == "llama3.2"
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
-    assert licence_of(str(tmp_path), "gemma2") == "gemma"
+    assert license_of(str(tmp_path), "gemma2") == "gemma"
     with pytest.raises(ValueError, match="--license mit"):
-        licence_of(str(tmp_path), "gemma2", "mit")
+        license_of(str(tmp_path), "gemma2", "mit")
     (tmp_path / "README.md").write_text("---\nlicense: llama3.2\n---\n")
-    assert licence_of(str(tmp_path), "llama") == "llama3.2"
+    assert license_of(str(tmp_path), "llama") == "llama3.2"
     with pytest.raises(ValueError, match=r"is under llama3\.2"):
-        licence_of(str(tmp_path), "llama", "mit")
+        license_of(str(tmp_path), "llama", "mit")
     assert notice("google/gemma-2-2b", "gemma").startswith(GEMMA_NOTICE) and notice("x", "apache-2.0") is None
 
 
@@ -358,16 +360,16 @@ def test_commands_of_our_cards_have_only_flags_that_exist():
 
 
 def test_a_local_bases_card_says_what_it_was_made_of(tmp_path):
-    """As `make gemma` leaves one: the licence holds, and the origin is not the folder's name."""
+    """As `make gemma` leaves one: the license holds, and the origin is not the folder's name."""
     folder = tmp_path / "my-gemma"
     folder.mkdir()
     (folder / "README.md").write_text("---\nlicense: gemma\nbase_model: google/gemma-3-270m\n---\n")
     (folder / "x.gguf").touch()
     for base in (folder, folder / "x.gguf"):
-        assert licence_of(str(base), "gemma3_text") == "gemma"
+        assert license_of(str(base), "gemma3_text") == "gemma"
         with pytest.raises(ValueError, match="under the Gemma Terms of Use"):
-            licence_of(str(base), "gemma3_text", "mit")
-    card = str(card_of(Run(), base=str(folder)))
+            license_of(str(base), "gemma3_text", "mit")
+    card = str(card_of(RunRecord(), base=str(folder)))
     assert "base_model: google/gemma-3-270m" in card and "by way of the local checkpoint `my-gemma`" in card
     text = notice(str(folder), "gemma")
     assert "derived from google/gemma-3-270m, by way of my-gemma:" in text and str(tmp_path) not in text

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
-from modeling_gemma_encoder.hub.verification import FILE, hash_of, verify
+from modeling_gemma_encoder.hub.golden import GOLDEN_FILE, hash_of
+from modeling_gemma_encoder.hub.verification import verify
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, GemmaEncoderForRanking])
 def test_an_earlier_checkpoint_scores_as_it_did(folder, auto_class):
     """By the code that is installed; `verify` runs the checkpoint's own."""
-    golden = json.loads((folder / FILE).read_text())
+    golden = json.loads((folder / GOLDEN_FILE).read_text())
     model, tokenizer = auto_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for text, tokens, output in zip(golden["inputs"], golden["tokens"], golden["outputs"], strict=True):
         pair = [text] if isinstance(text, str) else text
@@ -42,13 +43,13 @@ def test_an_earlier_checkpoint_verifies_by_its_own_record(folder):
     used.write_text(
         used.read_text().replace("from .calibration_gemma_encoder import probabilities", "probabilities = 0")
     )
-    golden = json.loads((folder / FILE).read_text())
+    golden = json.loads((folder / GOLDEN_FILE).read_text())
     dropped.unlink()
     del golden["files"][dropped.name]
     golden["files"][used.name] = hash_of(used)
-    (folder / FILE).write_text(json.dumps(golden))
+    (folder / GOLDEN_FILE).write_text(json.dumps(golden))
     checks = {check.name: check for check in verify(folder, trust_remote_code=True)}
     assert [check for check in checks.values() if not check.passed] == []
     assert "of version 0.1.0, not of" in checks["code"].found and used.name in checks["code"].found
     failed = {check.name for check in verify(folder) if not check.passed}
-    assert failed == {"code", "loads as a stranger"}
+    assert failed == {"code", "loads in a fresh process"}

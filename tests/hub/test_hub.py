@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.adapters import add_lora
 from modeling_gemma_encoder.hub import publishing as hub_code
-from modeling_gemma_encoder.hub.model_card import Run
+from modeling_gemma_encoder.hub.file_checks import Check
 from modeling_gemma_encoder.hub.publishing import stage
-from modeling_gemma_encoder.hub.verification import Check
+from modeling_gemma_encoder.hub.run_record import RunRecord
 from modeling_gemma_encoder.templates import set_template
 
 BIN = Path(sys.executable).parent
@@ -42,7 +42,7 @@ def online(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
     def publish(source, repo_id, token="hf_me", base=str(NANO), base_revision=None, **options):
-        run = Run(command="python train.py")
+        run = RunRecord(command="python train.py")
         form = {"base": base, "base_revision": base_revision, "licence": "apache-2.0"}
         ready = stage(str(source), hub.home / f"staged-{len(hub.requests)}", repo_id, TEMPLATE, run, **form)
         return hub_code.publish(ready, token=token, **options)
@@ -69,7 +69,7 @@ def score(model, tokenizer) -> list[float]:
     return model.eval()(**tokenizer(*PAIR, return_tensors="pt")).logits[0].tolist()
 
 
-STRANGER = """
+FRESH_PROCESS = """
 import json, sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 found = []
@@ -85,8 +85,8 @@ print(json.dumps(found))
 """
 
 
-def strangers_scores(hub, *sources, **options) -> list[list[float]]:
-    return python(hub, STRANGER, json.dumps(PAIR), *sources, cwd=hub.home.parent, **options)
+def fresh_scores(hub, *sources, **options) -> list[list[float]]:
+    return python(hub, FRESH_PROCESS, json.dumps(PAIR), *sources, cwd=hub.home.parent, **options)
 
 
 def close(found, expected):
@@ -107,10 +107,10 @@ def test_a_published_ranker_comes_back_pinned_tagged_and_private(hub, trained):
     assert repo.commits[pinned]["NOTICE"].startswith(b"Gemma is provided under and subject to the Gemma Terms of Use")
     assert not [path for path in repo.commits[pinned] if path.endswith((".bin", ".pt"))]
     expected = score(GemmaEncoderForRanking.from_pretrained(trained), AutoTokenizer.from_pretrained(trained))
-    close(strangers_scores(hub, f"me/ranker@{pinned}"), [expected])
+    close(fresh_scores(hub, f"me/ranker@{pinned}"), [expected])
     check = run(hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", "--revision", pinned)
     assert check.returncode == 0, check.stdout + check.stderr
-    assert f"commit                 {pinned}" in check.stdout
+    assert f"{'commit':<24} {pinned}" in check.stdout
     assert repo.commits[pinned]["README.md"].decode().count("<commit>") == card.count(f'"{pinned}"') > 0
     check = run(hub, sys.executable, "-m", "modeling_gemma_encoder.hub", "verify", "me/ranker", token=None, home="2")
     assert check.returncode == 2 and "Repository Not Found" in check.stderr
@@ -135,7 +135,7 @@ def test_a_pull_request_and_a_branch_leave_main_alone_and_old_files_go(hub, onli
     assert proposed["README.md"] != b"theirs"
     online(trained, "other/ranker", token="hf_other", revision="trial")
     assert repo.branches["main"] == first["main"]
-    close(*strangers_scores(hub, "other/ranker@trial", "other/ranker@refs/pr/1"))
+    close(*fresh_scores(hub, "other/ranker@trial", "other/ranker@refs/pr/1"))
     repo.branches["own"] = repo.add({**repo.commits[repo.branches["trial"]], "notes.txt": b"work"}, "a branch's own")
     with pytest.raises(ValueError, match=r"holds other files: notes\.txt"):
         online(trained, "other/ranker", token="hf_other", revision="own")
@@ -194,7 +194,7 @@ print(json.dumps([*expected, scores(trainer.model)]))
 def test_push_to_hub_of_models_tokenizers_and_the_trainer(hub, trained, tmp_path):
     expected = python(hub, PUSH, trained, tmp_path / "output")
     assert hub.repos["me/pushed"].private and not hub.repos["me/trained"].private
-    for found, right in zip(strangers_scores(hub, "me/pushed", "me/saved", "me/trained"), expected, strict=True):
+    for found, right in zip(fresh_scores(hub, "me/pushed", "me/saved", "me/trained"), expected, strict=True):
         close(found, right)
 
 
@@ -209,7 +209,7 @@ print("null")
 """
 
 
-def test_uploaded_by_hand_published_again_by_a_stranger_and_two_of_one_name(hub, staged, tmp_path):
+def test_uploaded_by_hand_published_again_from_remote_code_and_two_of_one_name(hub, staged, tmp_path):
     """The `hf` command; a model that was loaded as remote code; two owners' repositories in one process."""
     other = tmp_path / "other"
     model = GemmaEncoderForSequenceClassification.from_pretrained(NANO, num_labels=3, attention="causal")
@@ -223,10 +223,10 @@ def test_uploaded_by_hand_published_again_by_a_stranger_and_two_of_one_name(hub,
         score(GemmaEncoderForRanking.from_pretrained(staged), AutoTokenizer.from_pretrained(staged)),
         score(model.float(), tokenizer),
     ]
-    for found, right in zip(strangers_scores(hub, "me/encoder", "other/encoder"), expected, strict=True):
+    for found, right in zip(fresh_scores(hub, "me/encoder", "other/encoder"), expected, strict=True):
         close(found, right)
     python(hub, AGAIN, "me/encoder", hub.repos["me/encoder"].branches["main"], cwd=tmp_path)
-    close(strangers_scores(hub, "me/again"), expected[:1])
+    close(fresh_scores(hub, "me/again"), expected[:1])
     first, again = hub.files("me/encoder"), hub.files("me/again")
     assert {p: d for p, d in first.items() if p.endswith(".py")} == {
         p: d for p, d in again.items() if p.endswith(".py")
@@ -241,12 +241,12 @@ def test_uploaded_by_hand_published_again_by_a_stranger_and_two_of_one_name(hub,
 PUBLISH_ADAPTERS = """
 import json, sys
 from pathlib import Path
-from modeling_gemma_encoder.hub.model_card import Run
 from modeling_gemma_encoder.hub.publishing import publish, stage
+from modeling_gemma_encoder.hub.run_record import RunRecord
 for name, base, revision in (("over-raw", "me/raw", sys.argv[2]), ("over-encoder", "me/encoder", sys.argv[3])):
     source, folder = Path(sys.argv[1], name), Path(sys.argv[1], name + "-staged")
     form = {"base": base, "base_revision": revision, "licence": "apache-2.0"}
-    publish(stage(str(source), folder, "me/" + name, Path("model_cards/template.md"), Run(), **form))
+    publish(stage(str(source), folder, "me/" + name, Path("model_cards/template.md"), RunRecord(), **form))
 print("null")
 """
 
@@ -289,7 +289,7 @@ def test_adapters_over_a_raw_decoder_and_over_an_encoder(hub, staged, tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
         expected.append(score(adapted, tokenizer))
         with pytest.raises(ValueError, match="others do not have"):
-            stage(str(tmp_path / name), tmp_path / "refused" / name, f"me/{name}", TEMPLATE, Run())
+            stage(str(tmp_path / name), tmp_path / "refused" / name, f"me/{name}", TEMPLATE, RunRecord())
     revisions = [hub.repos[repo].branches["main"] for repo in ("me/raw", "me/encoder")]
     python(hub, PUBLISH_ADAPTERS, tmp_path, *revisions)
     for name, repo, revision in zip(("over-raw", "over-encoder"), ("me/raw", "me/encoder"), revisions, strict=True):

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.checkpoints import load_tokenizer
-from modeling_gemma_encoder.hub.model_card import Run
+from modeling_gemma_encoder.hub.golden import GOLDEN_FILE, hash_of
 from modeling_gemma_encoder.hub.publishing import stage
-from modeling_gemma_encoder.hub.verification import FILE, compare, hash_of, run_stranger, verify
+from modeling_gemma_encoder.hub.run_record import RunRecord
+from modeling_gemma_encoder.hub.verification import compare, run_in_fresh_process, verify
 
 
 def test_a_published_tokenizer_says_nothing_of_the_machine_it_was_loaded_on(trained, tmp_path):
@@ -29,7 +30,7 @@ def test_a_published_tokenizer_says_nothing_of_the_machine_it_was_loaded_on(trai
         "is_local": True,
     }
     (source / "tokenizer_config.json").write_text(json.dumps({**saved, **of_machine}))
-    stage(str(source), tmp_path / "out", "me/it", TEMPLATE, Run(), base="examples/nano", licence="apache-2.0")
+    stage(str(source), tmp_path / "out", "me/it", TEMPLATE, RunRecord(), base="examples/nano", licence="apache-2.0")
     published = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert all(published[name] == saved[name] for name in saved.keys() - {"local_files_only", "is_local"})
     assert not published.keys() & {"local_files_only", *of_machine}
@@ -53,9 +54,9 @@ def edit(folder, file, change, rehash: bool = True):
     change(content)
     (folder / file).write_text(json.dumps(content))
     if rehash:
-        golden = json.loads((folder / FILE).read_text())
+        golden = json.loads((folder / GOLDEN_FILE).read_text())
         golden["files"][file] = hash_of(folder / file)
-        (folder / FILE).write_text(json.dumps(golden))
+        (folder / GOLDEN_FILE).write_text(json.dumps(golden))
 
 
 def rewrite(folder, change):
@@ -68,7 +69,7 @@ def test_what_is_published_is_all_that_is_needed_and_nothing_else(staged):
     names = {path.name for path in staged.iterdir()}
     assert names == {path.name for path in ROOT.glob("modeling_gemma_encoder/*_gemma_encoder.py")} | {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        *("README.md", "LICENSE", FILE),
+        *("README.md", "LICENSE", GOLDEN_FILE),
     }
     tokenizer = AutoTokenizer.from_pretrained(staged)
     assert tokenizer.decode(tokenizer("rain", "It rains.")["input_ids"]) == "<bos>Query: rain Document: It rains."
@@ -109,13 +110,16 @@ def test_a_head_left_random_is_caught(folder):
 
 def test_a_missing_pooler_is_caught(folder):
     rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("pooler")])
-    assert "lacks" in (wrong := failed(folder))["loads as a stranger"] and "pooler" in wrong["loads as a stranger"]
+    assert (
+        "lacks" in (wrong := failed(folder))["loads in a fresh process"]
+        and "pooler" in wrong["loads in a fresh process"]
+    )
 
 
 def test_a_file_cut_short_is_caught(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    assert {"hashes", "loads as a stranger"} <= set(failed(folder))
+    assert {"hashes", "loads in a fresh process"} <= set(failed(folder))
 
 
 @pytest.mark.own_process
@@ -124,7 +128,7 @@ def test_missing_or_other_code_is_caught_and_never_run(folder, tmp_path):
     witness = tmp_path / "witness"
     (folder / "pooling_gemma_encoder.py").write_text(f"open({str(witness)!r}, 'w')\n" + original)
     wrong = failed(folder)
-    assert "pooling_gemma_encoder.py" in wrong["code"] and "loads as a stranger" in wrong and not witness.exists()
+    assert "pooling_gemma_encoder.py" in wrong["code"] and "loads in a fresh process" in wrong and not witness.exists()
     assert set(failed(folder, trust_remote_code=True)) == {"hashes"} and witness.exists()
     (folder / "pooling_gemma_encoder.py").unlink()
     wrong = failed(folder, trust_remote_code=True)
@@ -147,7 +151,7 @@ def test_a_config_that_names_other_code_is_caught(folder, file, change):
     if not (folder / file).exists():
         (folder / file).write_text("{}")
     edit(folder, file, lambda config: config.update(change))
-    assert (wrong := failed(folder))["names in configs"] and "loads as a stranger" in wrong
+    assert (wrong := failed(folder))["names in configs"] and "loads in a fresh process" in wrong
 
 
 def test_settings_that_scores_in_fp32_do_not_show_are_caught(folder):
@@ -164,7 +168,13 @@ def test_settings_that_scores_in_fp32_do_not_show_are_caught(folder):
 
 @pytest.mark.parametrize(
     ("file", "text"),
-    [(FILE, "[]"), (FILE, "{}"), (FILE, "no JSON"), ("README.md", "---\n- {\n---\n"), ("tokenizer_config.json", "{")],
+    [
+        (GOLDEN_FILE, "[]"),
+        (GOLDEN_FILE, "{}"),
+        (GOLDEN_FILE, "no JSON"),
+        ("README.md", "---\n- {\n---\n"),
+        ("tokenizer_config.json", "{"),
+    ],
 )
 def test_malformed_files_are_rows_of_the_table(folder, file, text):
     (folder / file).write_text(text)
@@ -172,14 +182,14 @@ def test_malformed_files_are_rows_of_the_table(folder, file, text):
 
 
 def test_outputs_that_are_no_numbers_are_caught(staged):
-    golden = json.loads((staged / FILE).read_text())
+    golden = json.loads((staged / GOLDEN_FILE).read_text())
     found = {**golden, "outputs": [[float("inf")] for _ in golden["outputs"]], "padding_changes": float("inf")}
     wrong = {check.name for check in compare(json.loads(json.dumps(found)), golden, staged) if not check.passed}
     assert wrong == {"padding, batches", "outputs"}
 
 
 def test_many_and_long_inputs_are_verified(staged):
-    found = run_stranger(staged, ["word " * 1000] * 40, "cpu")  # 200 kB
+    found = run_in_fresh_process(staged, ["word " * 1000] * 40, "cpu")  # 200 kB
     assert "error" not in found and len(found["outputs"]) == 40
 
 
@@ -188,7 +198,7 @@ def test_pickles_and_new_files_are_caught(folder):
     (folder / "README.md").unlink()
     wrong = failed(folder)
     assert wrong["files"] == "no README.md, of no kind known here: pytorch_model.bin"
-    assert wrong["hashes"] == "pytorch_model.bin is new" and wrong["card"] == "licence: None"
+    assert wrong["hashes"] == "pytorch_model.bin is new" and wrong["card"] == "license: None"
 
 
 def test_what_is_no_encoder_is_named(tmp_path, decoder):
@@ -200,21 +210,21 @@ def test_what_is_no_encoder_is_named(tmp_path, decoder):
 
 def test_what_is_not_trained_is_not_staged(tmp_path, decoder):
     with pytest.raises(ValueError, match="decoder as it is"):
-        stage(str(decoder), tmp_path / "a", "me/a", TEMPLATE, Run())
+        stage(str(decoder), tmp_path / "a", "me/a", TEMPLATE, RunRecord())
     model = GemmaEncoderForSequenceClassification.from_pretrained(decoder)
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="has no tokenizer"):
-        stage(str(tmp_path / "bare"), tmp_path / "b", "me/b", TEMPLATE, Run())
+        stage(str(tmp_path / "bare"), tmp_path / "b", "me/b", TEMPLATE, RunRecord())
     with pytest.raises(ValueError, match="not empty"):
-        stage(str(decoder), tmp_path / "bare", "me/b", TEMPLATE, Run())
+        stage(str(decoder), tmp_path / "bare", "me/b", TEMPLATE, RunRecord())
     with pytest.raises(ValueError, match=r"no config\.json, so it is no model; below it are: .*bare"):
-        stage(str(tmp_path), tmp_path / "b", "me/b", TEMPLATE, Run())
+        stage(str(tmp_path), tmp_path / "b", "me/b", TEMPLATE, RunRecord())
 
 
 def test_where_a_model_comes_from_is_said_or_asked_for(tmp_path, trained):
     with pytest.raises(ValueError, match="does not say which decoder it was made of"):
-        stage(str(trained), tmp_path / "a", "me/a", TEMPLATE, Run())
-    stage(str(trained), tmp_path / "own", "me/own", TEMPLATE, Run(), licence="mit")
+        stage(str(trained), tmp_path / "a", "me/a", TEMPLATE, RunRecord())
+    stage(str(trained), tmp_path / "own", "me/own", TEMPLATE, RunRecord(), licence="mit")
     card = (tmp_path / "own" / "README.md").read_text()
     assert "license: mit" in card and "base_model" not in card and "A decoder as a bidirectional encoder" in card
     assert not (tmp_path / "own" / "NOTICE").exists()
