@@ -51,6 +51,7 @@ def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]
 
 
 def _check_names(names: list[str], golden: dict) -> Check:
+    """Return whether all files that a model needs are there, and no others than known kinds."""
     is_adapter = "adapter_config.json" in names
     weights = "adapter_model.safetensors" if is_adapter else "model.safetensors"
     # Large weights are several files with an index, adapters are always one.
@@ -65,6 +66,7 @@ def _check_names(names: list[str], golden: dict) -> Check:
 
 
 def _check_hashes(folder: Path, names: list[str], hashes: dict[str, str]) -> Check:
+    """Return whether the files are those of the record, with the same contents."""
     missing = [name for name in hashes if not (folder / name).is_file()]
     changed = [name for name in hashes if name not in missing and hash_of(folder / name) != hashes[name]]
     new = [name for name in names if name not in hashes and name not in UNHASHED]
@@ -75,6 +77,7 @@ def _check_hashes(folder: Path, names: list[str], hashes: dict[str, str]) -> Che
 
 
 def _check_card(card: Path) -> Check:
+    """Return whether there is a card that names a license."""
     try:
         license = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
     except Exception as error:  # whatever the YAML library raises
@@ -90,6 +93,7 @@ def check_code(folder: Path, config: dict, golden: dict, trusted: bool) -> Itera
 
 
 def _check_code_files(folder: Path, python: list[str], golden: dict, trusted: bool) -> Check:
+    """Return whether the code files of the record are there, and, unless `trusted`, are the installed ones."""
     lost = [name for name in published_code(golden) if name not in python]
     other = [name for name in python if name not in CODE or hash_of(folder / name) != hash_of(PACKAGE / name)]
     if lost:
@@ -102,6 +106,7 @@ def _check_code_files(folder: Path, python: list[str], golden: dict, trusted: bo
 
 
 def _check_code_names(folder: Path, python: list[str], config: dict) -> Check:
+    """Return whether no JSON file has transformers or sentence-transformers load code from elsewhere."""
     wrong = []
     if not _names_own_code(config, python):
         wrong.append(f"auto_map of config.json: {config.get('auto_map')}")

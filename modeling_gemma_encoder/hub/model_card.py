@@ -28,9 +28,9 @@ KINDS = {
 REGRESSOR = "a regressor: a text in, a number out"
 OLDEST_TRANSFORMERS = "5.20"  # that loads a checkpoint
 LIMITS = (
-    "It has the biases of its decoder and of its training data, which nobody filtered for this. Measured on the data "
-    "above and nothing else: not on other languages, domains or lengths, not for fairness, not against adversaries. "
-    "Do not let it decide about people."
+    "It has the biases of its decoder and of its training data, which nobody filtered for this. It was measured on the "
+    "data above and on nothing else: not on other languages, domains or lengths, not for fairness, not against "
+    "adversaries. Do not let it decide about people."
 )
 
 

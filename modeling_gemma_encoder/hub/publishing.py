@@ -47,7 +47,9 @@ class Destination:
     def validate(self) -> None:
         """Raise ValueError for arguments that do not go together."""
         if self.tag and self.create_pr:
-            raise ValueError("`tag` and `create_pr` do not go together: tag the commit that is merged.")
+            raise ValueError(
+                "`tag` and `create_pr` do not go together. Tag the commit once the pull request is merged."
+            )
 
 
 def publish(
@@ -116,9 +118,11 @@ def _refuse_conflicts(api: HfApi, destination: Destination, names: list[str]) ->
     info = api.model_info(repo_id, revision=destination.revision if there else None)
     if private is not None and info.private != private:
         is_now = "private" if info.private else "public"
-        raise ValueError(f"{repo_id} exists and is {is_now}: change it in its settings, or publish without `private`.")
+        raise ValueError(
+            f"{repo_id} exists and is {is_now}. Change that in its settings, or publish without `private`."
+        )
     if tag and tag in [ref.name for ref in refs.tags]:
-        raise ValueError(f"`tag` {tag} is there already, and stays what it is. Choose another.")
+        raise ValueError(f"`tag` {tag} is there already and is not moved. Choose another name.")
     others = _files_of_others([file.rfilename for file in info.siblings], names)
     if others and not destination.replace:
         raise ValueError(f"{repo_id} holds other files: {', '.join(others)}. Pass `replace` to have them removed.")

@@ -101,7 +101,7 @@ def stage(
 def _make_part_folder(target: Path) -> Path:
     """Return an empty folder beside `target`, which takes its name when it is complete."""
     if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty. What is published is put together in a folder of its own.")
+        raise ValueError(f"`folder` {target} is not empty: give a new or an empty folder.")
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -118,11 +118,13 @@ def _read_trained(source: str, base: str | None, given_license: str | None) -> T
     adapter = find_adapter(source, {}) or {}
     config = GemmaEncoderConfig.from_pretrained(source)
     if not config.architectures:
-        raise ValueError(f"{source} is a decoder as it is: train an encoder of it first.")
+        raise ValueError(f"{source} is a decoder as it is, and no encoder: train an encoder of it first.")
     try:
         tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} has no tokenizer: save it beside the model, the template is in it.") from error
+        raise ValueError(
+            f"{source} has no tokenizer. Save the tokenizer beside the model: the template is in it."
+        ) from error
     base = base or adapter.get("base_model_name_or_path") or config.text_config._name_or_path or None
     if base is None and given_license is None:
         raise ValueError(
@@ -149,9 +151,9 @@ def _stage_adapter(trained: Trained, folder: Path, revision: str | None) -> None
     base = trained.base
     if is_local(base) or split_gguf(base)[1] is not None:
         raise ValueError(
-            f"The adapter was trained over {base}, which others do not have or PEFT does not read: publish that "
-            "decoder first (examples/convert_gguf.py makes a checkpoint of a GGUF file), and give its repository as "
-            "`base` (--base_model). Or merge the adapter."
+            f"The adapter was trained over {base}, which others do not have or PEFT does not read. Publish that "
+            "decoder first (examples/convert_gguf.py makes a checkpoint of a GGUF file) and give its repository as "
+            "`base` (--base_model), or merge the adapter."
         )
     weights = folder / "adapter_model.safetensors"
     shutil.copyfile(transformers.utils.cached_file(trained.source, weights.name), weights)

@@ -123,6 +123,7 @@ def _isolated_environment(empty: Path) -> dict[str, str]:
 
 
 def _describe_model(found: dict) -> str:
+    """Return what was loaded, or which weights were missing."""
     if found["new"]:
         return f"random weights: {', '.join(found['new'])}"
     return f"{found['class']} over {found['decoder']}, transformers {found['versions']['transformers']}"
@@ -146,6 +147,7 @@ def compare(found: dict, golden: dict, folder: Path) -> Iterator[Check]:
 
 
 def _compare_settings(found: dict, golden: dict) -> Check:
+    """Return whether config and tokenizer have the settings that were recorded."""
     now, right = (
         {**of["settings"], "class": of["class"], "decoder": of["decoder"], "reach": of["reach"]}
         for of in (found, golden)
@@ -157,11 +159,13 @@ def _compare_settings(found: dict, golden: dict) -> Check:
 
 
 def _compare_tokens(found: list[list[int]], published: list[list[int]]) -> Check:
+    """Return whether the golden inputs have the same token ids."""
     same = sum(now == then for now, then in zip(found, published, strict=False))
     return Check("tokens and template", same == len(published), f"{same} of {len(published)} inputs read as published")
 
 
 def _compare_outputs(found: list, published: list, tolerance: float) -> Check:
+    """Return whether the outputs are within `tolerance` of those that were recorded."""
     try:
         difference = (torch.tensor(found) - torch.tensor(published)).abs().max().item()
     except (ValueError, RuntimeError, TypeError):
