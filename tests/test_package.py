@@ -1,5 +1,6 @@
 """Laws of the package as a whole: what imports need, where files may stand, and that the wheel holds all of it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import NANO, ROOT
 
 import modeling_gemma_encoder
 
@@ -49,7 +50,7 @@ def test_no_script_imports_another():
         assert not {words[1] for words in lines} & scripts, path
 
 
-def test_the_wheel_holds_every_file_and_is_typed(tmp_path):
+def test_the_wheel_holds_every_file_and_runs_the_quickstart(tmp_path):
     """Built and installed beside what it needs, in an environment that does not know of this folder."""
     source = tmp_path / "source"
     hidden = shutil.ignore_patterns("__pycache__")
@@ -74,5 +75,10 @@ def test_the_wheel_holds_every_file_and_is_typed(tmp_path):
     package = [*ROOT.glob("modeling_gemma_encoder/**/*.py"), ROOT / "modeling_gemma_encoder" / "py.typed"]
     assert {path for path in there if path.suffix != ".pyc"} == {path.relative_to(ROOT) for path in package}
     where = "import modeling_gemma_encoder; print(modeling_gemma_encoder.__file__)"
-    found = subprocess.check_output([python, "-I", "-c", where], text=True, cwd=tmp_path)
-    assert found.startswith(str(purelib))
+    quickstart = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    quickstart = quickstart.replace("examples/nano", str(NANO))
+    result = subprocess.run(
+        [python, "-I", "-c", f"{where}\n{quickstart}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(purelib)) and "positive" in result.stdout.splitlines()[-2]
