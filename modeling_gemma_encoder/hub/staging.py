@@ -101,7 +101,7 @@ def stage(
 def _make_part_folder(target: Path) -> Path:
     """Return an empty folder beside `target`, which takes its name when it is complete."""
     if target.exists() and any(target.iterdir()):
-        raise ValueError(f"`folder` {target} is not empty: give a new or an empty folder.")
+        raise ValueError(f"`folder` (--output_dir) {target} is not empty: give a new or an empty folder.")
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
