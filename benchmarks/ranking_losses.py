@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gemma_encoder._scripts.files import write
-from modeling_gemma_encoder.ranking.evaluation import heading
+from modeling_gemma_encoder.ranking.measures import heading
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "msmarco.py"
 LOSSES = ["point_ce", "pair", "softmax", "poly1", "lambdarank"]

@@ -1,10 +1,10 @@
-"""A page to try a trained encoder: classify or rerank, and see what its tokens attend to and how they are pooled.
+"""Serve a page to try a trained encoder: classify or rerank, and see what tokens attend to and how they are pooled.
 
     python examples/app.py --model runs/glue/sst2/seed-1      # http://127.0.0.1:7860
     python examples/app.py --model my-ranker --port 8000
 
-Needs `pip install ".[app]"` besides what training needs. It listens on this machine only, unless `--host 0.0.0.0` says
-otherwise; nothing is sent elsewhere.
+The page needs `pip install ".[app]"` beside what training needs. It listens on this machine only, unless you give
+`--host 0.0.0.0`, and sends nothing to other hosts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gemma_encoder import (
     GemmaEncoderConfig,
@@ -30,7 +30,7 @@ from modeling_gemma_encoder import (
 from modeling_gemma_encoder._scripts.command_line import failing
 from modeling_gemma_encoder.ranking.scoring import DTYPE, choose, score_pairs
 
-MOST_TOKENS = 80  # of a text that is looked into: all layers' attention is held
+MOST_TOKENS = 80  # of a text that is looked into, as the attention of all layers is kept
 EXAMPLES = {
     "text": "A gripping, funny and humane film, and the best of its year.",
     "query": "how do cats purr",
@@ -39,14 +39,14 @@ EXAMPLES = {
 
 
 def refuse(message: str) -> NoReturn:
-    """Shows the message on the page."""
+    """Show the message on the page, and stop what a button does."""
     import gradio
 
     raise gradio.Error(message)
 
 
 def load(checkpoint: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model on the accelerator, where there is one, and its tokenizer; ValueError without a trained head."""
+    """Load a model onto the accelerator if there is one, and its tokenizer; raise ValueError without a trained head."""
     dtype, device = choose(dtype, None)
     config = GemmaEncoderConfig.from_pretrained(checkpoint)
     heads = {cls.__name__: cls for cls in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
@@ -58,23 +58,25 @@ def load(checkpoint: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
 
 
 class Page:
-    """What the buttons of the page do with a model."""
+    """Do with a model what the buttons of the page ask for."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
         self.lock = threading.Lock()
         self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
-    def encode(self, first: str, second: str, longest: int | None = None):
+    def encode(self, first: str, second: str, longest: int | None = None) -> BatchEncoding:
+        """Return the tokens of a text, or of a pair if the second is not blank, cut to the longest the model takes."""
         texts = [first, second] if second.strip() else [first]
         longest = min(self.longest, longest or self.longest)
-        with self.lock:  # a tokenizer's truncation is a state of it
+        with self.lock:  # truncation is a state of the tokenizer, which other threads share
             batch = self.tokenizer(*texts, truncation=True, max_length=longest, return_tensors="pt")
             self.tokenizer.backend_tokenizer.no_truncation()
         return batch.to(self.model.device)
 
     @torch.no_grad()
-    def classify(self, first: str, second: str):
+    def classify(self, first: str, second: str) -> dict[str, float] | str:
+        """Return the share of each label, or the numbers of a regression as text."""
         if not first.strip():
             refuse("There is no text.")
         logits = self.model(**self.encode(first, second)).logits[0].float()
@@ -88,9 +90,10 @@ class Page:
         return {str(config.id2label[label]): share for label, share in enumerate(shares.tolist())}
 
     def rerank(self, query: str, documents: str) -> pd.DataFrame:
+        """Return the documents, each a line, by their scores for the query, the best first."""
         documents = [line.strip() for line in documents.splitlines() if line.strip()]
         if not query.strip() or not documents:
-            refuse("It takes a query and at least one document, each on a line of its own.")
+            refuse("Please give a query and at least one document, each on a line of its own.")
         try:
             with self.lock:
                 scores = score_pairs(self.model, self.tokenizer, [(query, text) for text in documents], self.longest)
@@ -101,8 +104,8 @@ class Page:
         return pd.DataFrame(rows, columns=["rank", "score", "document"])
 
     @torch.no_grad()
-    def look(self, first: str, second: str, layer: int):
-        """A picture of what tokens attend to in a layer, and of their shares in the pooled vector."""
+    def look(self, first: str, second: str, layer: int) -> Figure:
+        """Draw what tokens attend to in a layer, and their shares in the pooled vector."""
         if not first.strip():
             refuse("There is no text.")
         batch = self.encode(first, second, MOST_TOKENS)
@@ -113,7 +116,14 @@ class Page:
         return draw(tokens, attention, shares, int(layer), self.model.config)
 
 
-def draw(tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: int, config: GemmaEncoderConfig):
+def draw(
+    tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: int, config: GemmaEncoderConfig
+) -> Figure:
+    """
+    Draw shares in the pooled vector as bars (seq_len,), above a layer's attention (seq_len, seq_len).
+
+    The attention is the mean over heads. Its square root is drawn, so that small values can be seen.
+    """
     shown = len(tokens)
     names = [token.replace("▁", "·").replace("$", r"\$") for token in tokens]
     side = max(5.0, 0.22 * shown)
@@ -129,47 +139,71 @@ def draw(tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: in
 
 
 def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
-    """The page, `gradio.Blocks`."""
+    """Build the page, a `gradio.Blocks` with a tab for the model's head and one to look inside."""
     import gradio
 
     page, config = Page(model, tokenizer), model.config
     ranks = isinstance(model, GemmaEncoderForRanking)
-    calibrated = config.calibration_temperature is not None
     with gradio.Blocks(title=f"Gemma Encoder: {name}") as blocks:
         gradio.Markdown(
             f"# {name}\n{type(model).__name__} over {config.text_config.model_type}, {config.attention}, "
             f"pooling {config.pooling}, {config.num_hidden_layers} layers, texts of up to {page.longest} tokens"
         )
         if ranks:
-            with gradio.Tab("Rerank"):
-                query = gradio.Textbox(EXAMPLES["query"], label="Query")
-                documents = gradio.Textbox(EXAMPLES["documents"], label="Documents, one a line", lines=6)
-                button = gradio.Button("Rerank", variant="primary")
-                table = gradio.Dataframe(headers=["rank", "score", "document"], label="Best first", wrap=True)
-                button.click(page.rerank, [query, documents], table, api_name="rerank")
+            add_rerank_tab(page)
+            texts = {"Query": EXAMPLES["query"], "Document": EXAMPLES["documents"].splitlines()[0]}
         else:
-            with gradio.Tab("Classify"):
-                first = gradio.Textbox(EXAMPLES["text"], label="Text", lines=3)
-                second = gradio.Textbox("", label="Second text, for pairs", lines=2)
-                button = gradio.Button("Classify", variant="primary")
-                label = gradio.Label(label=f"Prediction, {'' if calibrated else 'not '}calibrated")
-                button.click(page.classify, [first, second], label, api_name="classify")
-        with gradio.Tab("Look inside"):
-            texts = [EXAMPLES["query"], EXAMPLES["documents"].splitlines()[0]] if ranks else [EXAMPLES["text"], ""]
-            names = ["Query", "Document"] if ranks else ["Text", "Second text"]
-            pair = [gradio.Textbox(text, label=name, lines=2) for text, name in zip(texts, names, strict=True)]
-            layer = gradio.Slider(1, config.num_hidden_layers, config.num_hidden_layers, step=1, label="Layer")
-            button = gradio.Button("Look", variant="primary")
-            plot = gradio.Plot(label="Pooling and attention")
-            button.click(page.look, [*pair, layer], plot, api_name="look")
+            add_classify_tab(page)
+            texts = {"Text": EXAMPLES["text"], "Second text": ""}
+        add_look_tab(page, texts)
     return blocks
+
+
+def add_rerank_tab(page: Page) -> None:
+    """Add a tab that ranks documents for a query."""
+    import gradio
+
+    with gradio.Tab("Rerank"):
+        query = gradio.Textbox(EXAMPLES["query"], label="Query")
+        documents = gradio.Textbox(EXAMPLES["documents"], label="Documents, one a line", lines=6)
+        button = gradio.Button("Rerank", variant="primary")
+        table = gradio.Dataframe(headers=["rank", "score", "document"], label="Best first", wrap=True)
+        button.click(page.rerank, [query, documents], table, api_name="rerank")
+
+
+def add_classify_tab(page: Page) -> None:
+    """Add a tab that classifies a text, or a pair of them."""
+    import gradio
+
+    calibrated = page.model.config.calibration_temperature is not None
+    with gradio.Tab("Classify"):
+        first = gradio.Textbox(EXAMPLES["text"], label="Text", lines=3)
+        second = gradio.Textbox("", label="Second text, for pairs", lines=2)
+        button = gradio.Button("Classify", variant="primary")
+        label = gradio.Label(label="Prediction, calibrated" if calibrated else "Prediction, not calibrated")
+        button.click(page.classify, [first, second], label, api_name="classify")
+
+
+def add_look_tab(page: Page, texts: dict[str, str]) -> None:
+    """Add a tab that draws attention and pooling of two texts, which are given with their labels."""
+    import gradio
+
+    layers = page.model.config.num_hidden_layers
+    with gradio.Tab("Look inside"):
+        pair = [gradio.Textbox(text, label=name, lines=2) for name, text in texts.items()]
+        layer = gradio.Slider(1, layers, layers, step=1, label="Layer")
+        button = gradio.Button("Look", variant="primary")
+        plot = gradio.Plot(label="Pooling and attention")
+        button.click(page.look, [*pair, layer], plot, api_name="look")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="A trained classifier or ranker: folder or repository.")
+    parser.add_argument(
+        "--model", required=True, help="A trained classifier or ranker: a folder, or a repository on the Hub."
+    )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=None, help="Default: the first that is free from 7860 on.")
+    parser.add_argument("--port", type=int, default=None, help="Default: the first free one from 7860 on.")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=DTYPE["help"])
     args = parser.parse_args()
     import gradio  # takes seconds, which --help need not

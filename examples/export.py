@@ -1,12 +1,12 @@
-"""Exports a classifier or ranker, so that it scores without this package: ONNX, or torch.export's .pt2.
+"""Export a classifier or ranker to ONNX or torch.export's .pt2, so that it scores without this package.
 
     python examples/export.py --model my-ranker --output exported              # exported/model.onnx, tokenizer.json ...
     python examples/export.py --model my-ranker --output exported --format torch
 
-Both take `input_ids` and `attention_mask` (batch, seq_len), any batch and length, padded on either side, and give
-`logits`; what is exported is compared with the model before it is left there. It runs padded, so short texts next to
-long ones cost what the long ones do. settings.json beside it has the names of the labels, the longest text in tokens
-and what is cut of a longer one. With onnxruntime and tokenizers alone:
+Both formats take `input_ids` and `attention_mask` (batch, seq_len) of any batch and length, padded on either side, and
+return `logits`. They are compared with the model before they are put into --output. They compute on padding, too, so
+that a short text beside a long one costs as much as the long one. settings.json has the names of the labels, the most
+tokens of a text, and which text of a pair is cut. With onnxruntime and tokenizers alone:
 
     settings = json.load(open("exported/settings.json"))
     tokenizer = Tokenizer.from_file("exported/tokenizer.json")
@@ -16,7 +16,7 @@ and what is cut of a longer one. With onnxruntime and tokenizers alone:
     read = tokenizer.encode_batch(texts)
     inputs = {"input_ids": [text.ids for text in read], "attention_mask": [text.attention_mask for text in read]}
     logits = InferenceSession("exported/model.onnx").run(["logits"], inputs)[0]
-    labels = [settings["id2label"][str(row.argmax())] for row in logits]  # of a classifier; of others the number is it
+    labels = [settings["id2label"][str(row.argmax())] for row in logits]  # of a classifier; others return numbers
 """
 
 import json
@@ -30,24 +30,31 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from modeling_gemma_encoder import GemmaEncoderConfig, GemmaEncoderForRanking  # registers our classes
-from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, failing, interruptible
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
-TOLERANCE = 1e-4  # of a logit
+TOLERANCE = 1e-4  # largest difference of a logit
 
 
 @dataclass
 class ExportArguments:
+    """Options of what is exported, and where it goes."""
+
     model: str = field(metadata={"help": "A classifier or ranker: a folder, or a repository on the Hub."})
-    output: str = field(metadata={"help": "A folder that is not there yet."})
-    format: Literal["onnx", "torch"] = field(default="onnx", metadata={"help": "torch is torch.export's."})
-    max_batch: int = field(default=4096, metadata={"help": "The largest batch it will take."})
+    output: str = field(metadata={"help": "A folder that does not exist yet."})
+    format: Literal["onnx", "torch"] = field(default="onnx", metadata={"help": "onnx, or torch for torch.export."})
+    max_batch: int = field(default=4096, metadata={"help": "The largest batch that can be scored."})
+
+    def validate(self) -> None:
+        """Raise ValueError if the output exists."""
+        if Path(self.output).exists():
+            raise ValueError(f"--output {self.output} is there already: delete it, or name another.")
 
 
 class Logits(torch.nn.Module):
-    """Tensors in, a tensor out: no class of ours or of transformers in what is exported."""
+    """Wrap a model so that it takes and returns tensors, and the export has no class of ours or of transformers."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -58,18 +65,18 @@ class Logits(torch.nn.Module):
 
 
 def searchsorted(sorted_sequence, values, out_int32=False, right=False, side=None, sorter=None):
-    """torch.searchsorted for ONNX, which has none: how many of the sorted are reached by each value."""
+    """Translate torch.searchsorted to ONNX, which lacks it: count the sorted numbers that each value reaches."""
     from onnxscript import opset18 as op
 
     if not right:
-        raise NotImplementedError("right=False")
+        raise NotImplementedError("`right` must be True; got False.")
     one, zero = op.Constant(value_ints=[1]), op.Constant(value_ints=[0])
     reached = op.GreaterOrEqual(op.Unsqueeze(values, one), op.Unsqueeze(sorted_sequence, zero))
     return op.ReduceSum(op.Cast(reached, to=7), one, keepdims=0)  # 7: int64
 
 
 def load(checkpoint: str) -> Logits:
-    """In fp32, on padded batches. Raises ValueError where the checkpoint has no trained head."""
+    """Load a checkpoint in fp32, to run on padded batches; raise ValueError if it has no trained head."""
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         checkpoint,
         dtype=torch.float32,
@@ -80,12 +87,12 @@ def load(checkpoint: str) -> Logits:
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{checkpoint} is no trained classifier or ranker: {', '.join(missing)} would be random.")
     if not type(model).__module__.endswith("gemma_encoder"):
-        raise ValueError(f"{checkpoint} is no Gemma Encoder, but a {type(model).__name__}.")
+        raise ValueError(f"{checkpoint} must be a Gemma Encoder; it is a {type(model).__name__}.")
     return Logits(model).eval()
 
 
 def examples(vocab_size: int, lengths: tuple[int, ...], pad_left: bool = False) -> dict[str, torch.Tensor]:
-    """A batch of random tokens of these lengths."""
+    """Return a batch of random tokens, one text of each length, padded on the right or on the left."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocab_size, (len(lengths), max(lengths)), generator=draw)
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
@@ -95,6 +102,7 @@ def examples(vocab_size: int, lengths: tuple[int, ...], pad_left: bool = False) 
 
 @torch.no_grad()
 def export(model: Logits, path: Path, kind: str, max_batch: int) -> None:
+    """Write a model for batches up to `max_batch` and texts up to its positions; `kind` is "onnx" or "torch"."""
     config = model.model.config
     batch = examples(config.vocab_size, (7, 3, 5))
     sizes = torch.export.Dim("batch", max=max_batch), torch.export.Dim("seq_len", max=config.max_position_embeddings)
@@ -119,7 +127,7 @@ def export(model: Logits, path: Path, kind: str, max_batch: int) -> None:
 
 @torch.no_grad()
 def difference(model: Logits, path: Path, kind: str) -> float:
-    """The largest of a logit, over batches of other sizes than the one that was traced."""
+    """Return the largest difference of a logit from the model's, over batches of sizes that were not traced."""
     longest = model.model.config.max_position_embeddings
     differences = []
     for lengths, pad_left in (((min(longest, 64), 1, 9, 2), False), ((4,), False), ((3, 11), True)):
@@ -135,8 +143,11 @@ def difference(model: Logits, path: Path, kind: str) -> float:
 
 
 def settings(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """How texts are read and what outputs are, for a program that has no config: `id2label` of a classifier, or
-    `numbers`, the names of those that a regressor says."""
+    """
+    Return how texts are read and what the outputs mean, for a program that has no config.
+
+    A classifier has `id2label`, and a regressor has `numbers`, the names of its outputs.
+    """
     ranks = GemmaEncoderForRanking.__name__ in config.architectures
     problem = "ranking" if ranks else config.problem_type or ("regression" if config.num_labels == 1 else None)
     return {
@@ -153,24 +164,28 @@ def settings(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def main():
     parser = ScriptParser(ExportArguments, __doc__)
     args = parser.parse_args_into_dataclasses()[0]
-    folder = Path(args.output)
-    path = folder / FILES[args.format]
-    if folder.exists():
-        fail(parser, f"--output {folder} is there already: delete it, or name another")
     with failing(parser):
+        args.validate()
         model = load(args.model)
+
+    # 1. Export into a folder beside the output, which appears when it is complete.
+    folder, name = Path(args.output), FILES[args.format]
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    export(model, part / path.name, args.format, args.max_batch)
-    if (worst := difference(model, part / path.name, args.format)) > TOLERANCE:
-        raise SystemExit(f"What was exported scores otherwise, by {worst:.1e}; it is left in {part}")
+    export(model, part / name, args.format, args.max_batch)
+
+    # 2. Compare with the model.
+    if (worst := difference(model, part / name, args.format)) > TOLERANCE:
+        raise SystemExit(f"The exported model differs from the model by {worst:.1e} in a logit; it is left in {part}.")
+
+    # 3. Add what reads texts, without truncation: settings.json says how to cut them.
     tokenizer = load_tokenizer(args.model)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(part)
     write(part / "settings.json", json.dumps(settings(model.model.config, tokenizer), indent=2, ensure_ascii=False))
     part.replace(folder)
-    sizes = ", ".join(f"{f.name} of {f.stat().st_size / 1e6:.1f} MB" for f in sorted(folder.glob(f"{path.name}*")))
+    sizes = ", ".join(f"{f.name} of {f.stat().st_size / 1e6:.1f} MB" for f in sorted(folder.glob(f"{name}*")))
     print(f"{folder}: {sizes}, scores differ by {worst:.0e} at most")
 
 

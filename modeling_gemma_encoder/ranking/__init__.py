@@ -1,1 +1,1 @@
-"""Ranking: data to train on, judged collections, scores of a trained ranker, and how good they are."""
+"""Ranking: data to train on, judged collections, scores of a trained ranker, and their evaluation."""

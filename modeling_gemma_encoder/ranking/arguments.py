@@ -1,14 +1,20 @@
-"""How a ranker is trained: options of the command line, and defaults."""
+"""Command-line options of training a ranker, and the defaults of `TrainingArguments` for it."""
 
 from dataclasses import dataclass, field
 
 from ..finetuning.tasks import Task
 from ..templates import RANKING_TEMPLATE
-from .evaluation import MEASURES
+from .measures import MEASURES
 
-# Our choice, after RankT5 (arXiv 2210.10634, section 5): lists of 36, 32 of them a step. It trains at a constant rate.
+# Lists of 36 passages, 32 lists in a step, at a constant rate: after RankT5 (arXiv 2210.10634, section 5).
 TASK = Task(
-    ("query", "passage"), None, problem="choice", template=RANKING_TEMPLATE, max_length=256, epochs=1, batch_size=4
+    ("query", "passage"),
+    None,
+    problem="choice",
+    template=RANKING_TEMPLATE,
+    max_length=256,
+    epochs=1,
+    batch_size=4,
 )
 
 DEFAULTS = {
@@ -23,15 +29,17 @@ DEFAULTS = {
 
 @dataclass
 class RankingArguments:
+    """Options of what a ranker is trained and evaluated on."""
+
     train_data: list[str] = field(
         default_factory=lambda: ["sentence-transformers/msmarco-bm25"],
-        metadata={"help": "Folders and files together, or one data set on the Hub, `name[:config[:split]]`."},
+        metadata={"help": "Folders and files, or one data set on the Hub, `name[:config[:split]]`."},
     )
     train_run: str | None = field(
         default=None,
-        metadata={"help": "Further candidates of a folder's queries: a TREC run file, or `bm25`, its 100 best."},
+        metadata={"help": "Adds candidates to a folder's queries: a file in TREC's format, or `bm25`, its 100 best."},
     )
-    list_size: int = field(default=36, metadata={"help": "Documents of a list, at most."})
+    list_size: int = field(default=36, metadata={"help": "The most documents in a list."})
     held_out: float = field(
         default=0.0,
         metadata={"help": "About this share of --train_data's queries, drawn by their texts, is evaluated instead."},
@@ -42,39 +50,55 @@ class RankingArguments:
     eval_run: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What to rerank: `bm25`, the 100 best of all passages, for all that is evaluated, or for each of "
-            "--eval_data, the --held_out queries before them, it or a TREC run file. Default: what was judged."
+            "help": "What to rerank: `bm25`, the 100 best of all passages, for everything that is evaluated. Or for "
+            "each of --eval_data, after one for the --held_out queries if they have one, `bm25` or a file in TREC's "
+            "format. Default: the judged passages."
         },
     )
-    eval_depth: int | None = field(default=None, metadata={"help": "Reranks the best so many of a run."})
+    eval_depth: int | None = field(default=None, metadata={"help": "Rerank only so many of a run's best passages."})
     pair_columns: list[str] = field(
         default_factory=lambda: ["query", "passage", "label"], metadata={"help": "Columns of files of pairs."}
     )
     relevance_level: int = field(
         default=1,
-        metadata={"help": "Least grade that is relevant, in measures that know no grades and in counts; TREC DL: 2."},
+        metadata={"help": "The least grade that is relevant, in binary measures and in counts; 2 for TREC DL."},
     )
-    measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "As ir_measures calls them."})
+    measures: list[str] = field(
+        default_factory=lambda: list(MEASURES), metadata={"help": "Measures, as ir_measures names them."}
+    )
 
-    def problem(self) -> str | None:
+    def validate(self) -> None:
+        """Raise ValueError if an option has an impossible value or contradicts another."""
         if self.list_size < 2:
-            return f"--list_size must be at least 2, got {self.list_size}"
+            raise ValueError(f"--list_size must be at least 2; got {self.list_size}.")
         if not 0 <= self.held_out < 1:
-            return f"--held_out is a share, at least 0 and below 1, got {self.held_out}"
+            raise ValueError(f"--held_out must be a share, at least 0 and below 1; got {self.held_out}.")
         if len(self.pair_columns) != 3:
-            return f"--pair_columns are three, of query, passage and label, got {' '.join(self.pair_columns)}"
-        several, held = len(self.eval_data or ()), int(self.held_out > 0)
-        if self.eval_run == ["bm25"]:
-            return None if several + held else "--eval_run bm25 needs --eval_data or --held_out to rerank"
-        if self.eval_run and len(self.eval_run) not in (several, several + held):
-            return f"--eval_run names {len(self.eval_run)} files for {several} of --eval_data; bm25 alone is for all"
-        return None
-
-    def runs(self) -> tuple[str | None, list[str | None]]:
-        """What is reranked of the queries that are held out, and of each of --eval_data; None for what was judged."""
-        several = len(self.eval_data or ())
+            given = " ".join(self.pair_columns)
+            raise ValueError(f"--pair_columns must name three columns, of query, passage and label; got {given}.")
         if not self.eval_run:
-            return None, [None] * several
+            return
+        collections = len(self.eval_data or ())
+        evaluated = collections + 1 if self.held_out else collections
         if self.eval_run == ["bm25"]:
-            return "bm25", ["bm25"] * several
-        return (None if len(self.eval_run) == several else self.eval_run[0]), self.eval_run[-several:][:several]
+            if not evaluated:
+                raise ValueError("--eval_run bm25 needs --eval_data or --held_out, whose queries it is for.")
+        elif len(self.eval_run) not in (collections, evaluated):
+            raise ValueError(
+                f"--eval_run names {len(self.eval_run)} files for {collections} of --eval_data; "
+                "give one for each, or bm25 alone for all."
+            )
+
+    def trec_runs(self) -> tuple[str | None, list[str | None]]:
+        """
+        Return what is reranked for the held-out queries, and for each of --eval_data.
+
+        Each is `bm25`, a file in TREC's format, or None for the judged passages.
+        """
+        collections = len(self.eval_data or ())
+        if not self.eval_run:
+            return None, [None] * collections
+        if self.eval_run == ["bm25"]:
+            return "bm25", ["bm25"] * collections
+        first = len(self.eval_run) - collections
+        return self.eval_run[0] if first else None, self.eval_run[first:]

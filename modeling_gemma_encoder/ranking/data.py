@@ -1,7 +1,7 @@
-"""What a ranker is trained on: lists of documents for a query, drawn from longer ones, and batches of them.
+"""Lists of documents to train a ranker on, drawn from longer ones, and batches of them.
 
-A list is {"query": text, "documents": [text], "labels": [number]}; a batch of lists has `input_ids` and
-`attention_mask` (batch, num_docs, seq_len) and `labels` (batch, num_docs).
+A list is {"query": text, "documents": [text], "labels": [number]}. A batch has `input_ids` and `attention_mask`
+(batch, num_docs, seq_len), and `labels` (batch, num_docs).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,22 @@ from ..templates import encode_pairs
 
 class RankingDataset(torch.utils.data.Dataset):
     """
-    Lists of at most `list_size` documents, other ones every epoch.
+    Draw a list of at most `list_size` documents for each query, other ones in every epoch.
 
-    Of a query's documents one relevant one is drawn, label above 0, and then others from all that are left, with
-    their labels. The draw depends on the seed, the epoch and the row, and on nothing else: an interrupted training
-    goes on with the lists it would have read, and it does not matter which process or worker reads them.
+    A list has one relevant document, with a label above 0, and others from all that are left, with their labels. The
+    draw depends only on the seed, the epoch and the row. An interrupted training therefore goes on with the lists
+    that it would have read, whatever process or worker reads them.
+
+    Set the epoch with `FreshLists`; without it every epoch reads the same lists.
 
     Args:
-        rows: Each with `query`, `documents` and `labels`, of any length; without a label above 0 nothing is learned.
-        passages: The texts, where `documents` are ids.
-        queries: The texts, where `query` is an id.
-        from_teacher: Labels are a teacher's scores, which make no document the relevant one: all are drawn alike.
+        rows: Each with `query`, `documents` and `labels` of any length. A row without a label above 0 teaches nothing.
+        passages: The texts, if `documents` are ids.
+        queries: The texts, if `query` is an id.
+        from_teacher: Labels are the scores of a teacher. No document is the relevant one then; all are drawn alike.
 
-    `FreshLists` tells the epoch; without it every epoch reads the same lists.
+    Raises:
+        ValueError: `list_size` is below 2, or a row that is read has no documents.
     """
 
     def __init__(
@@ -42,12 +45,16 @@ class RankingDataset(torch.utils.data.Dataset):
         from_teacher: bool = False,
     ):
         if list_size < 2:
-            raise ValueError(f"`list_size` must be at least 2: one document has nothing to be above, got {list_size}")
+            raise ValueError(
+                f"`list_size` must be at least 2, as one document has nothing to be ranked above; got {list_size}."
+            )
         self.rows, self.list_size, self.seed, self.from_teacher = rows, list_size, seed, from_teacher
         self.passages, self.queries = passages, queries
-        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
+        # In shared memory, as workers may outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
+        """Have the lists of this epoch drawn from now on."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -56,16 +63,9 @@ class RankingDataset(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict:
         row = self.rows[number]
         labels = np.asarray(row["labels"])
-        draw = np.random.default_rng([self.seed, int(self._epoch), number])
         if len(labels) == 0:
             raise ValueError(f"Query {row['query']!r}, row {number}, has no documents.")
-        if self.from_teacher:
-            chosen = draw.permutation(len(labels))[: self.list_size]
-        else:
-            relevant = np.flatnonzero(labels > 0)
-            first = draw.choice(relevant) if len(relevant) else draw.integers(len(labels))
-            rest = np.delete(np.arange(len(labels)), first)
-            chosen = [first, *draw.permutation(rest)[: self.list_size - 1]]
+        chosen = self._choose(labels, np.random.default_rng([self.seed, int(self._epoch), number]))
         documents = [row["documents"][i] for i in chosen]
         return {
             "query": row["query"] if self.queries is None else self.queries[row["query"]],
@@ -73,9 +73,18 @@ class RankingDataset(torch.utils.data.Dataset):
             "labels": [float(labels[i]) for i in chosen],
         }
 
+    def _choose(self, labels: np.ndarray, draw: np.random.Generator) -> Sequence[int]:
+        """Return the places of the documents that are drawn, a relevant one first."""
+        if self.from_teacher:
+            return draw.permutation(len(labels))[: self.list_size]
+        relevant = np.flatnonzero(labels > 0)
+        first = draw.choice(relevant) if len(relevant) else draw.integers(len(labels))
+        rest = np.delete(np.arange(len(labels)), first)
+        return [first, *draw.permutation(rest)[: self.list_size - 1]]
+
 
 class FreshLists(TrainerCallback):
-    """Has a `RankingDataset` draw other lists every epoch."""
+    """Have a `RankingDataset` draw other lists in every epoch of the Trainer."""
 
     def __init__(self, dataset: RankingDataset):
         self.dataset = dataset
@@ -87,14 +96,13 @@ class FreshLists(TrainerCallback):
 @dataclass
 class RankingCollator:
     """
-    Lists -> a batch, each document read after its query by the tokenizer's template.
+    Make a batch of lists, in which each document follows its query in the tokenizer's template.
 
-    Documents are cut to `max_length` tokens, queries and the template never. A list shorter than the longest is
-    filled with documents of nothing but padding, labelled -100, which cost nothing: the model reads no padding.
-    Pass `remove_unused_columns=False` to the Trainer, or it takes the texts away.
+    Documents are cut to fit `max_length` tokens; queries and the template are not. Shorter lists are padded as in
+    `collate_lists`. Pass `remove_unused_columns=False` to the Trainer, or it removes the texts.
 
     Raises:
-        ValueError: a list has no documents, or not a label for each, or a query leaves no room for a document.
+        ValueError: a list has no documents or not one label for each, or a query leaves no room for a document.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -102,9 +110,9 @@ class RankingCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         for row in rows:
-            found = len(row["documents"]), len(row.get("labels", row["documents"]))
-            if found[0] == 0 or found[0] != found[1]:
-                raise ValueError(f"Query {row['query']!r} has {found[0]} documents and {found[1]} labels.")
+            documents, labels = len(row["documents"]), len(row.get("labels", row["documents"]))
+            if documents == 0 or documents != labels:
+                raise ValueError(f"Query {row['query']!r} has {documents} documents and {labels} labels.")
         pairs = [(row["query"], document) for row in rows for document in row["documents"]]
         ids = iter(encode_pairs(self.tokenizer, pairs, self.max_length))
         lists = []
@@ -115,10 +123,12 @@ class RankingCollator:
         return collate_lists(lists, self.tokenizer)
 
 
-def collate_lists(rows: list[dict], tokenizer) -> dict[str, torch.Tensor]:
-    """Lists of documents, each a list of ids, as tensors (batch, num_docs, seq_len), labels (batch, num_docs).
+def collate_lists(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """
+    Pad lists of documents, each a list of ids, to tensors (batch, num_docs, seq_len), and labels (batch, num_docs).
 
-    Shorter lists are filled with documents of nothing but padding, labelled -100.
+    Shorter lists are filled with documents of padding only, labeled -100. They cost nothing, as the model does not
+    read padding.
     """
     num_docs = max(len(row["input_ids"]) for row in rows)
     empty = {"input_ids": [], "attention_mask": []}
@@ -127,7 +137,7 @@ def collate_lists(rows: list[dict], tokenizer) -> dict[str, torch.Tensor]:
         for row in rows
         for number in range(num_docs)
     ]
-    padded = tokenizer.pad(documents, return_tensors="pt")
+    padded = tokenizer.pad(documents, return_tensors="pt")  # (batch * num_docs, seq_len)
     batch = {name: values.unflatten(0, (len(rows), num_docs)).long() for name, values in padded.items()}
     if "labels" in rows[0]:
         labels = [[*row["labels"], *[IGNORE] * (num_docs - len(row["labels"]))] for row in rows]

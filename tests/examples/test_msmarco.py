@@ -16,8 +16,9 @@ from modeling_gemma_encoder.hub.run_record import read_run_record
 from modeling_gemma_encoder.ranking import sources as lists_module
 from modeling_gemma_encoder.ranking.arguments import RankingArguments
 from modeling_gemma_encoder.ranking.bm25 import retrieve
-from modeling_gemma_encoder.ranking.collection import Collection, read_collection
+from modeling_gemma_encoder.ranking.collection import Collection
 from modeling_gemma_encoder.ranking.queries import count_trained_on, only_held_out, write_queries
+from modeling_gemma_encoder.ranking.reading import read_collection
 from modeling_gemma_encoder.ranking.trec import write_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 
@@ -67,9 +68,9 @@ def test_every_form_of_the_hub_gives_the_same_lists(form, monkeypatch):
         return Dataset.from_list(tables[name if name in tables else config])
 
     monkeypatch.setattr(lists_module, "load_dataset", load)
-    lists, queries, _ = lists_module.hub_lists(form, list_size=3, seed=0, from_teacher=form == "margins")
-    found = lists[0]
-    assert queries == ["rain"]
+    lists = lists_module.hub_lists(form, list_size=3, seed=0, from_teacher=form == "margins")
+    found = lists.dataset[0]
+    assert lists.queries == ["rain"]
     labels = dict(zip(found["documents"], found["labels"], strict=True))
     assert found["query"] == "rain"
     assert labels[PASSAGES["a"]] - labels[PASSAGES["b"]] == (2.5 if form == "margins" else 1)
@@ -154,14 +155,16 @@ def test_held_out_queries_are_not_trained_on(folder, decoder, tmp_path, monkeypa
     jsonl(folder / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in queries.items()])
     (folder / "qrels.txt").write_text("".join(f"{qid} 0 a 1\n{qid} 0 b 0\n" for qid in queries))
     both = [str(folder), str(folder)]
-    lists, asked, _, held_out = lists_module.local_lists(both, list_size=2, seed=0, held_out=0.25)
+    form = {"train_data": both, "list_size": 2}
+    training = lists_module.local_lists(RankingArguments(**form, held_out=0.25), seed=0)
+    lists, asked, held_out = training.dataset, training.queries, training.held_out
     of_each, printed = 40 - len(asked) // 2, capsys.readouterr().out
     said = f"{folder}: held out {of_each} of 40 queries (about 0.25 of them, drawn by their texts)\n"
     assert printed == said * 2
-    lists_module.local_lists(both, list_size=2, seed=0)
+    lists_module.local_lists(RankingArguments(**form), seed=0)
     assert "held out" not in capsys.readouterr().out
     assert set(asked) == {lists[number]["query"] for number in range(len(lists))}
-    assert len(lists_module.local_lists(both, list_size=2, seed=0, limit=7)[0]) == 7
+    assert len(lists_module.local_lists(RankingArguments(**form), seed=0, limit=7).dataset) == 7
     trained = {lists[number]["query"] for number in range(len(lists))}
     measured = {held_out.queries[qid] for qid in held_out.qrels}
     assert trained | measured == set(queries.values()) and not trained & measured
@@ -182,20 +185,25 @@ def many(tmp_path):
 
 def test_held_out_queries_rerank_bm25s_best_of_the_whole_collection(many, tmp_path_factory):
     both = [str(many), str(many)]
-    form = {"list_size": 2, "seed": 0, "held_out": 0.3, "eval_run": "bm25", "eval_depth": 3}
-    _, asked, _, held_out = lists_module.local_lists(both[:1], **form)
+    form = {"list_size": 2, "held_out": 0.3, "eval_run": ["bm25"], "eval_depth": 3}
+
+    def read(places):
+        return lists_module.local_lists(RankingArguments(train_data=places, **form), seed=0)
+
+    training = read(both[:1])
+    asked, held_out = training.queries, training.held_out
     expected = retrieve(read_collection(str(many)), depth=3)
     assert held_out.run == {qid: expected[qid] for qid in held_out.qrels} and 1 < len(held_out.run) < 29
     assert not {held_out.queries[qid] for qid in held_out.run} & set(asked)
     assert any("unjudged" in pid for scores in held_out.run.values() for pid in scores)
     # Of two folders each query has the passages of its own.
-    _, _, _, of_both = lists_module.local_lists(both, **form)
+    of_both = read(both).held_out
     marked = {f"{n}-{q}": {f"{n}-{p}": s for p, s in held_out.run[q].items()} for n in (0, 1) for q in held_out.run}
     assert of_both.run == marked and of_both.first_stage == "BM25"
     # A run file has candidates of the queries that are trained on, too.
     write_run(expected, tmp_path_factory.mktemp("run") / "it.run", tag="it")
-    form["eval_run"] = str(next(tmp_path_factory.getbasetemp().glob("run*/it.run")))
-    assert lists_module.local_lists(both[:1], **form)[3].run == held_out.run
+    form["eval_run"] = [str(next(tmp_path_factory.getbasetemp().glob("run*/it.run")))]
+    assert read(both[:1]).held_out.run == held_out.run
 
 
 def test_what_a_training_held_out_is_measured_alone(many, decoder, tmp_path_factory, monkeypatch, capsys):
@@ -282,8 +290,8 @@ def test_the_share_that_is_held_out_is_called_about_so_much(monkeypatch, capsys)
 def test_every_evaluated_collection_has_its_run():
     def runs(**given):
         ranking = RankingArguments(**given)
-        assert ranking.problem() is None
-        return ranking.runs()
+        ranking.validate()
+        return ranking.trec_runs()
 
     assert runs(eval_data=["a", "b"], held_out=0.1) == (None, [None, None])
     assert runs(eval_data=["a", "b"], held_out=0.1, eval_run=["bm25"]) == ("bm25", ["bm25", "bm25"])
@@ -309,7 +317,7 @@ def test_a_checkpoint_that_learned_from_a_teacher_is_not_given_grades(folder, de
     [
         (["--list_size", 1], "--list_size must be at least 2"),
         (["--measures", "MRR10"], "is no measure"),
-        (["--held_out", 1.0], "--held_out is a share"),
+        (["--held_out", 1.0], "--held_out must be a share"),
         (["--ranking_loss", "kl"], "needs a teacher's scores"),
         (["--train_run", "not-there.run"], "not-there.run"),
         (["--eval_run", "a", "b"], "--eval_run names 2 files for 0"),

@@ -322,8 +322,11 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--query", "q", "--passages", "p", "--depth", 3], "--depth 3 is of a run"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--tokens_per_batch", 0], "at least 1, got 0"),
         (["--input", tmp_path / "in.jsonl"], "--output is needed"),
-        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x.csv"], "end it alike"),
-        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--pair_columns", "q"], "are two"),
+        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x.csv"], "give it the ending .jsonl"),
+        (
+            ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--pair_columns", "q"],
+            "must name two columns",
+        ),
         (
             ["--input", tmp_path / "in.tsv", "--output", tmp_path / "x", "--pair_columns", "q", "p"],
             "of a .csv or .jsonl",
@@ -331,7 +334,7 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--data", tmp_path, "--run", tmp_path / "r", "--output", tmp_path / "x.csv"], "would hold a TREC run"),
         (["--input", tmp_path / "in.jsonl", "--outptu", "x"], "--outptu x. Did you mean --output?"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "there.jsonl"], "is there already"),
-        (["--input", tmp_path / "in.txt", "--output", "x"], "neither .jsonl nor .csv nor .tsv"),
+        (["--input", tmp_path / "in.txt", "--output", "x"], "--input must be a .jsonl, .csv or .tsv file; got"),
         (["--input", tmp_path / "no.jsonl", "--output", tmp_path / "x"], "no.jsonl"),
         (["--query", "q", "--passages", "p", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["--query", "q", "--passages", "p", "--model", decoder], "is no trained ranker: classifier.norm.weight"),

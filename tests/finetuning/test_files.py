@@ -8,7 +8,7 @@ import pytest
 
 from modeling_gemma_encoder._scripts.files import is_local, read_lines
 from modeling_gemma_encoder._scripts.tables import read_file, read_table
-from modeling_gemma_encoder.ranking.collection import read_collection
+from modeling_gemma_encoder.ranking.reading import read_collection
 from modeling_gemma_encoder.ranking.trec import read_qrels, read_run
 
 MARK = "\ufeff"

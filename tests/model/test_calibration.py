@@ -91,7 +91,7 @@ def test_a_ranker_is_calibrated_from_the_command_line(decoder, tmp_path, monkeyp
     flags = ["--model", tmp_path / "ranker", "--data", tmp_path / "pairs.jsonl", "--output", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in ("calibrate", *flags, "--device", "cpu")])
     calibrate.main()
-    assert "held-out judgements" in capsys.readouterr().out
+    assert "held-out judgments" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "calibration.json").read_text())
     model = GemmaEncoderForRanking.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert model.config.calibration_temperature == facts["calibration_temperature"] > 0

@@ -10,7 +10,7 @@ from sentence_transformers.cross_encoder.evaluation import CrossEncoderReranking
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification, verify_attention
-from modeling_gemma_encoder.ranking.evaluation import measure, parse_measures
+from modeling_gemma_encoder.ranking.measures import measure, parse_measures
 from modeling_gemma_encoder.ranking.scoring import score_pairs
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template
 

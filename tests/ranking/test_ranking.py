@@ -16,12 +16,9 @@ from modeling_gemma_encoder.ranking.evaluation import (
     baselines,
     compare,
     evaluate,
-    heading,
-    measure,
-    measure_lists,
-    parse_measures,
     random_order,
 )
+from modeling_gemma_encoder.ranking.measures import heading, measure, measure_lists, parse_measures
 from modeling_gemma_encoder.ranking.scoring import load_ranker, rerank, score_pairs
 from modeling_gemma_encoder.ranking.trec import read_run
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template

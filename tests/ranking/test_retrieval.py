@@ -6,9 +6,11 @@ import pytest
 from datasets import Dataset
 from helpers import PASSAGES, QRELS, QUERIES, jsonl
 
-from modeling_gemma_encoder.ranking import collection as retrieval
+from modeling_gemma_encoder.ranking import reading
 from modeling_gemma_encoder.ranking.bm25 import add_run, bm25, retrieve
-from modeling_gemma_encoder.ranking.collection import Collection, Texts, lists_of, read_collection
+from modeling_gemma_encoder.ranking.collection import Collection, Texts
+from modeling_gemma_encoder.ranking.reading import read_collection
+from modeling_gemma_encoder.ranking.sources import lists_of
 from modeling_gemma_encoder.ranking.trec import ranked, read_run, write_run
 
 
@@ -145,9 +147,9 @@ def test_the_hubs_forms_are_the_same_collection(folder, monkeypatch, judged, one
             return Dataset.from_list(tables[config])
         raise AssertionError("the wrong split was read")
 
-    monkeypatch.setattr(retrieval, "get_dataset_config_names", lambda name: list(tables))
-    monkeypatch.setattr(retrieval, "get_dataset_split_names", lambda name, config: splits[config])
-    monkeypatch.setattr(retrieval, "load_dataset", load)
+    monkeypatch.setattr(reading, "get_dataset_config_names", lambda name: list(tables))
+    monkeypatch.setattr(reading, "get_dataset_split_names", lambda name, config: splits[config])
+    monkeypatch.setattr(reading, "load_dataset", load)
     found = read_collection("someone/data" if one_split else "someone/data:NanoTwo")
     assert found.qrels == {"1": {"a": 1}, "2": {"b": 1}} and dict(found.passages.items()) == PASSAGES
     assert found.candidates() == {"1": ["d", "a"], "2": ["b"]} and found.candidates(1) == {"1": ["d"], "2": ["b"]}
