@@ -51,7 +51,7 @@ def load(checkpoint: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrai
     config = GemmaEncoderConfig.from_pretrained(checkpoint)
     heads = {cls.__name__: cls for cls in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
     if not config.architectures or config.architectures[0] not in heads:
-        raise ValueError(f"{checkpoint} is no trained classifier or ranker.")
+        raise ValueError(f"{checkpoint} is not a trained classifier or ranker; give the folder of a training.")
     model = heads[config.architectures[0]].from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval().to(device)
     verify_attention(model)
     return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)

@@ -85,7 +85,7 @@ def load(checkpoint: str) -> Logits:
         trust_remote_code=False,
     )
     if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{checkpoint} is no trained classifier or ranker: {', '.join(missing)} would be random.")
+        raise ValueError(f"{checkpoint} is not a trained classifier or ranker: {', '.join(missing)} would be random.")
     if not type(model).__module__.endswith("gemma_encoder"):
         raise ValueError(f"{checkpoint} must be a Gemma Encoder; it is a {type(model).__name__}.")
     return Logits(model).eval()

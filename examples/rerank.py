@@ -81,7 +81,7 @@ class RerankArguments(ScoringArguments):
             raise ValueError("--run needs --data, the folder with its queries and passages.")
         if self.data and not Path(name_and_split(self.data)[0]).is_dir():
             raise ValueError(
-                f"--data {self.data} is no folder: give one with queries and passages, as `folder` or `folder:split`."
+                f"--data {self.data} is not a folder: give one with queries and passages, `folder` or `folder:split`."
             )
         if self.query is None and not self.output:
             raise ValueError("--output is needed, the file for the scores.")

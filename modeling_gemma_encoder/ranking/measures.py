@@ -28,7 +28,7 @@ def parse_measures(names: Sequence[str], relevance_level: int = 1) -> list[Measu
             measure = ir_measures.parse_measure(name)
         except (NameError, ValueError, SyntaxError) as error:
             known = ", ".join(MEASURES)
-            raise ValueError(f"{name!r} is no measure of ir_measures, such as {known}: {error}") from error
+            raise ValueError(f"{name!r} is not a measure of ir_measures, such as {known}: {error}") from error
         if relevance_level != 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
             measure = measure(rel=relevance_level)
         found.append(measure)

@@ -55,7 +55,7 @@ class ScoringArguments:
         """Raise ValueError if an option has an impossible value or contradicts another."""
         for name in self.COUNTS:
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+                raise ValueError(f"--{name} must be at least 1; got {value}.")
 
 
 def fast_dtype(device: str | torch.device) -> str:
@@ -104,13 +104,13 @@ def load_ranker(
         raise ValueError(f"`dtype` must be one of 'auto', {', '.join(map(repr, DTYPES))}; got {dtype!r}.")
     config = GemmaEncoderConfig.from_pretrained(checkpoint)
     if config.architectures and config.architectures[0] != GemmaEncoderForRanking.__name__:
-        raise ValueError(f"{checkpoint} is no ranker, but a {config.architectures[0]}.")
+        raise ValueError(f"{checkpoint} is not a ranker but a {config.architectures[0]}.")
     loaded_as = fast_dtype(device) if dtype == "int8" else dtype
     model, loading = GemmaEncoderForRanking.from_pretrained(
         checkpoint, dtype=getattr(torch, loaded_as), output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{checkpoint} is no trained ranker: {', '.join(missing)} would be random.")
+        raise ValueError(f"{checkpoint} is not a trained ranker: {', '.join(missing)} would be random.")
     if dtype == "int8" and not config.int8_weights:
         quantize_int8(model)
     model = model.to(device).eval()

@@ -107,4 +107,4 @@ def test_it_ranks_as_the_model_does(tmp_path):
 def test_what_is_no_head_is_said(decoder):
     command = [sys.executable, "examples/app.py", "--model", str(decoder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and "is no trained classifier or ranker" in result.stderr
+    assert result.returncode == 2 and "is not a trained classifier or ranker" in result.stderr

@@ -134,5 +134,5 @@ def test_other_families_and_poolers_export_to_onnx(tmp_path, family, pooling):
 def test_what_has_no_trained_head_is_refused(decoder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(monkeypatch, "--model", decoder, "--output", tmp_path / "out")
-    assert "no trained classifier or ranker" in capsys.readouterr().err
+    assert "not a trained classifier or ranker" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

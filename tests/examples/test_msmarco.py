@@ -316,7 +316,7 @@ def test_a_checkpoint_that_learned_from_a_teacher_is_not_given_grades(folder, de
     "flags,message",
     [
         (["--list_size", 1], "--list_size must be at least 2"),
-        (["--measures", "MRR10"], "is no measure"),
+        (["--measures", "MRR10"], "is not a measure"),
         (["--held_out", 1.0], "--held_out must be a share"),
         (["--ranking_loss", "kl"], "needs a teacher's scores"),
         (["--train_run", "not-there.run"], "not-there.run"),
@@ -328,7 +328,7 @@ def test_a_checkpoint_that_learned_from_a_teacher_is_not_given_grades(folder, de
         (["--eval_depth", 3, "--eval_data", "same"], "--eval_depth 3 is of a run"),
         (["--do_predict"], "--do_predict does nothing here"),
         (["--max_eval_samples", 3], "do nothing here"),
-        (["--do_train", "false"], "is no trained ranker"),
+        (["--do_train", "false"], "is not a trained ranker"),
         (["--train_data", "same", "./not-there"], "./not-there is neither a folder nor a file"),
         (["--train_data", "same", "someone/data"], "someone/data: there is no such folder or file"),
     ],

@@ -187,9 +187,9 @@ def test_a_folder_is_named_as_in_training(folder, tmp_path, monkeypatch, capsys)
     flags[-1] = tmp_path / "other.run"
     for name, message in (
         (f"{data}:tset", "beir has no qrels: none of qrels/tset.txt, qrels/tset.tsv"),
-        (f"{data}s:test", "beirs:test is no folder: give one with queries and passages"),
-        (tmp_path / "pairs.csv", "pairs.csv is no folder: give one with queries and passages"),
-        ("someone/data:Nano", "--data someone/data:Nano is no folder: give one with queries and passages"),
+        (f"{data}s:test", "beirs:test is not a folder: give one with queries and passages"),
+        (tmp_path / "pairs.csv", "pairs.csv is not a folder: give one with queries and passages"),
+        ("someone/data:Nano", "--data someone/data:Nano is not a folder: give one with queries and passages"),
     ):
         with pytest.raises(SystemExit):
             command(monkeypatch, folder, "--data", name, *flags)
@@ -320,7 +320,7 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--query", "q"], "--query needs --passages"),
         (["--query", "q", "--passages", "p", "--output", "x"], "--output is for"),
         (["--query", "q", "--passages", "p", "--depth", 3], "--depth 3 is of a run"),
-        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--tokens_per_batch", 0], "at least 1, got 0"),
+        (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x", "--tokens_per_batch", 0], "at least 1; got 0"),
         (["--input", tmp_path / "in.jsonl"], "--output is needed"),
         (["--input", tmp_path / "in.jsonl", "--output", tmp_path / "x.csv"], "give it the ending .jsonl"),
         (
@@ -337,7 +337,7 @@ def test_bad_flags_are_named(folder, decoder, tmp_path, monkeypatch, capsys):
         (["--input", tmp_path / "in.txt", "--output", "x"], "--input must be a .jsonl, .csv or .tsv file; got"),
         (["--input", tmp_path / "no.jsonl", "--output", tmp_path / "x"], "no.jsonl"),
         (["--query", "q", "--passages", "p", "--dtype", "float16"], "invalid choice: 'float16'"),
-        (["--query", "q", "--passages", "p", "--model", decoder], "is no trained ranker: classifier.norm.weight"),
+        (["--query", "q", "--passages", "p", "--model", decoder], "is not a trained ranker: classifier.norm.weight"),
     ):
         with pytest.raises(SystemExit):
             command(monkeypatch, folder, *flags)

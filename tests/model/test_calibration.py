@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.calibration import calibration_error, fit
-from modeling_gemma_encoder.finetuning import arguments as finetuning
+from modeling_gemma_encoder.finetuning import model as finetuning
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.finetuning.tasks import Task
 from modeling_gemma_encoder.templates import RANKING_TEMPLATE, set_template

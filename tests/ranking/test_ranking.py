@@ -54,9 +54,9 @@ def test_no_pairs_have_no_scores_and_the_mode_of_the_model_comes_back(ranker):
 
 def test_what_is_no_ranker_is_refused(decoder, tmp_path):
     GemmaEncoderForSequenceClassification.from_pretrained(decoder, num_labels=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no ranker, but a GemmaEncoderForSequenceClassification"):
+    with pytest.raises(ValueError, match="is not a ranker but a GemmaEncoderForSequenceClassification"):
         load_ranker(str(tmp_path))
-    with pytest.raises(ValueError, match="no trained ranker"):
+    with pytest.raises(ValueError, match="not a trained ranker"):
         load_ranker(str(decoder))
     with pytest.raises(ValueError, match=r"There is no folder \./not/there"):
         load_ranker("./not/there")
@@ -124,7 +124,7 @@ def test_a_level_of_relevance_counts_where_grades_do_not():
     assert names == ["nDCG@10", "RR(rel=2)@10", "AP", "R(rel=2)@100"]
     found = measure(QRELS, RUN, parse_measures(["RR@10"], relevance_level=2))["RR(rel=2)@10"]
     assert found == {"q": 1 / 2, "r": 0, "absent": 0}
-    with pytest.raises(ValueError, match="'MRR10' is no measure"):
+    with pytest.raises(ValueError, match="'MRR10' is not a measure"):
         parse_measures(["MRR10"])
 
 
