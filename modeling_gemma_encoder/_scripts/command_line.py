@@ -185,6 +185,7 @@ class YamlScriptParser(ScriptParser):
         )
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
+        """Parse the flags of the file, then those of the command line, then `last`; the later ones win."""
         found, words = config_flag.parse_known_args(sys.argv[1:] if args is None else args)
         self.of_file = []
         if found.config is not None:

@@ -11,8 +11,9 @@ from ..configuration_gemma_encoder import Attention, GemmaEncoderConfig, Pooling
 from ..pretrained_gemma_encoder import find_adapter
 from .tasks import Task
 
-# Our choice: a decoder's parameters, at most; the learning rate of full fine-tuning; and that of adapters. It rises for
-# a tenth of the steps and then falls linearly to zero. The task says how large batches are, and how many epochs.
+# Our choice. A row has the largest number of the decoder's parameters that it is for, the learning rate of full
+# fine-tuning, and that of adapters. The rate rises for a tenth of the steps and then falls linearly to zero. Batch
+# sizes and numbers of epochs are the task's.
 LEARNING_RATES = ((100e6, 5e-4, 1e-3), (500e6, 5e-5, 5e-4), (1.5e9, 2e-5, 2e-4), (float("inf"), 1e-5, 1e-4))
 
 
@@ -139,7 +140,7 @@ class TableArguments:
 
     @property
     def lacks_training(self) -> bool:
-        """Whether there are no rows to train on."""
+        """Return whether there are no rows to train on."""
         return self.train_file is None and self.dataset is None
 
     def validate(self, do_train: bool, do_eval: bool, do_predict: bool) -> None:

@@ -30,6 +30,7 @@ class Splits:
 
     @property
     def by_name(self) -> dict[str, Dataset]:
+        """Return all splits by their names."""
         train = {} if self.train is None else {"train": self.train}
         return {**train, **self.validation, **self.test}
 
@@ -56,6 +57,7 @@ class Place:
     numbers: list[int] | None = None
 
     def of_row(self, row: int) -> str:
+        """Return the place of a row, counted from 0 among those that are used."""
         return self.source.where(self.split, row if self.numbers is None else self.numbers[row])
 
 

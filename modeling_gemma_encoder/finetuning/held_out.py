@@ -21,6 +21,7 @@ class HeldOut:
     note: str = ""
 
     def of(self, split: str) -> list[int]:
+        """Return the places of the rows of a split, "train" or "validation"."""
         return self.validation if split == "validation" else self.train
 
 

@@ -64,6 +64,7 @@ class LabelColumn:
 
     @property
     def place(self) -> str:
+        """Return what messages call the column."""
         return f"{self.source}: {self.name!r}"
 
 

@@ -53,11 +53,12 @@ class Table:
 
     @property
     def problem(self) -> str:
+        """Return what the labels are, one of the config's problem types."""
         return self.labels.problem
 
     @property
     def names(self) -> list[str]:
-        """The names of the classes; none for numbers."""
+        """Return the names of the classes; none for numbers."""
         return list(self.labels.names)
 
     # Where rows are from

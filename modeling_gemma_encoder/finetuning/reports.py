@@ -24,17 +24,21 @@ def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Da
         predicted: The predictions and the rows of each split.
     """
     plot_learning_curve(task, report, folder / "learning_curve.png")
-    if task.problem in ("choice", "multi_label_classification"):
-        return
     for split, (predictions, rows) in predicted.items():
-        labels = np.array(rows["label"])
-        side = max(6, 1 + 0.3 * len(task.labels))
-        figure = Figure(figsize=(side, side * 5 / 6), layout="constrained")
-        axes = figure.subplots()
-        draw = draw_numbers if task.problem == "regression" else draw_confusion
-        draw(axes, task, labels, predictions)
-        axes.set_title(f"{report['task']}, {split}, {len(labels)} rows, seed {report['seed']}")
-        figure.savefig(folder / f"predictions-{split}.png", dpi=120)
+        if task.problem not in ("choice", "multi_label_classification"):
+            title = f"{report['task']}, {split}, {len(rows)} rows, seed {report['seed']}"
+            plot_predictions(task, predictions, np.array(rows["label"]), title, folder / f"predictions-{split}.png")
+
+
+def plot_predictions(task: Task, predictions: np.ndarray, labels: np.ndarray, title: str, path: Path) -> None:
+    """Draw a confusion matrix, or numbers as points."""
+    side = max(6, 1 + 0.3 * len(task.labels))
+    figure = Figure(figsize=(side, side * 5 / 6), layout="constrained")
+    axes = figure.subplots()
+    draw = draw_numbers if task.problem == "regression" else draw_confusion
+    draw(axes, task, labels, predictions)
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
 
 
 def plot_learning_curve(task: Task, report: dict, path: Path) -> None:

@@ -38,7 +38,7 @@ from .model import build, weighted_loss
 from .reports import plot_run
 from .tasks import Task, most_frequent, predictions_of
 
-# A run is another one if one of these arguments of the Trainer is another,
+# A folder holds another run if one of these arguments of the Trainer differs,
 IDENTIFYING_ARGUMENTS = (
     *("do_train", "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("warmup_steps", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -82,14 +82,17 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Return the folder of the run."""
         return Path(self.args.output_dir)
 
     @property
     def results(self) -> Path:
+        """Return the file that is written last, when the run is finished."""
         return self.folder / "results.json"
 
     @property
     def trains(self) -> bool:
+        """Return whether a model is trained, and not only evaluated."""
         return self.trained is None and self.args.do_train
 
 
@@ -110,7 +113,7 @@ class Evaluation:
 
 def fine_tune(run: Run) -> dict:
     """
-    Train, evaluate and predict, leave the model and `results.json` in the run's folder, and return the latter.
+    Train, evaluate and predict, and return what `results.json` in the run's folder then holds.
 
     A run that was interrupted continues from its last checkpoint, and ends with the same weights. Of a finished run
     only what is missing is done: splits to evaluate or predict that it was not asked for before.

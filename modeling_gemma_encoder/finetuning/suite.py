@@ -84,7 +84,7 @@ class Suite:
 
     @property
     def scored(self) -> dict[str, tuple[str, ...]]:
-        """The validation splits of each task that counts in the average."""
+        """Return the validation splits of each task that counts in the average."""
         counted = {name: task.validation for name, task in self.tasks.items() if name not in self.unscored}
         return {name: splits for name, splits in counted.items() if splits}
 

@@ -77,12 +77,12 @@ class Task:
 
     @property
     def head(self) -> type:
-        """The class of the model that is fine-tuned."""
+        """Return the class of the model that is fine-tuned."""
         return GemmaEncoderForRanking if self.problem == "choice" else GemmaEncoderForSequenceClassification
 
     @property
     def outputs(self) -> int:
-        """The number of logits for a text."""
+        """Return the number of logits for a text."""
         return len(self.labels) if "classification" in self.problem else len(self.label_columns) or 1
 
     def load(self, source: "Source", split: str, labelled: bool = True) -> Dataset:

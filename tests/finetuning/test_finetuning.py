@@ -251,7 +251,7 @@ def test_a_finished_task_is_not_run_again_and_another_run_is_refused(run, tmp_pa
     ("extra", "message"),
     [
         (("--metric_for_best_model", "f1"), "--metric_for_best_model must be one of loss, accuracy; got f1"),
-        (("--resume_from_checkpoint", "not/there"), "--resume_from_checkpoint not/there is no checkpoint"),
+        (("--resume_from_checkpoint", "not/there"), "--resume_from_checkpoint not/there is not a checkpoint"),
     ],
 )
 def test_what_the_trainer_would_look_for_in_vain_is_said_before_training(run, tmp_path, capsys, extra, message):
