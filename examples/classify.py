@@ -36,7 +36,8 @@ from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.finetuning.arguments import TableArguments
 from modeling_gemma_encoder.finetuning.data import Data
 from modeling_gemma_encoder.finetuning.own_table import Table, task_of
-from modeling_gemma_encoder.finetuning.run import Run, claim, fine_tune, predictions
+from modeling_gemma_encoder.finetuning.results import predictions
+from modeling_gemma_encoder.finetuning.run import Run, claim, fine_tune
 from modeling_gemma_encoder.finetuning.suite import args_of_run, conclude, make_parser, parse, validate
 from modeling_gemma_encoder.finetuning.tasks import Task, predictions_of
 

@@ -5,19 +5,16 @@ The folder ends with the model, the predictions of every split that was evaluate
 """
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from .._scripts.files import read, write
-from .._scripts.provenance import provenance
+from .._scripts.files import read
 from .._scripts.training import (
     checkpoint_to_resume,
     count_steps,
@@ -35,7 +32,7 @@ from ..verification_gemma_encoder import verify_attention
 from .arguments import FineTuningArguments
 from .data import Data
 from .model import build, weighted_loss
-from .reports import plot_run
+from .results import Evaluation, describe, evaluate, write_results
 from .tasks import Task, most_frequent, predictions_of
 
 # A folder holds another run if one of these arguments of the Trainer differs,
@@ -94,21 +91,6 @@ class Run:
     def trains(self) -> bool:
         """Return whether a model is trained, and not only evaluated."""
         return self.trained is None and self.args.do_train
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model predicts for each split, and how good that is.
-
-    Args:
-        scores: The metrics of the splits that have labels.
-        majority: The same metrics of the most frequent training label.
-    """
-
-    predictions: dict[str, np.ndarray]
-    logits: dict[str, np.ndarray]
-    scores: dict[str, dict[str, float]]
-    majority: dict[str, dict[str, float]]
 
 
 def fine_tune(run: Run) -> dict:
@@ -202,13 +184,13 @@ def _train_and_evaluate(run: Run, checkpoint: str | None, report: dict) -> dict:
         trainer.save_model()
     if run.make is None and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         verify_attention(trainer.model)
-    evaluation = evaluate(run, trainer)
+    evaluation = evaluate(run.task, run.data, trainer)
     if not trainer.is_world_process_zero():
         return report
     if run.trains:
         report = describe(run.data, trainer, model, timer)
     report = update_report(report, run, evaluation)
-    write_results(run, report, evaluation)
+    write_results(run.task, run.data, report, evaluation, run.folder)
     return report
 
 
@@ -258,39 +240,6 @@ def say_how_long(run: Run) -> None:
     print(f"{run.name}, seed {args.seed}: {rows:,} rows, {steps}, {batch}, {rate}", flush=True)
 
 
-def evaluate(run: Run, trainer: Trainer) -> Evaluation:
-    """Predict every split, and score those that have labels."""
-    task, data = run.task, run.data
-    trainer.compute_metrics = None  # it scores the first split's rows, and not those of the others
-    found = Evaluation({}, {}, {}, {})
-    for split, rows in {**data.validation, **data.test}.items():
-        output = trainer.predict(data.encoded[split], metric_key_prefix=split)
-        found.logits[split] = output.predictions
-        found.predictions[split] = predictions_of(task, output.predictions, output.label_ids)
-        if "label" in task.read(rows[0]):
-            found.scores[split] = task.metric(found.predictions[split], rows)
-            if data.train:
-                found.majority[split] = task.metric(most_frequent(task, data.train, rows), rows)
-    return found
-
-
-def describe(data: Data, trainer: Trainer, model: PreTrainedModel, timer: StepTimer) -> dict:
-    """Return the size, the speed and the course of a training."""
-    # DeepSpeed leaves a part of each parameter on a device, and says how large the whole is.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return {
-        "rows": {split: len(rows) for split, rows in data.encoded.items()},
-        "cut": {split: float(np.mean(rows["cut"])) for split, rows in data.encoded.items()},
-        "max_length": data.max_length,
-        "steps": trainer.state.global_step,
-        "learning_rate": trainer.args.learning_rate,
-        "real_tokens_per_second": timer.real_tokens_per_second(),
-        "parameters": {"all": sum(size for size, _ in sizes), "trained": sum(size for size, free in sizes if free)},
-        "history": trainer.state.log_history,
-        **provenance(),
-    }
-
-
 def update_report(report: dict, run: Run, evaluation: Evaluation) -> dict:
     """Return a report with what was evaluated now, in place of what was found of the same splits before."""
     data = run.data
@@ -313,20 +262,3 @@ def update_report(report: dict, run: Run, evaluation: Evaluation) -> dict:
     report["sources"] = {**report.get("sources", {}), **data.sources}
     report["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     return report
-
-
-def write_results(run: Run, report: dict, evaluation: Evaluation) -> None:
-    """Write predictions, plots and, last, `results.json` into the run's folder."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for split, predicted in evaluation.predictions.items():
-        found = {"predictions": predicted.tolist(), "logits": evaluation.logits[split].tolist()}
-        write(run.folder / f"predictions-{split}.json", json.dumps(found))
-    validated = {split: (evaluation.predictions[split], rows) for split, rows in run.data.validation.items()}
-    plot_run(run.task, report, validated, run.folder)
-    write(run.results, json.dumps(report, indent=2))
-
-
-def predictions(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predictions and logits of a split of a finished run, in the order of its rows."""
-    found = json.loads((folder / f"predictions-{split}.json").read_text())
-    return np.array(found["predictions"]), np.array(found["logits"])

@@ -19,7 +19,8 @@ from .arguments import COMMON, FineTuningArguments, training_defaults
 from .data import Data
 from .model import check_model
 from .reports import average, markdown, summarize, without_scores
-from .run import Run, claim, fine_tune, predictions
+from .results import predictions
+from .run import Run, claim, fine_tune
 from .tasks import Source, Task
 
 # Name of the task, its row, split, rows and predictions -> the test server's file name and text.
