@@ -23,7 +23,6 @@ from .attention_gemma_encoder import (
     with_buckets,
 )
 from .fused_gemma_encoder import FUSED, find_sequences
-from .last_layer_gemma_encoder import taken_tokens
 from .losses_gemma_encoder import IGNORE
 from .outputs_gemma_encoder import arranged, attentions_to_padded, pairs, states_to_padded, zero_elsewhere
 
@@ -31,7 +30,7 @@ from .outputs_gemma_encoder import arranged, attentions_to_padded, pairs, states
 class Encoded(NamedTuple):
     """What a head needs of a batch: its tokens, padding apart, and where they came from."""
 
-    token_states: torch.Tensor  # (tokens, hidden): the real tokens first, in order; sound where the pooler reads them
+    token_states: torch.Tensor  # (tokens, hidden): the real tokens first, in order
     offsets: torch.Tensor  # (batch + 1,)
     indices: torch.Tensor  # (tokens,) of the token states in (batch * seq_len)
     mask: torch.Tensor  # (batch, seq_len)
@@ -125,8 +124,8 @@ def refuse_dropout(implementation: str, dropout: float, softcap: float | None = 
         )
 
 
-def run_unpadded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **kwargs) -> Encoded:
-    """Every layer sees (1, total_tokens, hidden); `for_pooling`, the last is computed where the pooler reads it."""
+def run_unpadded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
+    """Every layer sees (1, total_tokens, hidden)."""
     implementation = encoder.model.config._attn_implementation
     if torch.compiler.is_exporting():
         raise ValueError(PADDED_ONLY)
@@ -160,9 +159,6 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **k
         kwargs.update(max_length_q=max(unpadding.lengths), max_length_k=max(unpadding.lengths))
         if has_one_type(encoder.model) and encoder.config.attention_window is not None:
             kwargs["sliding_window"] = encoder.config.attention_window + 1  # these layers do not pass their own
-    asked = kwargs["output_attentions"] or kwargs["output_hidden_states"]
-    if for_pooling and not asked and implementation in (UNPADDED, FUSED) and not torch.compiler.is_compiling():
-        kwargs["taken"] = taken_tokens(encoder, unpadding.offsets, len(unpadding.indices))
     outputs = encoder.model(
         input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=unpadding.positions[None], **kwargs
     )
@@ -181,7 +177,7 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **k
     return Encoded(states, offsets, indices, mask, hidden_states, attentions)
 
 
-def run_padded(encoder, input_ids, inputs_embeds, mask, for_pooling: bool, **kwargs) -> Encoded:
+def run_padded(encoder, input_ids, inputs_embeds, mask, **kwargs) -> Encoded:
     """Every layer sees (batch, seq_len, hidden), with masks of ours; shapes do not depend on the data."""
     if input_ids is not None:
         input_ids = input_ids.where(mask, 0)

@@ -29,7 +29,6 @@ from .encoding_gemma_encoder import (
     run_unpadded,
 )
 from .feedforward_gemma_encoder import with_fusing
-from .last_layer_gemma_encoder import take_in_last_layer
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
 from .outputs_gemma_encoder import arranged, to_padded
 from .peft_gemma_encoder import StockHeadGuard, refuse_lost_parts, refuse_shadow, refuse_unguarded
@@ -63,8 +62,6 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         for layer in self.model.layers:
             layer.mlp = with_fusing(layer.mlp)
-        take_in_last_layer(self.model.layers[-1])
-        for layer in self.model.layers:
             set_reach(layer.self_attn, config)
             layer.self_attn.attention_dropout = config.attention_dropout
             # The block ends with Gemma 2's second norm where there is one: dropped elements stay zero in the residual.
@@ -84,10 +81,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        for_pooling: bool = False,
     ) -> Encoded:
-        """Run the decoder's layers on the real tokens of a batch. `for_pooling`: only states that `pool` reads are
-        sound, and the last layer may leave the others out."""
+        """Run the decoder's layers on the real tokens of a batch."""
         mask = check_inputs(self.config, input_ids, attention_mask, inputs_embeds)
         warn_of_slow_bf16(self.get_input_embeddings().weight)
         refuse_shadow(self)
@@ -111,7 +106,6 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             input_ids,
             inputs_embeds,
             mask,
-            for_pooling and type(self).pool is GemmaEncoderModel.pool,  # a subclass may pool what it likes
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             use_cache=False,
@@ -240,8 +234,7 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
             `logits` (batch, num_labels) in fp32, of a regression in the labels' units, and `loss` with labels; zero
             when all of them are ignored. With `config.label_std` errors are counted in units of it.
         """
-        wanted = (output_attentions, output_hidden_states)
-        encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         logits = self.classifier(self.pool(encoded))
         if self.config.label_std is not None:
             logits = logits * logits.new_tensor(self.config.label_std) + logits.new_tensor(self.config.label_mean)
@@ -344,8 +337,7 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
             )
         size, hidden_states, attentions = self.config.list_chunk_size, None, None
         if size is None or list_shape is None:
-            wanted = (output_attentions, output_hidden_states)
-            encoded = self.encode(input_ids, attention_mask, inputs_embeds, *wanted, for_pooling=True)
+            encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
             logits = self.classifier(self.pool(encoded))  # (n, 1)
             if labels is None and not self.training and list_shape is None:
                 refuse_rows_without_tokens(encoded.mask)
@@ -368,7 +360,7 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         return probabilities(logits, self.config, one_of_several=False)
 
     def _score(self, input_ids, attention_mask, inputs_embeds) -> torch.Tensor:
-        encoded = self.encode(input_ids, attention_mask, inputs_embeds, False, False, for_pooling=True)
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds, False, False)
         return self.classifier(self.pool(encoded))
 
     def _loss(self, logits, labels, list_shape) -> torch.Tensor:

@@ -48,20 +48,16 @@ def segment_softmax(scores: torch.Tensor, sequences: torch.Tensor, batch: int) -
     return exponentials / sums[sequences]
 
 
-class Pooler(nn.Module):
-    """What the encoder asks of every pooler beside its vectors."""
-
-    def takes(self, offsets: torch.Tensor, total: int) -> torch.Tensor | None:
-        """Which of `total` tokens it reads, (total,), of sequences at `offsets` (batch + 1,); None: all of them."""
-        return None
-
-
-class MeanPooler(Pooler):
+class MeanPooler(nn.Module):
     """The mean of all token states."""
 
     def __init__(self, config):
         super().__init__()
         self.k = config.pooling_k
+
+    def takes(self, offsets: torch.Tensor, total: int) -> torch.Tensor | None:
+        """Return which of `total` tokens are averaged, (total,); None for all of them."""
+        return None
 
     def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return segment_mean(token_states, offsets, self.takes(offsets, token_states.shape[0]))
@@ -93,7 +89,7 @@ class LastKPooler(MeanPooler):
         return ends - tokens <= self.k
 
 
-class ProbePooler(Pooler):
+class ProbePooler(nn.Module):
     """What the two attention poolers share: learned latents and four projections.
 
     Token states are RMS-normalised first, because a decoder's final states can be large (norms of 200 and more). The

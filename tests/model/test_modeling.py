@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -530,7 +531,7 @@ def test_compiled_is_the_same(backend):
 
 
 def test_compiled_layers_are_the_same_and_soon_compiled_for_all_lengths():
-    """With fused attention: a few graphs for the first batches, and then no more. The last layer runs in whole."""
+    """With fused attention: a few graphs for the first batches, and then no more."""
     torch._dynamo.reset()
     shape = {"max_position_embeddings": 512}
     model = build(GemmaEncoderForSequenceClassification, encoder_config(decoder=shape, pooling="last_k"))
@@ -593,3 +594,24 @@ def test_tuples_are_returned_when_asked():
     model = build(GemmaEncoderForSequenceClassification, encoder_config())
     outputs = model(**BATCH, labels=torch.tensor([0, 1, 1]), return_dict=False)
     assert isinstance(outputs, tuple) and len(outputs) == 2
+
+
+def test_a_batch_of_nothing_but_padding_has_finite_gradients():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(pooling="last_k"))
+    nothing = {name: torch.zeros_like(values) for name, values in BATCH.items()}
+    model(**nothing, labels=torch.full((3,), -100)).logits.sum().backward()
+    assert torch.isfinite(model.model.layers[-1].mlp.up_proj.weight.grad).all()
+
+
+def test_threads_can_share_a_model():
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(pooling="last_k"))
+    batches = [pad(texts(lengths, seed)) for seed, lengths in enumerate([(9, 3), (5,), (12, 12, 2), (1, 7)] * 8)]
+
+    @torch.no_grad()
+    def score(batch):
+        return model(**batch).logits
+
+    alone = [score(batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        for one, other in zip(alone, pool.map(score, batches), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

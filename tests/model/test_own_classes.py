@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -144,3 +145,19 @@ def test_weights_of_an_own_class_are_taken_where_that_is_said(tmp_path):
         tmp_path / "saved", architectures=["GemmaEncoderForSequenceClassification"]
     )
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in stock.state_dict().items())
+
+
+def test_a_pooler_of_ones_own_and_a_class_of_ones_own_see_all_token_states(tmp_path):
+    class OwnPooler(torch.nn.Module):
+        def forward(self, states, offsets):
+            return torch.stack([states[start:end].amax(0) for start, end in pairwise(offsets)])
+
+    model = build(GemmaEncoderForSequenceClassification, encoder_config(pooling="last_k"))
+    subclass = build(own_class(tmp_path, registered=False), model.config)
+    subclass.load_state_dict(model.state_dict())
+    model.pooler = OwnPooler()
+    with torch.no_grad():
+        encoded = model.encode(**BATCH)
+        expected = model.classifier(OwnPooler()(encoded.token_states, encoded.offsets))
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(subclass), expected, atol=1e-5, rtol=1e-5)
