@@ -52,12 +52,12 @@ from modeling_gemma_encoder._scripts.training import (
     train_from,
     under_fsdp,
 )
+from modeling_gemma_encoder.adapter_gemma_encoder import find_adapter
 from modeling_gemma_encoder.adapters import add_lora_alone
 from modeling_gemma_encoder.callbacks import StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning.model import refuse_training
-from modeling_gemma_encoder.pretrained_gemma_encoder import find_adapter
 from modeling_gemma_encoder.pretraining.blocks import load_blocks
 from modeling_gemma_encoder.pretraining.corpus import TextArguments, load_documents
 

@@ -1,12 +1,14 @@
-"""Adapters: a decoder that stays as it is, a few weights beside it, and a head and pooler that are trained in full.
+"""Adapters: a few trained weights beside a frozen decoder, and a head and a pooler that are trained in full.
 
-LoRA: arXiv 2106.09685; on every linear layer and over 4-bit weights: QLoRA, arXiv 2305.14314. Importing this module
-tells PEFT which layers of a Gemma Encoder to adapt.
+LoRA: arXiv 2106.09685. LoRA on every linear layer and over 4-bit weights: QLoRA, arXiv 2305.14314. Importing this
+module registers with PEFT which layers of a Gemma Encoder to adapt.
 """
 
+import itertools
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForSequenceClassification, prepare_model_for_kbit_training
@@ -15,18 +17,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from .adapter_gemma_encoder import find_adapter, quiet
 from .checkpoint_gemma_encoder import all_or_nothing
 from .configuration_gemma_encoder import GemmaEncoderConfig
 from .modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
 from .peft_gemma_encoder import write_cross_encoder_files
 from .precision_gemma_encoder import computes_in_bf16
-from .pretrained_gemma_encoder import find_adapter, quiet
 
 HEADS = {model.__name__: model for model in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
 
 # Every linear layer of the decoder, as QLoRA found best (section 4, figure 2); our choice of default.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Of PEFT's other methods the layers that it has them adapt in Gemma 2. Our head too has a layer that is named "norm".
+# PEFT's other methods adapt the layers that they adapt in Gemma 2. "norm" alone would also mean a layer of our head.
 for name, modules in vars(constants).items():
     if name.endswith("_MODULES_MAPPING") and "gemma2" in modules:
         of_decoder = [{"norm": "model.norm"}.get(module, module) for module in modules["gemma2"]]
@@ -35,7 +37,7 @@ constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[GemmaEncoderConfig.
 
 
 class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
-    """A Gemma Encoder with adapters, saved with the encoder's config and code beside the adapter's weights.
+    """Train and save a Gemma Encoder with adapters; the encoder's config and code are saved beside the weights.
 
     `GemmaEncoderForSequenceClassification.from_pretrained(folder)` loads it again, over the decoder it was trained on.
     """
@@ -43,7 +45,7 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
     def save_pretrained(
         self, save_directory: str, safe_serialization: bool = True, selected_adapters: list[str] | None = None, **kwargs
     ) -> None:
-        """As PEFT; adapters of other names than "default" have folders of their own in `save_directory`."""
+        """Save adapters as PEFT does: "default" in `save_directory`, and others in folders of their own in it."""
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: pickled weights run code when they are loaded.")
         with all_or_nothing(save_directory) as part:
@@ -68,7 +70,7 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
 
 
 def refuse_stock_head(path: Path) -> None:
-    """Add to an adapter's weights what `StockHeadGuard` adds, where PEFT did not: of sharded and of older models."""
+    """Add to an adapter's file the weight that `StockHeadGuard` adds, which sharded and older models lack."""
     tensors = load_file(path)
     if any(name.endswith(".score.weight") for name in tensors):
         return
@@ -85,34 +87,22 @@ def add_lora(
     target_modules: list[str] | None = None,
 ) -> GemmaEncoderPeftModel:
     """
-    LoRA on the decoder's linear layers; the head, and a pooler that has parameters, are trained and saved in full, in
-    fp32: over a bf16 decoder a pooler is in bf16 too, whose steps are too coarse for small updates.
+    Add LoRA to the decoder's linear layers, and train the head and a pooler that has parameters in full.
+
+    Head and pooler are trained and saved in fp32. Over a bf16 decoder a pooler is in bf16 as well, whose steps are too
+    coarse for small updates.
 
     Args:
-        r: Rank of an update; 16, as `dropout`, is our choice.
-        alpha: The update is scaled by alpha / r. Default: 2 r, our choice.
-        target_modules: Names of the layers. Default: every linear layer of the decoder.
+        r: Rank of an update. The default, like that of `dropout`, is our choice.
+        alpha: The update is scaled by alpha / r. The default is 2 r, our choice.
+        target_modules: Names of the layers. The default is every linear layer of the decoder.
 
     Raises:
-        ValueError: `model` has no layers of these names, no head, or a vocabulary that its checkpoint does not have.
+        ValueError: `model` has no head, has an adapter, has no layers of these names, or has another vocabulary than
+            the checkpoint it came from.
     """
-    if not hasattr(model, "classifier"):
-        raise ValueError(f"{type(model).__name__} has no head to train; adapt a classifier or a ranker.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("`model` has an adapter already: merge it first, or train that one with `PeftModel`.")
-    named, base = model.name_or_path, model.config
-    with suppress(OSError, ValueError):  # it may not be where it was, or in a folder or revision of that name
-        base = GemmaEncoderConfig.from_pretrained(named) if named else base
-    if (size := base.get_text_config().vocab_size) != model.config.vocab_size:
-        raise ValueError(
-            f"`model` has {model.config.vocab_size} tokens and {named} has {size}, over which the adapter "
-            "would be loaded again: save the resized model first, and adapt that one."
-        )
     target_modules = list(target_modules or TARGET_MODULES)
-    layers = {name.rpartition(".")[2] for name, _ in model.model.named_modules()}
-    if unknown := [name for name in target_modules if name not in layers]:
-        known = ", ".join(TARGET_MODULES)
-        raise ValueError(f"`target_modules`: the decoder has no layers named {', '.join(unknown)}; it has {known}.")
+    refuse_to_adapt(model, target_modules)
     has_parameters = any(True for _ in model.pooler.float().parameters())
     config = LoraConfig(
         task_type="SEQ_CLS",
@@ -127,8 +117,30 @@ def add_lora(
     return GemmaEncoderPeftModel(model, config)
 
 
+def refuse_to_adapt(model: PreTrainedModel, target_modules: list[str]) -> None:
+    """Raise ValueError if LoRA cannot be added to these layers of a model, or not be loaded again."""
+    if not hasattr(model, "classifier"):
+        raise ValueError(f"{type(model).__name__} has no head to train. Adapt a classifier or a ranker.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("`model` has an adapter already. Merge it first, or train that one with `PeftModel`.")
+    named, base = model.name_or_path, model.config
+    with suppress(OSError, ValueError):  # it may have moved, or be in a folder or revision of that name
+        base = GemmaEncoderConfig.from_pretrained(named) if named else base
+    if (size := base.get_text_config().vocab_size) != model.config.vocab_size:
+        raise ValueError(
+            f"`model` has {model.config.vocab_size} tokens and {named} has {size}, over which the adapter would be "
+            "loaded again. Save the resized model first, and adapt that one."
+        )
+    layers = {name.rpartition(".")[2] for name, _ in model.model.named_modules()}
+    if unknown := [name for name in target_modules if name not in layers]:
+        raise ValueError(
+            f"`target_modules` names layers that the decoder does not have: there are no layers named "
+            f"{', '.join(unknown)}. Its linear layers are {', '.join(TARGET_MODULES)}."
+        )
+
+
 def add_lora_alone(model: PreTrainedModel, r: int, alpha: int | None = None, dropout: float = 0.05) -> PeftModel:
-    """LoRA on the decoder's linear layers and nothing else trained, to be merged: of up-training. As `add_lora`."""
+    """Add LoRA to the decoder's linear layers and train nothing else, to be merged after up-training."""
     alpha = 2 * r if alpha is None else alpha
     return PeftModel(
         model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGET_MODULES))
@@ -137,54 +149,74 @@ def add_lora_alone(model: PreTrainedModel, r: int, alpha: int | None = None, dro
 
 def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, **where) -> PreTrainedModel:
     """
-    Writes a model without adapters into `folder`: its decoder, with what the adapter learned, head, pooler and
-    tokenizer, and what our scripts left beside the adapter, for a card. Over 4-bit weights the adapter was trained for
-    those; here it is added to the whole ones.
+    Merge an adapter into its decoder, and write the model, its tokenizer and the results of its run into `folder`.
+
+    An adapter that was trained over 4-bit weights was trained for those; it is merged into the full weights.
 
     Args:
-        adapter: A folder that training left, or a repository.
-        dtype: Of what is written; bfloat16 loses updates that are small beside their weights.
-        where: `revision`, `token` and others of `from_pretrained`, of the adapter.
+        adapter: The folder of a training run, or a repository.
+        dtype: The dtype of what is written. bfloat16 loses updates that are small beside their weights.
+        where: `revision`, `token` and others of `from_pretrained`, for the adapter.
 
     Raises:
-        ValueError: `adapter` is none, or none of a Gemma Encoder; `folder` holds an adapter, which would be applied
+        ValueError: `adapter` is not an adapter of a Gemma Encoder, or `folder` holds an adapter, which would be applied
             to the merged model again when it is loaded.
     """
     if (Path(folder) / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter: write the merged model elsewhere.")
     if find_adapter(adapter, where) is None:
-        raise ValueError(f"{adapter} is no adapter: there is nothing to merge.")
+        raise ValueError(f"{adapter} is no adapter, so there is nothing to merge. Name the folder of an adapter.")
     config = GemmaEncoderConfig.from_pretrained(adapter, **where)
-    if not (architecture := set(config.architectures or ()) & HEADS.keys()):
-        raise ValueError(f"{adapter} says of no head of ours that it adapts it, but of {config.architectures}.")
-    quantized = getattr(config, "quantization_config", None) is not None
-    for one in (config, config.text_config):
-        vars(one).pop("quantization_config", None)
+    is_quantized = getattr(config, "quantization_config", None) is not None
     tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, **where)
-    base = PeftConfig.from_pretrained(adapter, **where)
-    of_both = {name: value for name, value in where.items() if name not in ("revision", "subfolder")}
-    with quiet():
-        model = HEADS[architecture.pop()].from_pretrained(
-            base.base_model_name_or_path, revision=base.revision, config=config, dtype=torch.float32, **of_both
-        )
-    model = PeftModel.from_pretrained(model, adapter, **where).merge_and_unload()
+    model = PeftModel.from_pretrained(load_full_base(adapter, config, where), adapter, **where).merge_and_unload()
     model.model.to(dtype)
     model.pooler.to(dtype)  # and the head stays in fp32, as when a model is loaded
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    begun = Path(adapter) / "run.json"
-    results = [path for where in (".", "*") for path in Path(adapter).glob(f"{where}/results.json")]
-    if begun.exists() and not quantized:  # whole weights score otherwise than the 4-bit ones that were measured
-        for path in (begun, *Path(adapter).glob("training.json"), *results):
-            (Path(folder) / path.relative_to(adapter).parent).mkdir(exist_ok=True)
-            shutil.copyfile(path, Path(folder) / path.relative_to(adapter))
+    if not is_quantized:  # full weights score otherwise than the 4-bit ones that were measured
+        copy_results(Path(adapter), Path(folder))
     return model
+
+
+def load_full_base(adapter: str | Path, config: GemmaEncoderConfig, where: dict[str, Any]) -> PreTrainedModel:
+    """
+    Load the model that an adapter was trained over, in fp32, whatever it was quantized to.
+
+    Raises:
+        ValueError: the adapter's config names no class of ours with a head.
+    """
+    if not (architecture := set(config.architectures or ()) & HEADS.keys()):
+        raise ValueError(
+            f"The `architectures` in the config of {adapter} must name one of {', '.join(HEADS)}; got "
+            f"{config.architectures}. Only adapters of classifiers and rankers can be merged."
+        )
+    for one in (config, config.text_config):
+        vars(one).pop("quantization_config", None)
+    base = PeftConfig.from_pretrained(adapter, **where)
+    options = {name: value for name, value in where.items() if name not in ("revision", "subfolder")}
+    with quiet():
+        return HEADS[architecture.pop()].from_pretrained(
+            base.base_model_name_or_path, revision=base.revision, config=config, dtype=torch.float32, **options
+        )
+
+
+def copy_results(source: Path, target: Path) -> None:
+    """Copy the settings and results of a training run, for a model card; nothing if `source` is of no such run."""
+    if not (source / "run.json").exists():
+        return
+    names = ("run.json", "training.json", "results.json", "*/results.json")
+    for path in itertools.chain.from_iterable(source.glob(name) for name in names):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
 
 
 def four_bit() -> BitsAndBytesConfig:
     """
-    Return how QLoRA loads a decoder: NF4 with double quantization, computing in bf16, or in fp32 on a device that is
-    slow in bf16. Head and pooler stay as they are.
+    Return the config with which QLoRA loads a decoder: NF4 with double quantization.
+
+    It computes in bf16, or in fp32 on a device that is slow in bf16. Head and pooler are not quantized.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return BitsAndBytesConfig(

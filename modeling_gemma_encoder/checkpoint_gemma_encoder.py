@@ -1,6 +1,6 @@
-"""What a checkpoint may be: safetensors only, whole, and nothing but itself. Writing one is all or nothing.
+"""Rules for checkpoints: safetensors only, complete, and without files from outside. Writing one is all or nothing.
 
-The threats these rules are about are in SECURITY.md.
+SECURITY.md says which threats these rules are against.
 """
 
 import json
@@ -17,28 +17,32 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Quantised weights whose loader fetches no kernels from the Hub.
+# Quantized weights whose loader fetches no kernels from the Hub.
 QUANTIZATIONS = ("bitsandbytes", "torchao")
-# What a config file could name and only whoever loads it may choose: some of these load code from the Hub.
+# Settings that only the caller may choose, and no config file: some of them load code from the Hub.
 CALLERS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 # A model's or an adapter's weights: one file, or parts and their index.
 WEIGHTS = re.compile(r"(?P<stem>(adapter_)?model(\.[\w-]+)?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# Parts of a model besides the decoder, by the class that it was saved from, and the options that shape them.
+# Parts of a model besides the decoder, by the class that it was saved from.
 PARTS = {
     "GemmaEncoderModel": ("pooler",),
     "GemmaEncoderForSequenceClassification": ("pooler", "classifier"),
     "GemmaEncoderForRanking": ("pooler", "classifier"),
 }
 CLASSES = (*PARTS, "GemmaEncoderForMaskedLM")  # all that a checkpoint of ours may be saved from
-SHAPES = ("pooling", "pooling_num_probes", "pooling_num_heads", "classifier_hidden_sizes", "num_labels")
+POOLING_OPTIONS = ("pooling", "pooling_num_probes", "pooling_num_heads")
+# Options that decide which weights a pooler and a head have.
+WEIGHT_OPTIONS = (*POOLING_OPTIONS, "classifier_hidden_sizes", "num_labels")
+# Options that decide what trained weights compute: with others an adapter would load, and score otherwise.
+TRAINED_OPTIONS = (*POOLING_OPTIONS, "pooling_k", "attention", "attention_window", "label_mean", "label_std")
 
 
 def only_settings(config_dict: dict[str, Any]) -> dict[str, Any]:
     """
-    A config file's content without what is the caller's to choose, here and in its `text_config`.
+    Return a config file's content, and that of its `text_config`, without the settings that only the caller may choose.
 
     Raises:
-        ValueError: it asks for quantised weights of a kind whose loader may fetch code.
+        ValueError: the file asks for a kind of quantized weights whose loader may fetch code.
     """
     kept = {name: value for name, value in config_dict.items() if name not in CALLERS}
     if dropped := [name for name in config_dict if name in CALLERS and config_dict[name] is not None]:
@@ -47,8 +51,8 @@ def only_settings(config_dict: dict[str, Any]) -> dict[str, Any]:
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else "bitsandbytes"
     if method not in QUANTIZATIONS:
         raise ValueError(
-            f"The config file has quantization_config of quant_method={method!r}; {' and '.join(QUANTIZATIONS)} can "
-            "be loaded. Convert the checkpoint to plain safetensors first."
+            f"`quant_method` in the config file's `quantization_config` must be one of {', '.join(QUANTIZATIONS)}; got "
+            f"quant_method={method!r}. Convert the checkpoint to plain safetensors first."
         )
     if isinstance(kept.get("text_config"), dict):
         kept["text_config"] = only_settings(kept["text_config"])
@@ -56,71 +60,95 @@ def only_settings(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_paths(folder: Path) -> None:
-    """Raises ValueError where the index of a local checkpoint names files outside of it."""
+    """Raise ValueError if the index of a local checkpoint names files outside of its folder."""
     for index in folder.glob("*.safetensors.index.json"):
         for name in set(json.loads(index.read_text())["weight_map"].values()):
             if Path(name).name != name:
                 raise ValueError(f"{index} names {name!r}, which is not a file of the checkpoint's own folder.")
 
 
+def refuse_model_with_adapter(folder: Path) -> None:
+    """Raise ValueError if a folder of a whole model also holds an adapter, which upstream would apply to it."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a whole model and an adapter, which would be applied to it. Keep one of them: "
+            "model.safetensors, or adapter_config.json and adapter_model.safetensors."
+        )
+
+
 def refuse_incomplete(
     source, missing: list[str], unexpected: list[str], saved: PreTrainedConfig, loaded: PreTrainedConfig
 ) -> None:
     """
-    Raises ValueError where weights do not match their own config. Upstream makes up what is missing, and warns.
+    Raise ValueError if the weights of a checkpoint do not match its config. Upstream only warns, and draws new ones.
 
     Args:
-        missing, unexpected: Parameter names: of the model and not in the files; in the files and not of the model.
-        saved: The config that `source` came with.
-        loaded: The one that the model was built with.
+        source: The checkpoint's folder or repository.
+        missing: Names of parameters that the model has and the files lack.
+        unexpected: Names of parameters that the files have and the model lacks.
+        saved: The config of the checkpoint.
+        loaded: The config that the model was built with.
     """
-    same = all(getattr(saved, name) == getattr(loaded, name) for name in SHAPES)
+    same = all(getattr(saved, name) == getattr(loaded, name) for name in WEIGHT_OPTIONS)
     parts = PARTS.get((saved.architectures or [""])[0], ()) if same else ()
     lost = sorted(name for name in missing if name.split(".")[0] in ("model", *parts))
     if any(name.endswith(".weight_scale") for name in lost):
         raise ValueError(
-            f"{source} has no int8 weights (weight_scale), as `int8_weights=True` says of a checkpoint: load it as it "
-            "is, then call `quantize_int8(model)`."
+            f"{source} has no int8 weights (weight_scale), and `int8_weights=True` says that a checkpoint has them. "
+            "Load it without, then call `quantize_int8(model)`."
         )
     if "lm_head.weight" in missing:
         raise ValueError(
-            f"{source} has no lm_head, the matrix of its own by which its decoder predicts tokens: a classifier's or "
-            "ranker's checkpoint lost it. Load the decoder itself, or what was saved as a masked language model."
+            f"{source} has no lm_head, the matrix with which its decoder predicts tokens. Checkpoints of classifiers "
+            "and rankers do not keep it. Load the decoder itself, or a checkpoint of a masked language model."
         )
     if lost and saved.num_hidden_layers < loaded.num_hidden_layers:
         raise ValueError(
-            f"`num_hidden_layers` is {loaded.num_hidden_layers}, and {source} has {saved.num_hidden_layers}."
+            f"`num_hidden_layers` is {loaded.num_hidden_layers}, and {source} has {saved.num_hidden_layers} layers. "
+            "Pass no more than it has."
         )
     if lost:
         raise ValueError(
-            f"{source} lacks {len(lost)} weights that its config.json promises: {', '.join(lost[:3])}"
-            f"{' ...' if len(lost) > 3 else ''}. The file is cut short or not this model's: download or save it again."
+            f"{source} lacks {len(lost)} weights of the model that its config.json describes: {_few(lost)}. The file "
+            "is cut short, or of another model. Download or save it again."
         )
-    same = saved.text_config.to_dict() == loaded.text_config.to_dict()
+    if saved.architectures and saved.text_config.to_dict() == loaded.text_config.to_dict():
+        _refuse_unexpected(source, unexpected)
+
+
+def _refuse_unexpected(source, unexpected: list[str]) -> None:
+    """Raise ValueError if a checkpoint has weights of a decoder other than its own config's."""
     extra = sorted(name for name in unexpected if name.startswith("model."))
-    if extra and saved.architectures and same:
+    if extra:
         raise ValueError(
-            f"{source} has {len(extra)} weights that its config.json knows nothing of: {', '.join(extra[:3])}"
-            f"{' ...' if len(extra) > 3 else ''}. Config and weights are of different models."
+            f"{source} has {len(extra)} weights that the model of its config.json does not have: {_few(extra)}. Config "
+            "and weights are of different models. Save them together."
         )
+
+
+def _few(names: list[str]) -> str:
+    """Return the first names of a list as text."""
+    return ", ".join(names if len(names) <= 3 else [*names[:3], "..."])
 
 
 def refuse_other_class(source, saved: PreTrainedConfig, model_class: type) -> None:
-    """Raise ValueError where a user's own class, which may pool in its own way, was saved, and another one loads."""
+    """Raise ValueError if a user's own class was saved and another class loads it, which may pool in another way."""
     known = {*CLASSES, *(parent.__name__ for parent in model_class.__mro__)}
     if others := [name for name in saved.architectures or () if name not in known]:
         raise ValueError(
-            f"{source} was saved by {others[0]}, a class of its own, whose scores {model_class.__name__} may not have. "
+            f"{source} was saved by {others[0]}, a class of a user, and {model_class.__name__} may give other scores. "
             f"Load it with {others[0]}.from_pretrained, or, if its code was saved, with `trust_remote_code=True` in a "
-            f"process that has not imported this package. architectures=[{model_class.__name__!r}] takes its weights."
+            "process that has not imported this package. To load its weights alone, pass "
+            f"architectures=[{model_class.__name__!r}]."
         )
 
 
 @contextmanager
 def all_or_nothing(folder: str | Path) -> Iterator[Path]:
     """
-    A place to write a checkpoint. Its files take their places in `folder` when all are written; when writing is
-    interrupted, the old ones are as they were. Old weights in another number of files are removed.
+    Give a folder to write a checkpoint into, whose files are moved to `folder` when all of them are written.
+
+    If writing is interrupted, the old files stay as they were. Old weights in another number of files are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +166,7 @@ def all_or_nothing(folder: str | Path) -> Iterator[Path]:
 
 
 def _remove_stale(folder: Path, written: set[str]) -> None:
+    """Remove the weights of an earlier checkpoint that the one just written does not have."""
     stems = {match["stem"] for name in written if (match := WEIGHTS.fullmatch(name))}
     for path in folder.iterdir():
         match = WEIGHTS.fullmatch(path.name)

@@ -1,4 +1,4 @@
-"""What scripts read of a checkpoint besides an encoder: tokenizers and upstream's own models, GGUF files included."""
+"""Reading checkpoints in other ways than as an encoder: tokenizers, upstream's own models, and GGUF files."""
 
 import shutil
 from pathlib import Path
@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_gemma_encoder import GemmaEncoderConfig
-from .gguf_gemma_encoder import HUB_OPTIONS, find_gguf, read_decoder, split_gguf
+from .gguf_gemma_encoder import find_gguf, hub_options, read_decoder, split_gguf
 
-# What upstream may remember in a tokenizer of how and where it was loaded, which is nobody else's.
+# Settings of a tokenizer that say how and where it was loaded, and are not to be saved with it.
 LOADING = (
     *("gguf_file", "is_local", "local_files_only", "cache_dir", "force_download", "proxies", "token"),
     *("use_auth_token", "name_or_path", "revision", "subfolder", "trust_remote_code", "_commit_hash", "_from_auto"),
@@ -21,7 +21,7 @@ def load_tokenizer(checkpoint: str | Path, **options) -> PreTrainedTokenizerBase
     source, gguf_file = split_gguf(checkpoint)
     if gguf_file is None:
         return _without_loading(AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options))
-    path = find_gguf(source, gguf_file, {name: options[name] for name in HUB_OPTIONS if name in options})
+    path = find_gguf(source, gguf_file, hub_options(options))
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False, **options)
     tokenizer = _without_loading(tokenizer)
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -31,13 +31,14 @@ def load_tokenizer(checkpoint: str | Path, **options) -> PreTrainedTokenizerBase
 
 
 def _without_loading(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Remove from a tokenizer how and where it was loaded, and return it."""
     for name in LOADING:
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
 def _adds_bos(path: str) -> bool:
-    """Whether a GGUF file's texts begin with <bos>: as it says, and those of SentencePiece models unless it does."""
+    """Return whether texts begin with <bos> by a GGUF file's metadata; by default they do for SentencePiece models."""
     from transformers.integrations.gguf import read_gguf_metadata
 
     metadata, _ = read_gguf_metadata(path)
@@ -69,7 +70,7 @@ def convert_gguf(checkpoint: str | Path, folder: str | Path, dtype: torch.dtype)
     """
     folder, (source, gguf_file) = Path(folder), split_gguf(checkpoint)
     if gguf_file is None:
-        raise ValueError(f"{checkpoint} is not a GGUF file, whose name ends in .gguf.")
+        raise ValueError(f"{checkpoint} is not a GGUF file, whose name ends in .gguf. Name one.")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: delete it, or name another.")
     part = folder.with_name(f"{folder.name}.part")
@@ -83,11 +84,11 @@ def convert_gguf(checkpoint: str | Path, folder: str | Path, dtype: torch.dtype)
 
 
 def decoder_of(checkpoint: str) -> PreTrainedModel:
-    """The decoder by its config, without weights."""
+    """Build the decoder of a checkpoint by its config, without weights."""
     with torch.device("meta"):
         return AutoModel.from_config(GemmaEncoderConfig.from_pretrained(checkpoint).text_config)
 
 
 def parameters_of(checkpoint: str) -> int:
-    """Of the decoder, by its config."""
+    """Return the number of parameters of the decoder, by its config."""
     return decoder_of(checkpoint).num_parameters()

@@ -1,7 +1,7 @@
-"""What a Gemma Encoder is: a Gemma decoder's own config plus the few choices that make it an encoder.
+"""The configuration of a Gemma Encoder: a Gemma decoder's own config, and the choices that make it an encoder.
 
 Gemma Encoder (arXiv 2503.02656) = decoder weights + bidirectional attention + pooler + task layers + dropout.
-The decoder is described by `text_config`, in its own words; every field of ours answers one question of the paper.
+`text_config` is the decoder's own config. Every other field answers one question of the paper.
 """
 
 import copy
@@ -15,15 +15,15 @@ from transformers.configuration_utils import SubConfigSpec, strict
 from transformers.utils.type_validators import as_validated_field, interval
 
 from .checkpoint_gemma_encoder import CLASSES, only_settings
-from .gguf_gemma_encoder import HUB_OPTIONS, gguf_config, split_gguf
+from .gguf_gemma_encoder import gguf_config, hub_options, split_gguf
 
-# The decoders whose layers we know how to run bidirectionally, by `model_type`: the paper's, and two other families.
+# Decoders whose layers can run bidirectionally here, by `model_type`: the paper's, and two other families.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "llama", "qwen2", "qwen3")
 # Multimodal configs whose text tower is one of them.
 MULTIMODAL = ("gemma3", "gemma4")
 # What `AutoModelForSequenceClassification` may build, the default first.
 TASK_HEADS = ("GemmaEncoderForSequenceClassification", "GemmaEncoderForRanking")
-# Fields of a decoder that upstream reads, under other names than it writes.
+# Fields of a decoder that upstream reads and writes under other names.
 OLD_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 # The fields of a decoder's config that a task-specific wrapper inherits from it.
 INHERITED = ("id2label", "label2id", "problem_type", "dtype", "torch_dtype", "quantization_config")
@@ -31,6 +31,7 @@ INHERITED = ("id2label", "label2id", "problem_type", "dtype", "torch_dtype", "qu
 
 @as_validated_field
 def activation_name(value: str):
+    """Raise ValueError unless the value is an activation of transformers that has no parameters."""
     if value not in ACT2FN:
         raise ValueError(f"Value must be one of {sorted(ACT2FN)}, got {value!r}")
     if any(True for _ in ACT2FN[value].parameters()):
@@ -39,46 +40,52 @@ def activation_name(value: str):
 
 @as_validated_field
 def radius(value: int | None):
+    """Raise ValueError unless the value is None or a radius in tokens."""
     if value is not None and (isinstance(value, bool) or value < 0):
         raise ValueError(f"Value must be None or a radius of at least 0 tokens, got {value}")
 
 
 @as_validated_field
 def chunk_size(value: int | None):
+    """Raise ValueError unless the value is None or a number of documents."""
     if value is not None and (isinstance(value, bool) or value < 1):
         raise ValueError(f"Value must be None or at least 1 document, got {value}")
 
 
 @as_validated_field
 def temperature(value: int | float | None):
+    """Raise ValueError unless the value is None or a number above 0."""
     if value is not None and (isinstance(value, bool) or not 0 < value < float("inf")):
         raise ValueError(f"Value must be None or a number above 0, got {value}")
 
 
 @as_validated_field
 def share(value: int | float | None):
+    """Raise ValueError unless the value is None or a number from 0 to below 1."""
     if value is not None and (isinstance(value, bool) or not 0 <= value < 1):
         raise ValueError(f"Value must be None or a number of at least 0 and below 1, got {value}")
 
 
 @as_validated_field
 def numbers(value: list[int | float] | tuple[int | float, ...] | None):
+    """Raise ValueError unless the value is None or a list of finite numbers."""
     if any(isinstance(number, bool) or not math.isfinite(number) for number in value or ()):
         raise ValueError(f"Value must be None or a list of a finite number for each label, got {value}")
 
 
 @as_validated_field
 def layer_sizes(value: list[int] | tuple[int, ...]):
+    """Raise ValueError unless the value is a list of layer sizes."""
     if any(isinstance(size, bool) or size < 1 for size in value):
         raise ValueError(f"Value must list the sizes of the hidden layers, each at least 1, got {value}")
 
 
 class OfDecoder(property):
-    """A field of the decoder's config."""
+    """Mark a field of the decoder's config."""
 
 
 def _of_decoder(name: str) -> OfDecoder:
-    """A field that is read from and written to `text_config`, so that there is one copy of it."""
+    """Return a property that reads and writes a field of `text_config`, so that there is one copy of it."""
 
     def read(self):
         try:
@@ -100,18 +107,18 @@ MaskedLMObjective = Literal["mlm", "mntp"]
 @strict
 class GemmaEncoderConfig(PreTrainedConfig):
     r"""
-    Configuration of a Gemma Encoder. A raw Gemma `config.json` (Gemma 1, 2, 3, 4; multimodal Gemma 3 and 4 by their
-    text tower) loads through [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`; so does one of
-    Llama, Qwen 2 or Qwen 3.
+    Store the configuration of a Gemma Encoder. A raw Gemma `config.json` (Gemma 1, 2, 3, 4; multimodal Gemma 3 and 4 by
+    their text tower) loads through [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`; so does one
+    of Llama, Qwen 2 or Qwen 3.
 
-    Options count when a model is built or loaded; one assigned to `model.config` later changes nothing that runs, and
-    `verify_attention` notices where attention is concerned.
+    Options count when a model is built or loaded. One that is assigned to `model.config` later does not change what
+    runs; `verify_attention` raises if it is an option of attention.
 
     Args:
-        text_config: The decoder's own config, or its dict. Gemma 2's defaults when not given.
-        attention: Who sees whom: every token every other ("bidirectional", the paper), or only earlier ones
-            ("causal", the decoder's own mask). It decides; flags of the decoder such as `is_causal` or
-            `use_bidirectional_attention` do not.
+        text_config: The decoder's own config, or its dict. By default Gemma 2's.
+        attention: Whether a token sees all others ("bidirectional", the paper) or only earlier ones ("causal", the
+            decoder's own mask). Flags of the decoder, such as `is_causal` or `use_bidirectional_attention`, have no
+            effect.
         attention_window: Radius r: a token sees tokens at distance |i - j| <= r, in every layer and on top of the
             decoder's own sliding layers. Distances are counted in tokens, not in padding. `None` for no limit.
         pooling: How token states become one vector, a key of `POOLERS`.
@@ -128,20 +135,21 @@ class GemmaEncoderConfig(PreTrainedConfig):
             sum to one in every list; "rankt5_softmax" and "rankt5_poly1" weigh a list by its sum of grades (the paper).
         list_chunk_size: Documents of a batch that `GemmaEncoderForRanking` encodes at a time; the chunks are computed
             again in the backward pass, so that memory does not grow with the lists. `None` for all at once.
-        label_mean, label_std: Of a regression's labels, one number for each. The head learns `(label - label_mean) /
-            label_std`, and `logits` are in the labels' own units. `None`: the head learns the labels as they are.
-        calibration_temperature, calibration_bias: What `probabilities` of a classifier or ranker divides logits by, and
-            takes from them before that. `None` until they were fitted.
+        label_mean, label_std: Mean and standard deviation of a regression's labels, one number for each label. The head
+            learns `(label - label_mean) / label_std`, and `logits` are in the labels' own units. With `None` the
+            head learns the labels as they are.
+        calibration_temperature, calibration_bias: `probabilities` of a classifier or ranker subtracts the bias from the
+            logits, and divides by the temperature, which is `None` until it was fitted.
         masked_lm_objective: Which state predicts a token in `GemmaEncoderForMaskedLM`: its own ("mlm"), or the one
             before it ("mntp", masked next-token prediction).
         int8_weights: Whether the decoder's linear layers hold int8 weights, as `quantize_int8` made them. It describes
             a checkpoint; it does not make one.
-        problem_type: Which loss a classifier has, as in transformers; inferred from the labels when None.
+        problem_type: Which loss a classifier has, as in transformers. `None`: it is inferred from the labels.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at construction or assignment;
-            or two of them do not go together, at construction, saving, or when the model is built.
-        ValueError: the decoder is none of those above, or a keyword is a misspelt field.
+            or two fields contradict each other, at construction, saving, or when the model is built.
+        ValueError: the decoder is not supported, or a keyword is a misspelled field.
     """
 
     model_type = "gemma_encoder"
@@ -196,6 +204,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_labels(self):
+        """Raise ValueError if the fields about labels contradict each other."""
         if not self.num_labels:
             raise ValueError(f"`num_labels` must be at least 1, got {self.num_labels}")
         if (self.label_mean is None) != (self.label_std is None):
@@ -212,6 +221,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
             raise ValueError(f"`label_mean` and `label_std` are of a regression, not of {self.problem_type!r}.")
 
     def validate_pooling(self):
+        """Raise ValueError if the number of probes or of their heads does not fit."""
         probed = self.pooling in ("query_probe", "kv_probe")
         if probed and self.hidden_size % self.pooling_num_heads:
             raise ValueError(
@@ -228,7 +238,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
         """Return the config of a checkpoint, a raw decoder or a GGUF file as an encoder's, and the other `kwargs`."""
         source, gguf_file = split_gguf(pretrained_model_name_or_path, kwargs.pop("gguf_file", None))
         if gguf_file is not None:
-            where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            where = hub_options(kwargs)
             kwargs = {name: value for name, value in kwargs.items() if name not in where and not name.startswith("_")}
             return _adopt_decoder(gguf_config(source, gguf_file, where)), kwargs
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -236,7 +246,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As upstream, but keywords become part of the dict before the config is built and checked as a whole."""
+        """Build a config as upstream does, from the dict with the keywords in it, so that all is checked together."""
         cls._refuse_misspelt(kwargs)
         config_dict = _adopt_decoder(only_settings(config_dict))
         if isinstance(kwargs.get("text_config"), dict):
@@ -252,7 +262,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As upstream, with an `auto_map` that names the checkpoint's own code, never another repository's."""
+        """Return the fields as a dict, with an `auto_map` that names the checkpoint's own code and no repository's."""
         output = super().to_dict()
         heads = [name for name in self.architectures or () if name in TASK_HEADS]
         # Of the class that was saved, where that is a user's own.
@@ -270,6 +280,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def _refuse_misspelt(cls, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError if a keyword is a misspelled field, or one that has no effect here."""
         known = [*cls.__dataclass_fields__, "num_labels", "attn_implementation"]
         for name in kwargs:
             if name in ("is_causal", "use_bidirectional_attention"):
@@ -279,7 +290,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
 
 
 def is_of_decoder(config_class: type, name: str) -> bool:
-    """Return whether a config's field is one of its decoder's."""
+    """Return whether a config's field is a field of its decoder."""
     return isinstance(getattr(config_class, name, None), OfDecoder)
 
 
@@ -298,7 +309,7 @@ def _refuse_fields_of_decoder(decoder: PreTrainedConfig | None, kwargs: dict[str
 
 
 def _with_fields(decoder: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """A decoder's config with other values of some fields. Of fewer layers it has the first, with their types."""
+    """Return a decoder's config with other values of some fields. With fewer layers, the first types are kept."""
     changed, layers, types = {**decoder, **fields}, fields.get("num_hidden_layers"), decoder.get("layer_types")
     if layers is not None and types and "layer_types" not in fields:
         changed["layer_types"] = types[:layers] if layers <= len(types) else None  # None: the family's own pattern
@@ -311,7 +322,7 @@ def _with_fields(decoder: dict[str, Any], fields: dict[str, Any]) -> dict[str, A
 def _as_decoder_config(
     config: PreTrainedConfig | dict | None, fields: dict[str, Any] | None = None
 ) -> PreTrainedConfig | None:
-    """The text decoder's config object of a decoder's config, with other `fields`, refusing other families by name."""
+    """Return the text decoder's config with other `fields`. Raise ValueError if the family is not supported."""
     if fields:
         config = _with_fields(_to_dict(_as_decoder_config(config or {})), fields)
     if config is None:
@@ -331,7 +342,7 @@ def _as_decoder_config(
 
 
 def _adopt_decoder(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """A raw Gemma config as the `text_config` of an encoder's; an encoder's config as it is."""
+    """Return a raw Gemma config as the `text_config` of an encoder's, and an encoder's config as it is."""
     if config_dict.get("model_type", GemmaEncoderConfig.model_type) == GemmaEncoderConfig.model_type:
         return dict(config_dict)
     adopted = {name: config_dict[name] for name in INHERITED if name in config_dict}

@@ -1,9 +1,9 @@
-"""Reading GGUF files (llama.cpp): which file a name means, its config, and its decoder with plain weights.
+"""Reading GGUF files (llama.cpp): which file a name means, the decoder's config, and its dequantized weights.
 
-`from_pretrained("folder/x.gguf")` and `from_pretrained("owner/repo", gguf_file="x.gguf")` mean the same. Upstream reads
-the tensors; it keeps them marked as quantized, so what is returned here is a copy without that mark. Upstream's config
-leaves out what some files say about rotary scaling, head sizes and the scale of attention, so the config is read here.
-Keys of a file's metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+`from_pretrained("folder/x.gguf")` and `from_pretrained("folder", gguf_file="x.gguf")` mean the same; a repository can
+take the folder's place. Upstream reads the tensors and marks the model as quantized; here a copy without that mark is
+returned. Upstream's config lacks what some files say about rotary scaling, head sizes and the scale of attention, so
+the config is read here. Keys of a file's metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers.utils import cached_file, is_accelerate_available, is_gguf_ava
 
 # The architectures that upstream reads right, by `general.architecture`, and their `model_type`.
 ARCHITECTURES = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# Keys below the architecture's name, and the decoder's field that each of them is.
+# Keys of a file's metadata, without the architecture's name, and the fields of the decoder's config.
 FIELDS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -36,10 +36,11 @@ FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-# Gemma's 27B divide attention scores by the root of hidden_size / num_attention_heads, which no key says. llama.cpp
-# tells them by their depth: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp (f_attention_scale).
+# Gemma's 27B models divide attention scores by the root of hidden_size / num_attention_heads. No key says so;
+# llama.cpp recognizes these models by their number of layers:
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp (f_attention_scale).
 DEPTH_OF_27B = {"gemma2": 46, "gemma3": 62}
-# Llama 3.1 and 3.2 scale rotary frequencies by a tensor; these factors of theirs make it.
+# Files of Llama 3.1 and 3.2 hold a tensor that scales rotary frequencies; it is computed from these factors.
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -51,8 +52,13 @@ LLAMA3_FACTORS = (8.0, 32.0)
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those of `options` that say where a file is."""
+    return {name: options[name] for name in HUB_OPTIONS if name in options}
+
+
 def split_gguf(name: str | Path, gguf_file: str | None = None) -> tuple[str | Path, str | None]:
-    """Return the folder or repository and the GGUF file that `name` and `gguf_file` mean, None for no GGUF file."""
+    """Return the folder or repository, and the GGUF file, or None, that `name` and `gguf_file` mean."""
     if gguf_file is not None or not isinstance(name, str | Path) or Path(name).suffix != ".gguf":
         return name, gguf_file
     path, parts = Path(name).expanduser(), str(name).split("/")
@@ -72,29 +78,31 @@ def find_gguf(folder: str | Path, gguf_file: str, where: dict[str, Any]) -> str:
         OSError: there is no such file.
     """
     if not (is_gguf_available() and is_accelerate_available()):
-        raise ImportError(f"Reading {gguf_file} needs two packages: pip install gguf accelerate")
+        raise ImportError(f"Reading {gguf_file} needs two packages. Install them: pip install gguf accelerate")
     place = Path(folder) / (where.get("subfolder") or "")
     if Path(folder).is_dir() and not (place / gguf_file).is_file():
         there = ", ".join(sorted(path.name for path in place.glob("*.gguf"))) or "none"
-        raise OSError(f"{place} has no file {gguf_file}; its GGUF files: {there}.")
+        raise OSError(f"{place} has no file {gguf_file}; its GGUF files: {there}. Name one of them.")
     try:
         return cached_file(str(folder), gguf_file, **where)
     except OSError as error:
-        raise OSError(f"There is no file {folder}/{gguf_file} here, and on the Hub: {error}") from error
+        raise OSError(
+            f"There is no file {folder}/{gguf_file} here, and it could not be read from the Hub: {error}"
+        ) from error
 
 
 def gguf_config(folder: str | Path, gguf_file: str, where: dict[str, Any]) -> dict[str, Any]:
     """
-    Return the decoder's config of a GGUF file as a dict.
+    Return the config of the decoder in a GGUF file as a dict.
 
     Raises:
-        ValueError: it is not a GGUF file, or of an architecture that cannot be read.
+        ValueError: the file is not a GGUF file, or has an architecture that cannot be read.
     """
     path = Path(find_gguf(folder, gguf_file, where))
     try:
         return copy.deepcopy(_config_of(str(path), path.stat().st_mtime_ns))
     except (KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is cut short, or its metadata lack {error}: download or make it again.") from error
+        raise ValueError(f"{path} is cut short, or its metadata lack {error}. Download or make it again.") from error
 
 
 @lru_cache(maxsize=8)
@@ -109,9 +117,9 @@ def _config_of(path: str, changed: int) -> dict[str, Any]:
             "checkpoint in safetensors."
         )
     if metadata.get(f"{architecture}.expert_count", 0) > 0:
-        raise ValueError(f"{path} is a mixture of experts, which no decoder here is.")
+        raise ValueError(f"{path} is a mixture of experts, which cannot run as an encoder here. Use a dense decoder.")
     if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{path} is one of {metadata['split.count']} parts: join them with llama-gguf-split --merge.")
+        raise ValueError(f"{path} is one of {metadata['split.count']} parts. Join them with llama-gguf-split --merge.")
     config = {"model_type": ARCHITECTURES[architecture], "tie_word_embeddings": "output.weight" not in tensors}
     for key, field in FIELDS.items():
         if (value := metadata.get(f"{architecture}.{key}")) is not None:
@@ -134,9 +142,9 @@ def _config_of(path: str, changed: int) -> dict[str, Any]:
 
 
 def _scaling(path: str, kind: str, metadata: dict, architecture: str) -> dict[str, Any]:
-    """Return the scaling of rotary positions that a file's metadata says."""
+    """Return the scaling of rotary positions in a file's metadata."""
     if kind not in ("linear", "yarn"):
-        raise ValueError(f"{path} scales rotary positions by {kind!r}; linear and yarn can be read.")
+        raise ValueError(f"The rotary scaling of {path} must be one of 'linear' and 'yarn'; got {kind!r}.")
     scaling = {"rope_type": kind, "factor": metadata[f"{architecture}.rope.scaling.factor"]}
     if kind == "yarn":
         original = metadata[f"{architecture}.rope.scaling.original_context_length"]
@@ -145,7 +153,11 @@ def _scaling(path: str, kind: str, metadata: dict, architecture: str) -> dict[st
 
 
 def _llama3_scaling(path: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return Llama 3's scaling whose frequencies a file's tensor divides by. Raises ValueError for any other."""
+    """Return the factors of Llama 3's scaling that a file's tensor was computed from.
+
+    Raises:
+        ValueError: the tensor is not Llama 3.1's or 3.2's.
+    """
     from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict
 
     given = load_gguf_state_dict(GgufHeader.from_file(path))["rope_freqs.weight"][...].float()
@@ -160,7 +172,7 @@ def _llama3_scaling(path: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def llama3_divisors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
-    """Return what Llama 3 divides its rotary frequencies by, (head_dim / 2,), as llama.cpp writes it to a file."""
+    """Compute the divisors of Llama 3's rotary frequencies, (head_dim / 2,), as llama.cpp writes them to a file."""
     low, high = LLAMA3_SCALING["low_freq_factor"], LLAMA3_SCALING["high_freq_factor"]
     turns = LLAMA3_SCALING["original_max_position_embeddings"] / (2 * math.pi)
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -172,22 +184,38 @@ def read_decoder(
     folder: str | Path, gguf_file: str, config: PreTrainedConfig, dtype: torch.dtype | str | None, where: dict[str, Any]
 ) -> PreTrainedModel:
     """
-    Return upstream's causal language model with the weights of a GGUF file, dequantized: to be saved, or for its
-    `state_dict`. It cannot run, since its buffers have no values.
+    Return upstream's causal language model with the dequantized weights of a GGUF file.
+
+    It is for saving, or for its `state_dict`. It cannot run, since its buffers have no values.
 
     Args:
-        config: The decoder's, as `gguf_config` reads it.
-        dtype: Of the weights; fp32 for None and "auto", since a file of quantized weights states none.
+        config: The decoder's config, as `gguf_config` reads it.
+        dtype: Dtype of the weights. None and "auto" mean fp32, since a file of quantized weights has no such dtype.
 
     Raises:
-        ValueError: the file lacks weights that its metadata promise, or has them in a format that cannot be read.
+        ValueError: the file lacks weights that its metadata promise, or has a format that cannot be read.
     """
-    from transformers.utils.quantization_config import GgufConfig
-
     path, config = Path(find_gguf(folder, gguf_file, where)), copy.deepcopy(config)  # upstream may write into it
     dtype = torch.float32 if dtype in (None, "auto") else dtype
+    read, missing = _read_weights(path, config, dtype)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := sorted(missing - tied):
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights, {missing[0]} and others. It is cut short, or one of several parts."
+        )
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config, dtype=read.dtype)
+    decoder.load_state_dict(read.state_dict(), assign=True)
+    decoder.tie_weights()
+    return decoder.eval()
+
+
+def _read_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, set[str]]:
+    """Return upstream's model of a GGUF file, which it marks as quantized, and the names of missing parameters."""
+    from transformers.utils.quantization_config import GgufConfig
+
     try:
-        read, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
             gguf_file=str(path.absolute()),  # a bare name would be looked for in the working directory first
             config=config,
@@ -199,13 +227,4 @@ def read_decoder(
         )
     except NotImplementedError as error:
         raise ValueError(f"{path} has weights in a format that cannot be read: {error}") from error
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := sorted(set(info["missing_keys"]) - tied):
-        raise ValueError(
-            f"{path} lacks {len(missing)} weights, {missing[0]} and others: it is cut short, or not whole."
-        )
-    with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(config, dtype=read.dtype)
-    decoder.load_state_dict(read.state_dict(), assign=True)
-    decoder.tie_weights()
-    return decoder.eval()
+    return model, set(info["missing_keys"])

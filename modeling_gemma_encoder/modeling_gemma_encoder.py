@@ -1,7 +1,8 @@
 """The encoder and its heads: a Gemma decoder's own layers, run bidirectionally, pooled, and given a task.
 
-Gemma Encoder: arXiv 2503.02656. Shapes: padded inputs (batch, seq_len), inside the encoder (total_tokens, hidden) and
-offsets (batch + 1), pooled (batch, hidden), logits (batch, num_labels), (batch, num_docs) or (batch, seq_len, vocab).
+Gemma Encoder: arXiv 2503.02656. Shapes: padded inputs are (batch, seq_len); inside the encoder states are
+(total_tokens, hidden) with offsets (batch + 1,); pooled states are (batch, hidden); logits are (batch, num_labels),
+(batch, num_docs) or (batch, seq_len, vocab_size).
 """
 
 import copy
@@ -19,16 +20,9 @@ from transformers.utils import can_return_tuple
 from .attention_gemma_encoder import UNPADDED, set_reach
 from .calibration_gemma_encoder import probabilities
 from .configuration_gemma_encoder import TASK_HEADS, GemmaEncoderConfig
-from .encoding_gemma_encoder import (
-    Encoded,
-    check_inputs,
-    in_chunks,
-    previous_states,
-    refuse_rows_without_tokens,
-    run_padded,
-    run_unpadded,
-)
+from .encoding_gemma_encoder import Encoded, for_caller, in_chunks, previous_states, run_padded, run_unpadded
 from .feedforward_gemma_encoder import with_fusing
+from .inputs_gemma_encoder import check_inputs, check_labels, refuse_rows_without_tokens
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
 from .outputs_gemma_encoder import arranged, to_padded
 from .peft_gemma_encoder import StockHeadGuard, refuse_lost_parts, refuse_shadow, refuse_unguarded
@@ -38,20 +32,20 @@ from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
 from .quantization_gemma_encoder import hold_int8
 from .verification_gemma_encoder import verify_attention
 
-# What a `CrossEncoder` makes of a score: nothing. By default it would take the sigmoid of a single one.
+# `CrossEncoder` takes the sigmoid of a single score by default; this setting leaves scores as they are.
 AS_IT_IS = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def drop_feedforward_output(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
-    """Apply the paper's dropout on a feed-forward block's output: a forward hook on the block's last module."""
+    """Apply the paper's dropout to the output of a feed-forward block, as a forward hook on the block's last module."""
     return module.output_dropout(output)
 
 
 class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
-    """A Gemma decoder as an encoder: token states, and one pooled vector for each sequence.
+    """Encode texts with a Gemma decoder, into token states and one pooled vector for each sequence.
 
     `model` is upstream's own text model, of Gemma 1, 2, 3 or 4, Llama, or Qwen 2 or 3, with its own parameter names, so
-    its checkpoints load as they are. Dropout follows the paper: on attention weights and on feed-forward outputs.
+    its checkpoints load as they are. As in the paper, dropout is on attention weights and on feed-forward outputs.
     """
 
     _keys_to_ignore_on_load_unexpected = [*NOT_OURS, r"^classifier\."]
@@ -97,8 +91,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         implementation = self.model.config._attn_implementation
         if output_attentions and implementation not in (UNPADDED, "eager"):
             raise ValueError(
-                f"`output_attentions=True` needs attn_implementation {UNPADDED!r} or 'eager', not {implementation!r}: "
-                "the others never hold the attention weights."
+                f"`output_attentions=True` needs attn_implementation {UNPADDED!r} or 'eager'; got {implementation!r}, "
+                "which never holds the attention weights."
             )
         run = run_padded if implementation in ("eager", "sdpa", "flex_attention") else run_unpadded
         return run(
@@ -112,7 +106,7 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         )
 
     def pool(self, encoded: Encoded) -> torch.Tensor:
-        """Token states -> (batch, hidden) in fp32, outside autocast."""
+        """Pool token states (tokens, hidden) into (batch, hidden), in fp32 and outside autocast."""
         states = encoded.token_states
         with torch.autocast(states.device.type, enabled=False):
             return self.pooler(states, encoded.offsets.to(states.device))
@@ -127,6 +121,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
     ) -> BaseModelOutputWithPooling:
         """
+        Return the states of all tokens and one pooled vector for each text.
+
         Args:
             input_ids: (batch, seq_len), padded on either side with any id.
             attention_mask: (batch, seq_len), nonzero for real tokens. None: all tokens are real.
@@ -136,11 +132,11 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
 
         Returns:
             `last_hidden_state` (batch, seq_len, hidden), zeros at padding, and `pooler_output` (batch, hidden) in
-            fp32. A row of nothing but padding is pooled to zeros and leaves the others alone. What is returned is a
-            copy of what the layers used; `retain_grad()` on it keeps the gradient of that.
+            fp32. A row of nothing but padding is pooled to zeros and does not change the others. The states are
+            copies of those the layers used; `retain_grad()` on a copy keeps the gradient of the original.
 
         Raises:
-            ValueError: malformed inputs, naming the argument.
+            TypeError, ValueError: an argument is malformed; the message names it.
         """
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         pooled = self.pool(encoded)
@@ -162,14 +158,15 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         self.post_init()
 
     def verify_attention(self) -> None:
-        """Raises RuntimeError unless every layer attends as the config says; see `verify_attention`."""
+        """Raise RuntimeError unless every layer attends as the config says; see `verify_attention`."""
         verify_attention(self)
 
 
 class GemmaEncoderHead(nn.Module):
-    """The task MLP: pooled (batch, hidden) -> (batch, num_outputs), in fp32.
+    """Map pooled states (batch, hidden) to (batch, num_outputs) by the task MLP, in fp32.
 
-    It normalises first: pooled Gemma states are large, and a fresh layer on them can diverge. Our choice.
+    The states are normalized first, which is our choice: they are large in Gemma, and training a new layer on them can
+    diverge.
     """
 
     def __init__(self, config: GemmaEncoderConfig, num_outputs: int):
@@ -190,14 +187,8 @@ class GemmaEncoderHead(nn.Module):
             return self.out_proj(self.dropout(states)).float()
 
 
-def check_labels(labels) -> None:
-    """Raises TypeError for labels that are no tensor of at least one dimension; shapes are each head's own matter."""
-    if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
-        raise TypeError(f"`labels` must be a tensor with a label or a row of labels for each text, got {labels!r}.")
-
-
 class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
-    """A Gemma Encoder that classifies (one or several labels) or predicts numbers, by `problem_type`."""
+    """Classify texts, with one or several labels each, or predict numbers for them, by `config.problem_type`."""
 
     accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`, and the loss divides by it
     _keys_to_ignore_on_load_unexpected = NOT_OURS
@@ -221,18 +212,20 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         output_hidden_states: bool | list[int] | None = None,
     ) -> SequenceClassifierOutput:
         """
+        Return the logits of each text, and the loss if labels are given.
+
         Args:
             labels: By `config.problem_type`: class indices (batch,) for one class of several; zeros and ones, or
                 probabilities, (batch, num_labels) for several classes at once; numbers (batch,) or (batch, num_labels)
-                for regression. When it is None, one label means regression, and integer labels one class of several;
-                floating labels are an error, since the model would be saved as one of single classes. -100 is ignored
-                in all of them.
-            num_items_in_batch: Number of labels the loss is averaged over. None: the number in this batch. The
+                for regression. If it is None, `num_labels=1` means regression, and integer labels mean one class of
+                several; floating labels are an error, since the model would be saved as one of single classes. A label
+                of -100 is always ignored.
+            num_items_in_batch: Number of labels the loss is averaged over; by default the number in this batch. The
                 Trainer passes that of all accumulated batches, so that accumulation never changes a gradient.
 
         Returns:
-            `logits` (batch, num_labels) in fp32, of a regression in the labels' units, and `loss` with labels; zero
-            when all of them are ignored. With `config.label_std` errors are counted in units of it.
+            `logits` (batch, num_labels) in fp32, which are in the labels' units for a regression. `loss` is zero if all
+            labels are ignored; with `config.label_std`, errors are measured in units of it.
         """
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         logits = self.classifier(self.pool(encoded))
@@ -247,9 +240,9 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         )
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Calibrated probabilities of classes, or of each of several labels, as `logits` (batch, num_labels)."""
+        """Return calibrated probabilities of classes, or of each of several labels, (batch, num_labels)."""
         if self.config.problem_type == "regression" or logits.shape[-1] == 1:
-            raise ValueError("A regression has no probabilities.")
+            raise ValueError("This model is a regression, which has no probabilities.")
         return probabilities(logits, self.config, self.config.problem_type != "multi_label_classification")
 
     def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
@@ -265,21 +258,21 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         if labels.numel() != expected or labels.shape[0] != logits.shape[0]:
             raise ValueError(
                 f"`labels` of shape {tuple(labels.shape)} and {labels.dtype} do not match logits of shape "
-                f"{tuple(logits.shape)} for problem_type={problem_type!r}. One class a text is an integer, (batch,); "
-                "several labels a text are floats, (batch, num_labels)."
+                f"{tuple(logits.shape)} for problem_type={problem_type!r}. Pass integers (batch,) for one class per "
+                "text, or floats (batch, num_labels) for several labels per text."
             )
         if self.config.problem_type is None and problem_type == "multi_label_classification":
             raise ValueError(
-                '`labels` are floats, several labels a text: load the model with problem_type="multi_label_'
-                'classification", or "regression" for several numbers. It is saved with the model, whose probabilities '
-                "would be those of one class of several."
+                "`labels` are floats, and `problem_type` is None. For several labels per text, load the model with "
+                'problem_type="multi_label_classification"; for several numbers per text, with "regression". It is '
+                "saved with the model, and without it probabilities would be those of one class of several."
             )
         if problem_type == "single_label_classification" and not torch.compiler.is_compiling():
             lowest, highest = labels.where(labels != IGNORE, 0).aminmax()
             if lowest < 0 or highest >= logits.shape[-1]:
                 raise ValueError(
-                    f"`labels` has classes from {lowest} to {highest}, but the model has {logits.shape[-1]}, counted "
-                    f"from 0: is `num_labels` right? Rows to ignore are labelled {IGNORE}."
+                    f"`labels` has classes from {lowest} to {highest}, but the model has {logits.shape[-1]} classes, "
+                    f"counted from 0. Load it with another `num_labels`, or give rows to be ignored the label {IGNORE}."
                 )
         of_std = {}
         if problem_type == "regression" and self.config.label_std is not None:
@@ -287,16 +280,39 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         return mean_over(CLASSIFICATION_LOSSES[problem_type](logits, labels, **of_std), labels, num_items_in_batch)
 
 
-class GemmaEncoderForRanking(GemmaEncoderModel):
-    """A Gemma Encoder that scores documents for a query, trained on lists of them (RankT5, arXiv 2210.10634)."""
+def without_lists(
+    input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> tuple[list[torch.Tensor | None], tuple[int, int] | None]:
+    """Return the inputs with lists (batch, num_docs, ...) flattened to (n, ...), and the lists' shape, or None."""
+    inputs = [input_ids, attention_mask, inputs_embeds]
+    if input_ids is not None and input_ids.dim() == 3:
+        list_shape = input_ids.shape[:2]
+    elif inputs_embeds is not None and inputs_embeds.dim() == 4:
+        list_shape = inputs_embeds.shape[:2]
+    else:
+        return inputs, None
+    # A mask of another shape stays as it is, for `check_inputs` to name it.
+    return [x.flatten(0, 1) if x is not None and x.shape[:2] == list_shape else x for x in inputs], list_shape
 
-    accepts_loss_kwargs = False  # a list counts once whatever its length, which the Trainer's count does not know
+
+def in_lists(values: tuple | None, list_shape: tuple[int, int]) -> tuple | None:
+    """Return states or attention weights (n, ...) of every layer as (batch, num_docs, ...)."""
+    return for_caller(values, torch.Tensor.unflatten, dim=0, sizes=list_shape)
+
+
+class GemmaEncoderForRanking(GemmaEncoderModel):
+    """Score documents for a query, trained on lists of documents (RankT5, arXiv 2210.10634)."""
+
+    # Every list counts once, whatever its length. The Trainer would count documents.
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = NOT_OURS
 
     def __init__(self, config: GemmaEncoderConfig, **unknown):
         if config.num_labels > 2:  # 2 is every config's default
-            raise ValueError(f"`num_labels` must be 1 for ranking, one score a document, got {config.num_labels}")
-        # A classifier has other scores, whose calibration is none of a ranker's.
+            raise ValueError(
+                f"`num_labels` must be 1 for ranking, which gives each document one score; got {config.num_labels}."
+            )
+        # A classifier's scores are others, so its calibration does not fit a ranker's.
         others = config.problem_type is not None or TASK_HEADS[0] in (config.architectures or ())
         if others or config.num_labels != 1 or getattr(config, "sentence_transformers", None) is None:
             config = copy.deepcopy(config)
@@ -319,44 +335,38 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         output_hidden_states: bool | list[int] | None = None,
     ) -> SequenceClassifierOutput:
         """
+        Return the score of each document, and the loss if labels are given.
+
         Args:
             input_ids: Lists (batch, num_docs, seq_len) or flat (n, seq_len). A list shorter than num_docs is filled
-                with documents of nothing but padding, labelled -100.
-            labels: Relevance (batch, num_docs), graded or binary, -100 for documents that are not there. Flat inputs
-                may have them too, as n = batch * num_docs.
+                with documents of nothing but padding, labeled -100.
+            labels: Relevance (batch, num_docs), graded or binary, -100 for documents that only fill a list. Flat inputs
+                of n = batch * num_docs documents may have labels too.
 
         Returns:
             `logits` (batch, num_docs) for lists, (n, 1) for flat inputs, in fp32; higher is more relevant.
         """
-        list_shape = None
-        if (input_ids is not None and input_ids.dim() == 3) or (inputs_embeds is not None and inputs_embeds.dim() == 4):
-            list_shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            input_ids, attention_mask, inputs_embeds = (
-                values if values is None or values.shape[:2] != list_shape else values.flatten(0, 1)
-                for values in (input_ids, attention_mask, inputs_embeds)
-            )
-        size, hidden_states, attentions = self.config.list_chunk_size, None, None
-        if size is None or list_shape is None:
-            encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
+        inputs, list_shape = without_lists(input_ids, attention_mask, inputs_embeds)
+        if self.config.list_chunk_size is None or list_shape is None:
+            encoded = self.encode(*inputs, output_attentions, output_hidden_states)
             logits = self.classifier(self.pool(encoded))  # (n, 1)
+            hidden_states, attentions = encoded.hidden_states, encoded.attentions
             if labels is None and not self.training and list_shape is None:
                 refuse_rows_without_tokens(encoded.mask)
-            hidden_states, attentions = encoded.hidden_states, encoded.attentions
         elif output_attentions or output_hidden_states:
             raise ValueError("`output_attentions` and `output_hidden_states` need `list_chunk_size=None`.")
         else:
-            logits = in_chunks(self._score, size, input_ids, attention_mask, inputs_embeds)
+            logits = in_chunks(self._score, self.config.list_chunk_size, *inputs)  # (n, 1)
+            hidden_states, attentions = None, None
         if list_shape is not None:
-            logits = logits.view(list_shape)
-            as_lists = partial(torch.Tensor.unflatten, dim=0, sizes=list_shape)
-            hidden_states = hidden_states and tuple(arranged(states, as_lists) for states in hidden_states)
-            attentions = attentions and tuple(arranged(weights, as_lists) for weights in attentions)
+            logits = logits.view(list_shape)  # (batch, num_docs)
+            hidden_states, attentions = (in_lists(values, list_shape) for values in (hidden_states, attentions))
         self._refuse_non_finite("logits", logits)
         loss = None if labels is None else self._loss(logits, labels, list_shape)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Calibrated probabilities that a document is relevant, each by itself, of the shape of `logits`."""
+        """Return the calibrated probability that each document is relevant, in the shape of `logits`."""
         return probabilities(logits, self.config, one_of_several=False)
 
     def _score(self, input_ids, attention_mask, inputs_embeds) -> torch.Tensor:
@@ -368,16 +378,16 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         matches = labels.shape == list_shape if list_shape else labels.dim() == 2 and labels.shape[1] > 1
         if not matches or labels.numel() != logits.numel():
             raise ValueError(
-                f"`labels` of shape {tuple(labels.shape)} do not match scores of shape {tuple(logits.shape)}: one "
+                f"`labels` of shape {tuple(labels.shape)} do not match scores of shape {tuple(logits.shape)}. Pass one "
                 "label for each document of each list, (batch, num_docs)."
             )
         return RANKING_LOSSES[self.config.ranking_loss](logits.view(labels.shape), labels.to(logits.device))
 
 
 class GemmaEncoderForMaskedLM(GemmaEncoderModel):
-    """A Gemma Encoder that predicts tokens, to be trained on plain text before it gets a task.
+    """Predict masked tokens, to train an encoder on plain text before it is given a task.
 
-    The head is the decoder's own: its embedding, or `lm_head` where that is not tied, and its soft-capping.
+    The head is the decoder's own: its embedding, or `lm_head` if that is not tied, and its soft-capping.
     `config.masked_lm_objective` says which state predicts a token: its own ("mlm", BERT, arXiv 1810.04805), or the one
     before it, as the decoder has learned ("mntp", masked next-token prediction, LLM2Vec, arXiv 2404.05961, section
     2.1). There is no pooler.
@@ -405,15 +415,17 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         output_hidden_states: bool | list[int] | None = None,
     ) -> MaskedLMOutput:
         """
+        Return the logits of the vocabulary at each token, or the loss if labels are given.
+
         Args:
-            labels: (batch, seq_len), the token that belongs where `input_ids` has a mask, and -100 elsewhere, whatever
-                the objective. "mntp" cannot predict a first token, and ignores its label.
-            num_items_in_batch: Number of labels the loss is averaged over. None: the number in this batch.
+            labels: (batch, seq_len), the token that belongs where `input_ids` has a mask, and -100 elsewhere, for
+                either objective. "mntp" cannot predict a first token, and ignores its label.
+            num_items_in_batch: Number of labels the loss is averaged over; by default the number in this batch.
 
         Returns:
-            Without labels, `logits` (batch, seq_len, vocab_size): at each place those of the token there, zeros at
-            padding and, for "mntp", at first tokens. With labels, `loss` alone: only states of labelled tokens are
-            multiplied with the vocabulary, which for Gemma's 256k tokens is most of the work.
+            Without labels, `logits` (batch, seq_len, vocab_size), which are zeros at padding and, for "mntp", at first
+            tokens. With labels, `loss` alone: only the states of labeled tokens are multiplied with the vocabulary,
+            which for Gemma's 256k tokens is most of the work.
         """
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         states, logits, loss = encoded.token_states, None, None
@@ -432,7 +444,10 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         if self.config.tie_word_embeddings:
             weight = self.model.embed_tokens.weight
             if weight.is_meta and not states.is_meta:  # it was taken away again after the embedding's turn
-                raise ValueError('The head is the embedding, which cannot be offloaded: `device_map` has it on "disk".')
+                raise ValueError(
+                    'The head is the embedding, which cannot be offloaded; `device_map` has it on "disk". Put it on a '
+                    "device."
+                )
             logits = F.linear(states, weight.to(states.device))
         else:
             logits = self.lm_head(states).to(states.device)
@@ -444,21 +459,21 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         if labels.shape != encoded.mask.shape:
             raise ValueError(
                 f"`labels` has shape {tuple(labels.shape)}; it must be {tuple(encoded.mask.shape)} as `input_ids` has, "
-                f"the token where one is masked and {IGNORE} elsewhere."
+                f"with the token where one is masked and {IGNORE} elsewhere."
             )
         labels = labels.to(states.device).where(encoded.mask.to(states.device), IGNORE)
         if self.config.masked_lm_objective == "mntp":
             labels = labels.where(encoded.mask.to(states.device).cumsum(-1) > 1, IGNORE)
         labels = labels.flatten()[encoded.indices.to(states.device)]
-        labelled = labels != IGNORE
+        is_labeled = labels != IGNORE
         if not torch.compiler.is_compiling():
-            lowest, highest = labels.where(labelled, 0).aminmax()
+            lowest, highest = labels.where(is_labeled, 0).aminmax()
             if lowest < 0 or highest >= self.config.vocab_size:
                 raise ValueError(
                     f"`labels` has tokens from {lowest} to {highest}, but the model's vocabulary has "
-                    f"{self.config.vocab_size}. Tokens not to be predicted are labelled {IGNORE}."
+                    f"{self.config.vocab_size}. Give tokens that are not to be predicted the label {IGNORE}."
                 )
-        loss = single_label_loss(self._predict(states[labelled]), labels[labelled])
+        loss = single_label_loss(self._predict(states[is_labeled]), labels[is_labeled])
         return mean_over(loss, labels, num_items_in_batch)
 
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from transformers import Trainer, TrainingArguments
 
+from ..adapter_gemma_encoder import quiet
 from ..callbacks import StepTimer
-from ..pretrained_gemma_encoder import quiet
 from .command_line import Help, ScriptParser, fail
 from .files import write
 from .provenance import provenance

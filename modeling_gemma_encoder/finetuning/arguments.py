@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from ..adapter_gemma_encoder import find_adapter
 from ..checkpoints import parameters_of
 from ..configuration_gemma_encoder import Attention, GemmaEncoderConfig, Pooling, RankingLoss
-from ..pretrained_gemma_encoder import find_adapter
 from .tasks import Task
 
 # Our choice. A row has the largest number of the decoder's parameters that it is for, the learning rate of full

@@ -77,7 +77,7 @@ def test_weights_that_are_missing_are_not_made_up(folder, part, model_class):
     if part == "classifier." and model_class is GemmaEncoderModel:
         model_class.from_pretrained(folder)  # it has no head
         return
-    with pytest.raises(ValueError, match=rf"lacks .* weights that its config.json promises: {part}"):
+    with pytest.raises(ValueError, match=rf"lacks .* weights of the model that its config.json describes: {part}"):
         model_class.from_pretrained(folder)
 
 
@@ -94,7 +94,7 @@ def test_weights_of_a_deeper_model_are_refused_unless_fewer_layers_are_asked_for
     fewer = {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]}
     assert len(load(folder, text_config=fewer).model.layers) == 2
     edit(folder, text_config={**config, **fewer})
-    with pytest.raises(ValueError, match=r"knows nothing of: model\.layers\.2"):
+    with pytest.raises(ValueError, match=r"does not have: model\.layers\.2"):
         load(folder)
 
 
@@ -143,7 +143,7 @@ def test_a_config_fetches_no_code_and_no_quantiser(folder):
     loaded.save_pretrained(folder)
     assert "evil" not in (folder / "config.json").read_text()
     edit(folder, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(ValueError, match=r"quant_method='mxfp4'.*bitsandbytes"):
+    with pytest.raises(ValueError, match=r"bitsandbytes.*quant_method='mxfp4'"):
         load(folder)
 
 

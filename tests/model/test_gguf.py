@@ -273,7 +273,7 @@ def test_what_cannot_be_read_says_why(tmp_path, monkeypatch):
     ("metadata", "message"),
     [
         ({"split__count": 2}, "one of 2 parts"),
-        ({"arch__rope__scaling__type": "longrope"}, "scales rotary positions by 'longrope'"),
+        ({"arch__rope__scaling__type": "longrope"}, r"rotary scaling of .* got 'longrope'"),
     ],
 )
 def test_metadata_that_cannot_be_followed_is_refused(metadata, message, tmp_path):
