@@ -184,7 +184,7 @@ def load_full_base(adapter: str | Path, config: GemmaEncoderConfig, where: dict[
     Load the model that an adapter was trained over, in fp32, whatever it was quantized to.
 
     Raises:
-        ValueError: the adapter's config names no class of ours with a head.
+        ValueError: the adapter's config names no Gemma Encoder class with a head.
     """
     if not (architecture := set(config.architectures or ()) & HEADS.keys()):
         raise ValueError(

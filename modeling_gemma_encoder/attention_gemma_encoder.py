@@ -1,13 +1,13 @@
-"""Who sees whom, and how it runs: windows, unpadding, the attention function, and masks.
+"""Attention of an encoder: which tokens see which, unpadding, the attention function, and masks.
 
 The default execution, `attn_implementation="gemma_encoder_unpadded"`, drops padding before the embedding and runs the
-decoder's own layers on (1, total_tokens, hidden). Only inside attention do sequences regain a batch dimension, in
-buckets of like lengths, so padding side, amount and ids cannot matter. Upstream's "eager", "sdpa" and "flex_attention"
-run on padded batches with masks made here, for torch.compile, torch.export and comparison; flash attention runs
+decoder's own layers on (1, total_tokens, hidden). Sequences have a batch dimension only inside attention, in buckets of
+similar lengths, so the side, amount and ids of padding cannot matter. Upstream's "eager", "sdpa" and "flex_attention"
+run on padded batches with masks made here, for torch.compile, torch.export and comparison. Flash attention runs
 unpadded by its own means.
 
-A reach (left, right) says how many tokens before and after itself a token sees; None is no limit. It is the one
-description of attention that every backend is given:
+A reach (left, right) says how many tokens before and after itself a token sees; None means no limit. Every backend is
+given the same reach:
 
 | layer                            | attention="causal" | attention="bidirectional" |
 | -------------------------------- | ------------------ | ------------------------- |
@@ -37,7 +37,7 @@ Reach = tuple[int | None, int | None]
 
 
 def layer_reach(config, layer_type: str) -> Reach:
-    """The reach of a decoder layer of `layer_type` under a `GemmaEncoderConfig`; the table above."""
+    """Return the reach of a decoder layer of `layer_type` under a `GemmaEncoderConfig`, by the table above."""
     causal = config.attention == "causal"
     limits = [config.attention_window] if config.attention_window is not None else []
     if layer_type == "sliding_attention":
@@ -49,17 +49,17 @@ def layer_reach(config, layer_type: str) -> Reach:
 
 
 def layer_type_of(attention: nn.Module) -> str:
-    """The layer type of a decoder's attention module, full attention where it does not name one."""
+    """Return the layer type of a decoder's attention module; "full_attention" if the module names none."""
     return getattr(attention, "layer_type", None) or "full_attention"
 
 
 def has_one_type(decoder: nn.Module) -> bool:
-    """Whether all layers have full attention and take one mask, not one by their type: Gemma 1, Llama."""
+    """Return whether all layers take the same mask, and not one for each layer type, as in Gemma 1 and Llama."""
     return not hasattr(decoder.layers[0].self_attn, "layer_type")
 
 
 def set_reach(attention: nn.Module, config) -> None:
-    """Tells a decoder's attention module who sees whom, in the terms of every backend."""
+    """Set the reach of a decoder's attention module, and the attributes that backends read in its place."""
     attention.reach = layer_reach(config, layer_type_of(attention))
     attention.is_causal = config.attention == "causal"
     # Flash attention takes windows from here and counts them exclusively; the others take masks.
@@ -67,7 +67,7 @@ def set_reach(attention: nn.Module, config) -> None:
 
 
 def within_reach(queries: torch.Tensor, keys: torch.Tensor, reach: Reach) -> torch.Tensor:
-    """Whether a token at position `queries` sees one at position `keys`; shapes broadcast."""
+    """Return whether tokens at positions `queries` see tokens at positions `keys`; shapes broadcast."""
     left, right = reach
     seen = torch.ones_like(queries - keys, dtype=torch.bool)
     if left is not None:
@@ -78,7 +78,7 @@ def within_reach(queries: torch.Tensor, keys: torch.Tensor, reach: Reach) -> tor
 
 
 class Bucket(NamedTuple):
-    """Sequences of like lengths, which attention sees as one padded batch."""
+    """Hold sequences of similar lengths, which attention sees as one padded batch."""
 
     tokens: int  # of them, one after the other
     batch: int
@@ -87,7 +87,7 @@ class Bucket(NamedTuple):
     masks: dict[Reach, torch.Tensor | None]  # (batch or 1, length or 1, length) of who is seen; None: all see all
 
     def pad(self, states: torch.Tensor) -> torch.Tensor:
-        """(1, heads, tokens, head_dim) -> (batch, length, heads, head_dim)."""
+        """Pad states (1, heads, tokens, head_dim) to (batch, length, heads, head_dim)."""
         states = states[0].transpose(0, 1)  # (tokens, heads, head_dim)
         if self.padded is not None:
             zeros = states.new_zeros(self.batch * self.length, *states.shape[1:])
@@ -95,15 +95,15 @@ class Bucket(NamedTuple):
         return states.unflatten(0, (self.batch, self.length))
 
     def unpad(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, length, heads, head_dim) -> (1, tokens, heads, head_dim)."""
+        """Drop the padding of states (batch, length, heads, head_dim): (1, tokens, heads, head_dim)."""
         states = states.flatten(0, 1)
         return (states if self.padded is None else states[self.padded])[None]
 
     def attend(self, module, query, key, value, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention within each sequence, on a batch made for this call only: (1, tokens, heads, head_dim).
+        """Compute attention within each sequence: (1, tokens, heads, head_dim).
 
-        Soft-capping and returned weights need `dense_attention`; everything else runs in torch's fused function, but
-        for a CPU's short sequences and bf16, where it takes up to twice as long (torch 2.13).
+        Soft-capping and returned weights need `dense_attention`. Everything else runs in torch's fused function, except
+        on a CPU for short sequences and in bf16, where that takes up to twice as long (torch 2.13).
         """
         query, key, value = self.pad(query), self.pad(key), self.pad(value)
         mask, softcap = self.masks[module.reach], kwargs.get("softcap")
@@ -122,13 +122,13 @@ class Bucket(NamedTuple):
 
 def dense_attention(query, key, value, mask, scaling: float, softcap: float | None = None, dropout: float = 0.0):
     """
-    softmax(cap(Q K^T * scaling) + mask) V with cap(x) = softcap * tanh(x / softcap) (Gemma 2, arXiv 2408.00118,
-    section 2), by two matrix products in which the query heads of a key head are rows of one matrix.
+    Compute softmax(cap(Q K^T * scaling) + mask) V with cap(x) = softcap * tanh(x / softcap) (Gemma 2, arXiv 2408.00118,
+    section 2). The query heads of a key head are rows of one matrix, so that there are two matrix products.
 
     Args:
-        query: (batch, length, heads, head_dim); key and value have as many heads or fewer, each for several of query's.
-        mask: (batch or 1, length or 1, length), True where a key is seen; None: everywhere.
-        dropout: The share of weights that is dropped; 0 unless training.
+        query: (batch, length, heads, head_dim). Key and value may have fewer heads, each for several of the query.
+        mask: (batch or 1, length or 1, length), True where a key is seen; None if all are seen.
+        dropout: The share of weights that is dropped; 0 unless the model is training.
 
     Returns:
         (batch, length, heads, head_dim), and the weights (batch, heads, length, length).
@@ -151,7 +151,7 @@ def dense_attention(query, key, value, mask, scaling: float, softcap: float | No
 
 
 class Unpadding(NamedTuple):
-    """Where the real tokens of a padded batch are, and what its attention sees; travels through upstream's layers."""
+    """Hold where the real tokens of a padded batch are. Upstream's layers pass it on to attention."""
 
     indices: torch.Tensor  # (total_tokens,) of the real tokens in the flattened (batch * seq_len)
     offsets: torch.Tensor  # (batch + 1,) of the sequences among the real tokens
@@ -160,7 +160,7 @@ class Unpadding(NamedTuple):
     buckets: list[Bucket] | None = None  # of the tokens in their order
 
     def attend(self, module, query, key, value, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Each bucket by itself: (1, heads, total_tokens, head_dim) -> (1, total_tokens, heads, head_dim)."""
+        """Compute attention by bucket: (1, heads, total_tokens, head_dim) -> (1, total_tokens, heads, head_dim)."""
         if len(self.buckets) == 1:
             return self.buckets[0].attend(module, query, key, value, **kwargs)
         sizes = [bucket.tokens for bucket in self.buckets]
@@ -169,12 +169,15 @@ class Unpadding(NamedTuple):
 
 
 def unpadded_attention(module, query, key, value, attention_mask, unpadding: Unpadding | None = None, **kwargs):
-    """What `AttentionInterface` calls; the work is the batch's own, so two versions of this file can live together."""
+    """Compute attention for `AttentionInterface`.
+
+    The method of the batch does the work, so that two versions of this file can be loaded in one process.
+    """
     if unpadding is None:
         raise ValueError(
             f"attn_implementation={UNPADDED!r} runs inside a Gemma Encoder only: call the encoder, not its decoder, or "
-            'choose an upstream backend with `set_attn_implementation("eager")`. ShadowPEFT, which calls the decoder, '
-            "is not supported with any."
+            'choose an upstream backend with `set_attn_implementation("eager")`. ShadowPEFT calls the decoder, and is '
+            "not supported with any backend."
         )
     return unpadding.attend(module, query, key, value, **kwargs)
 
@@ -184,8 +187,11 @@ AttentionInterface.register(UNPADDED, unpadded_attention)
 
 @torch.compiler.disable(reason=PADDED_ONLY)
 def unpad(mask: torch.Tensor, longest_first: bool = False) -> Unpadding:
-    """Finds the real tokens of a boolean mask (batch, seq_len), and puts the sequences in order of their lengths if
-    that is asked for and they are not. Reads the lengths back from the device."""
+    """Find the real tokens of a boolean mask (batch, seq_len).
+
+    With `longest_first`, the sequences are put in descending order of their lengths. The lengths are read back from the
+    device.
+    """
     counts = mask.sum(-1)
     lengths, positions = counts.tolist(), mask.cumsum(-1) - 1
     if longest_first and any(first < second for first, second in pairwise(lengths)):
@@ -200,9 +206,11 @@ def unpad(mask: torch.Tensor, longest_first: bool = False) -> Unpadding:
 
 
 def split_by_length(lengths: list[int]) -> list[int]:
-    """How many sequences, the longest first, attention takes at a time: those at least three quarters as long as the
-    first, and more where another call would cost more than it saves. A batch of unlike lengths wastes the square of its
-    padding in attention; the numbers are our choice."""
+    """Return how many sequences attention takes at a time; `lengths` are in descending order.
+
+    A bucket holds the sequences at least three quarters as long as its first, and more if another call would cost more
+    than it saves. Padding within a bucket costs its square in attention. The numbers are our choice.
+    """
     sizes, first = [], 0
     for number, length in enumerate(lengths):
         saved = (len(lengths) - number) * (lengths[first] ** 2 - length**2)
@@ -214,7 +222,7 @@ def split_by_length(lengths: list[int]) -> list[int]:
 
 @torch.compiler.disable(reason=PADDED_ONLY)
 def with_buckets(unpadding: Unpadding, reaches: set[Reach], split: bool) -> Unpadding:
-    """Adds what `Unpadding.attend` needs for layers of these reaches: one bucket, or several of like lengths."""
+    """Add the buckets that `Unpadding.attend` needs for layers of these reaches: several if `split`, else one."""
     lengths = [length for length in unpadding.lengths if length or not split]
     buckets, first = [], 0
     for size in split_by_length(lengths) if split else [len(lengths)]:
@@ -224,6 +232,7 @@ def with_buckets(unpadding: Unpadding, reaches: set[Reach], split: bool) -> Unpa
 
 
 def _bucket(lengths: list[int], reaches: set[Reach], device: torch.device) -> Bucket:
+    """Make the bucket of sequences of these lengths, with a mask for each reach."""
     batch, length, tokens = len(lengths), max(lengths), sum(lengths)
     steps = torch.arange(length, device=device)
     real = steps < torch.tensor(lengths, device=device)[:, None]  # (batch, length)
@@ -242,11 +251,11 @@ def _bucket(lengths: list[int], reaches: set[Reach], device: torch.device) -> Bu
 
 
 def padded_mask(mask: torch.Tensor, positions: torch.Tensor, reach: Reach, config, dtype: torch.dtype):
-    """The mask of a padded batch in the form that `config._attn_implementation` takes, by upstream's mask functions.
+    """Return the mask of a padded batch in the form that `config._attn_implementation` takes.
 
     Distances are those of `positions` (batch, seq_len), which count real tokens only, so padding cannot shift a window.
     """
-    # Padding takes the position of its neighbour, and rows of padding see one another: no row sees nothing (NaN).
+    # Padding takes the position of its neighbor, and rows of padding see one another: no row sees nothing (NaN).
     keys = mask | ~mask.any(-1, keepdim=True)
 
     def seen(batch, head, query, key):

@@ -1,4 +1,4 @@
-"""Fits the temperature (and, where logits stand by themselves, the bias) of probabilities, and shows what it does."""
+"""Fitting the temperature and bias of calibrated probabilities, and plots of what they change."""
 
 from pathlib import Path
 
@@ -13,27 +13,20 @@ from .losses_gemma_encoder import IGNORE
 
 def fit(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
-    The temperature and bias of least cross-entropy, as fields of a config: `config.update(fit(logits, labels))`.
+    Return the temperature and bias with the lowest cross-entropy as fields of a config.
+
+    Use it as `config.update(fit(logits, labels))`.
 
     Args:
-        logits: (n, num_labels) of classes, whose bias is 0; or (n,) or (n, num_labels) of labels by themselves.
-        labels: Of classes their numbers (n,); else 0 or 1 in the shape of `logits`. -100 is ignored. Held out: the
-            temperature of training rows is too low.
+        logits: (n, num_labels) of classes, whose bias is 0; or (n,) or (n, num_labels) of independent labels.
+        labels: Numbers of the classes, (n,); or 0 and 1 in the shape of `logits`. -100 is ignored. They must be held
+            out, since training rows give a temperature that is too low.
 
     Raises:
         ValueError: shapes do not match, all labels are the same, or logits are not higher where labels are 1.
     """
-    scores, labels = torch.as_tensor(logits, dtype=torch.float64), torch.as_tensor(np.asarray(labels))
-    classes = scores.dim() == 2 and labels.dim() == 1
-    if scores.shape[: 1 if classes else None] != labels.shape:
-        raise ValueError(f"`labels` of shape {tuple(labels.shape)} do not match logits of {tuple(scores.shape)}.")
-    scores, labels = scores[labels != IGNORE], labels[labels != IGNORE]
-    if len(labels.unique()) < 2:
-        raise ValueError(f"`labels` are all {labels[:1].tolist()}: there is nothing to fit.")
-    if not classes and (scores[labels == 1].mean() <= scores[labels == 0].mean()):
-        raise ValueError(
-            "Logits are not higher where labels are 1: they say nothing that a temperature could bring out."
-        )
+    scores, labels = labeled_rows(logits, labels)
+    classes = scores.dim() > labels.dim()
     scale = max(float(scores.std()), 1e-6)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
@@ -52,15 +45,35 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"calibration_temperature": float(np.exp(found.x[0]) * scale), "calibration_bias": bias}
 
 
+def labeled_rows(logits: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and labels without those labeled -100. Raise ValueError if nothing can be fitted to them."""
+    scores, labels = torch.as_tensor(logits, dtype=torch.float64), torch.as_tensor(np.asarray(labels))
+    classes = scores.dim() == 2 and labels.dim() == 1
+    if scores.shape[: 1 if classes else None] != labels.shape:
+        raise ValueError(f"`labels` of shape {tuple(labels.shape)} do not match logits of {tuple(scores.shape)}.")
+    scores, labels = scores[labels != IGNORE], labels[labels != IGNORE]
+    if len(labels.unique()) < 2:
+        raise ValueError(f"`labels` must have two values or more; all of them are {labels[:1].tolist()}.")
+    if not classes and (scores[labels == 1].mean() <= scores[labels == 0].mean()):
+        raise ValueError(
+            "`logits` are on average not higher where `labels` are 1, so they cannot become probabilities. Train the "
+            "model longer, or check the labels."
+        )
+    return scores, labels
+
+
 def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error: the mean of |accuracy - confidence| over bins of equal width (arXiv 1706.04599)."""
+    """Compute the expected calibration error, the mean of |accuracy - confidence| over bins (arXiv 1706.04599)."""
     place = np.minimum((confidences * bins).astype(int), bins - 1)
     gaps = [abs(right[place == b].mean() - confidences[place == b].mean()) * (place == b).mean() for b in set(place)]
     return float(sum(gaps))
 
 
 def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path, bins: int = 15) -> None:
-    """For each name, confidences and whether they were right: how often, in bins of equal width, and how many."""
+    """Plot accuracy over confidence in bins of equal width, and the number of rows in each bin.
+
+    `curves` has for each name the confidences and whether they were right.
+    """
     figure = Figure(figsize=(6, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     top.plot([0, 1], [0, 1], color="silver", label="equal")

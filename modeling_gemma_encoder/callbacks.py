@@ -1,4 +1,4 @@
-"""Callbacks for the Trainer: `KeepMemory` makes training on a CPU faster, `StepTimer` says how fast it is."""
+"""Callbacks for the Trainer: `KeepMemory` makes training on a CPU faster, `StepTimer` measures its speed."""
 
 import ctypes
 import statistics
@@ -12,12 +12,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 def keep_freed_memory() -> bool:
     """
-    Tell this process's allocator to keep what is freed, and return whether it could be told (glibc alone takes this).
+    Set this process's allocator to keep freed memory, and return whether that was possible (it is with glibc alone).
 
     By default every large tensor is mapped when it is made and unmapped when it is freed, and its pages are fetched one
-    by one in between. The gradient of a vocabulary of 262,144 tokens, 670 MB for Gemma 3 270M, goes that way in every
-    step; benchmarks/README.md says how long it takes. The process then stays as large as it once was, and grows by what
-    lies unused between tensors of varying sizes: not for where memory is short.
+    by one in between. This happens in every step to the gradient of a vocabulary of 262,144 tokens, 670 MB for Gemma 3
+    270M; benchmarks/README.md has the times. With freed memory kept, the process stays at its largest size, and
+    grows by the gaps between tensors of varying sizes. Do not use it if memory is short.
     """
     if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
 
 class KeepMemory(TrainerCallback):
-    """Keep the memory that steps use again and again, where the Trainer trains on a CPU: see `keep_freed_memory`."""
+    """Keep freed memory for the next step if the Trainer trains on a CPU; see `keep_freed_memory`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.device.type == "cpu":
@@ -33,9 +33,9 @@ class KeepMemory(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Time each optimizer step, from the batch on: compiling, evaluation and pauses are not in the median.
+    """Time each optimizer step once its batch is loaded; compiling, evaluation and pauses do not change the median.
 
-    Beside each logged training loss it writes of how many steps that is the mean, as `loss_steps`.
+    The number of steps that a logged training loss is the mean of is logged beside it, as `loss_steps`.
     """
 
     def __init__(self):
@@ -65,6 +65,8 @@ class StepTimer(TrainerCallback):
         return state.num_input_tokens_seen / state.global_step / statistics.median(self.seconds)
 
     def real_tokens_per_second(self) -> float | None:
-        """Return the tokens of all steps of this session over their time, where steps differ in length. Padding does
-        not count if the Trainer's `include_num_input_tokens_seen` is "non_padding"."""
+        """Return the tokens of all steps since training began or was resumed, over their time; for steps of any length.
+
+        Padding does not count if the Trainer's `include_num_input_tokens_seen` is "non_padding".
+        """
         return self.tokens / sum(self.seconds) if self.seconds else None

@@ -29,7 +29,7 @@ PARTS = {
     "GemmaEncoderForSequenceClassification": ("pooler", "classifier"),
     "GemmaEncoderForRanking": ("pooler", "classifier"),
 }
-CLASSES = (*PARTS, "GemmaEncoderForMaskedLM")  # all that a checkpoint of ours may be saved from
+CLASSES = (*PARTS, "GemmaEncoderForMaskedLM")  # classes that save checkpoints of encoders
 POOLING_OPTIONS = ("pooling", "pooling_num_probes", "pooling_num_heads")
 # Options that decide which weights a pooler and a head have.
 WEIGHT_OPTIONS = (*POOLING_OPTIONS, "classifier_hidden_sizes", "num_labels")

@@ -196,7 +196,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     eos_token_id = _of_decoder("eos_token_id")
 
     def __post_init__(self, **kwargs):
-        self._refuse_misspelt(kwargs)
+        self._refuse_misspelled(kwargs)
         flat = {name: kwargs.pop(name) for name in [*kwargs] if is_of_decoder(type(self), name)}
         self.text_config = _as_decoder_config(self.text_config, flat)
         _refuse_fields_of_decoder(self.text_config, kwargs)
@@ -247,7 +247,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Build a config as upstream does, from the dict with the keywords in it, so that all is checked together."""
-        cls._refuse_misspelt(kwargs)
+        cls._refuse_misspelled(kwargs)
         config_dict = _adopt_decoder(only_settings(config_dict))
         if isinstance(kwargs.get("text_config"), dict):
             decoder = _to_dict(config_dict.get("text_config"))
@@ -279,7 +279,7 @@ class GemmaEncoderConfig(PreTrainedConfig):
         return output
 
     @classmethod
-    def _refuse_misspelt(cls, kwargs: dict[str, Any]) -> None:
+    def _refuse_misspelled(cls, kwargs: dict[str, Any]) -> None:
         """Raise ValueError if a keyword is a misspelled field, or one that has no effect here."""
         known = [*cls.__dataclass_fields__, "num_labels", "attn_implementation"]
         for name in kwargs:

@@ -46,7 +46,7 @@ def refuse_dropout(implementation: str, dropout: float, softcap: float | None = 
     flash = "flash" in implementation and (softcap or implementation != "flash_attention_2")
     if dropout and (flash or implementation == "flex_attention"):
         raise ValueError(
-            f"attn_implementation={implementation!r} cannot drop attention weights, and attention_dropout is "
+            f"attn_implementation={implementation!r} cannot drop attention weights here, where attention_dropout is "
             f"{dropout}. Train with {UNPADDED!r}, or load the model with attention_dropout=0."
         )
 
@@ -124,7 +124,7 @@ def arguments_of_attention(encoder, unpadding: Unpadding, split: bool) -> dict[s
 
 def run_padded(encoder, input_ids, inputs_embeds, mask: torch.Tensor, **kwargs) -> Encoded:
     """
-    Run every layer on (batch, seq_len, hidden), with masks of ours. Shapes do not depend on the data.
+    Run every layer on (batch, seq_len, hidden), with masks made here. Shapes do not depend on the data.
 
     Args: as `run_unpadded`.
     """

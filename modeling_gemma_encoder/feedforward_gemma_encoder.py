@@ -1,10 +1,11 @@
-"""The feed-forward block down(act(gate(x)) * up(x)) (GeGLU, arXiv 2002.05202), in fewer passes where a CPU scores.
+"""The feed-forward block down(act(gate(x)) * up(x)) (GeGLU, arXiv 2002.05202), fused for scoring on a CPU.
 
-The layers are upstream's own, under their own names. Activation and product cost up to a fifth of the block on a CPU
-when they are passes of their own over (tokens, intermediate_size); oneDNN, which torch is built with, applies both to
-the outputs of a matrix product before they leave the caches. It has no gradient, so whatever needs one runs upstream's
-formula, and so does every layer that is more than a plain linear one: adapted, quantised, sharded, offloaded, or with
-hooks. torch's `FlopCounterMode` does not count these products.
+The block has upstream's layers under their own names, and maps (..., hidden) to (..., hidden). Computed by themselves,
+activation and product read and write (tokens, intermediate_size), which costs up to a fifth of the block's time on a
+CPU. oneDNN, which torch is built with, applies both to the output of a matrix product while it is in the caches.
+
+These products have no gradient. Upstream's formula runs if a gradient is needed, and if a layer is not a plain linear
+one: adapted, quantized, sharded, offloaded, or with hooks. torch's `FlopCounterMode` does not count these products.
 """
 
 from platform import machine
@@ -15,12 +16,12 @@ from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
 LAYERS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# What oneDNN calls the activations of Gemma, and of Llama and Qwen.
+# oneDNN's names for the activations of Gemma, and of Llama and Qwen.
 FUSED_ACTIVATIONS = {type(ACT2FN["gelu_pytorch_tanh"]): ("gelu", "tanh"), type(ACT2FN["silu"]): ("swish", "")}
 
 
 class FeedForward(nn.Module):
-    """Upstream's layers of such a block, (..., hidden) -> (..., hidden)."""
+    """Run the layers of upstream's block, fused if that is possible: (..., hidden) -> (..., hidden)."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -34,12 +35,15 @@ class FeedForward(nn.Module):
 
 
 def with_fusing(block: nn.Module) -> nn.Module:
-    """A decoder's block as a `FeedForward`, or as it is where it has other layers than that."""
+    """Return a decoder's block as a `FeedForward`, or the block itself if its layers are others."""
     return FeedForward(block) if {name for name, _ in block.named_children()} == LAYERS else block
 
 
 def fused(block: FeedForward, states: torch.Tensor) -> torch.Tensor:
-    """What `FeedForward.forward` returns, to rounding: in bf16, activation and product are rounded once, not twice."""
+    """Return the output of the block by fused products.
+
+    It equals upstream's up to rounding: in bf16, activation and product are rounded once, not twice.
+    """
     gate, up, down = block.gate_proj, block.up_proj, block.down_proj
     linear, (activation, algorithm) = torch.ops.mkldnn._linear_pointwise, FUSED_ACTIVATIONS[type(block.act_fn)]
     gated = linear(states, gate.weight, gate.bias, activation, [], algorithm)
@@ -48,7 +52,8 @@ def fused(block: FeedForward, states: torch.Tensor) -> torch.Tensor:
 
 
 def can_fuse(block: FeedForward, states: torch.Tensor) -> bool:
-    """Whether that is possible here, and the same."""
+    """Return whether fused products exist for this block and these states, and compute the same."""
+    # Compiling, tracing and forward-mode gradients must see upstream's formula.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
     if type(states) not in (torch.Tensor, nn.Parameter) or not states.numel() or states.device.type != "cpu":
@@ -58,11 +63,11 @@ def can_fuse(block: FeedForward, states: torch.Tensor) -> bool:
     if torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in block.parameters())):
         return False
     linear = (block.gate_proj, block.up_proj, block.down_proj)
-    return is_unheard(block.act_fn) and all(is_plain(layer, states.dtype) and is_unheard(layer) for layer in linear)
+    return has_no_hooks(block.act_fn) and all(is_plain(layer, states.dtype) and has_no_hooks(layer) for layer in linear)
 
 
 def runs_here(dtype: torch.dtype) -> bool:
-    """Whether this torch and this processor have these products in `dtype`."""
+    """Return whether this torch and this processor have the fused products in `dtype`."""
     if dtype not in (torch.float32, torch.bfloat16) or machine() not in ("x86_64", "AMD64"):
         return False
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
@@ -74,7 +79,7 @@ def runs_here(dtype: torch.dtype) -> bool:
 
 
 def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a layer is torch's own, with ordinary parameters of this dtype on a CPU."""
+    """Return whether a layer is torch's `nn.Linear`, with ordinary parameters of this dtype on a CPU."""
 
     def is_ordinary(p: nn.Parameter) -> bool:
         return type(p) is nn.Parameter and p.layout == torch.strided and p.device.type == "cpu" and p.numel() > 0
@@ -82,7 +87,7 @@ def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
     return type(layer) is nn.Linear and all(is_ordinary(p) and p.dtype == dtype for p in layer.parameters())
 
 
-def is_unheard(module: nn.Module) -> bool:
-    """Whether nobody waits for a module's call."""
+def has_no_hooks(module: nn.Module) -> bool:
+    """Return whether a module has no hooks and its own `forward`, so that it need not be called."""
     everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
     return not (everywhere or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

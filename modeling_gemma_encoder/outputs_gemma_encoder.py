@@ -1,4 +1,4 @@
-"""What a caller is given of a batch: states and attention weights in the shape of the input, zeros at padding.
+"""Outputs for the caller: states and attention weights in the shape of the input, with zeros at padding.
 
 Shapes: token states (tokens, hidden) become (batch, seq_len, hidden), weights (batch, heads, seq_len, seq_len).
 """
@@ -14,31 +14,34 @@ from .attention_gemma_encoder import Unpadding
 
 
 def to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Token states (tokens, hidden) back in (batch, seq_len, hidden), zeros at padding."""
+    """Put token states (tokens, hidden) back into (batch, seq_len, hidden), with zeros at padding."""
     indices, mask = indices.to(states.device), mask.to(states.device)  # layers may be spread over devices
     padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, indices, states)
     return padded.view(*mask.shape, -1).where(mask[..., None], 0)
 
 
 def pairs(mask: torch.Tensor) -> torch.Tensor:
-    """(batch, 1, seq_len, seq_len): pairs of real tokens."""
+    """Return which pairs of tokens are both real, (batch, 1, seq_len, seq_len)."""
     return mask[:, None, :, None] & mask[:, None, None, :]
 
 
 def zero_elsewhere(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return `values` with zeros where `kept` is False."""
     return values.where(kept.to(values.device), 0)  # layers may be spread over devices
 
 
 def states_to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Put a layer's states (1, tokens, hidden) back into (batch, seq_len, hidden)."""
     return to_padded(states[0], indices, mask)
 
 
 def attentions_to_padded(weights: torch.Tensor, unpadding: Unpadding, mask: torch.Tensor) -> torch.Tensor:
+    """Put a layer's attention weights back into (batch, heads, seq_len, seq_len), with zeros at padding."""
     return zero_elsewhere(restore_attentions(weights, unpadding, mask.shape[1]), pairs(mask))
 
 
 class RetainGrad:
-    """The `retain_grad` of a copy: keeps the gradient of what the layers used, in the copy's shape, in its `grad`."""
+    """Keep the gradient of the states that the layers used, in the `grad` of a copy; called as its `retain_grad`."""
 
     def __init__(self, copied: torch.Tensor, used: torch.Tensor, arrange: Callable[[torch.Tensor], torch.Tensor]):
         self.copied, self.used, self.arrange = weakref.ref(copied), used, arrange  # a copy holds its `RetainGrad`
@@ -51,6 +54,7 @@ class RetainGrad:
             self.is_kept = True
 
     def keep(self, gradient: torch.Tensor) -> None:
+        """Add a gradient of the original to the `grad` of the copy, in the copy's shape."""
         gradient = self.arrange(gradient.detach())
         self.total = gradient if self.total is None else self.total + gradient
         if (copied := self.copied()) is not None:
@@ -61,9 +65,9 @@ class RetainGrad:
 
 
 def arranged(used: torch.Tensor | None, arrange: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
-    """Return `arrange(used)`, a copy for the caller, whose `retain_grad` keeps the gradient of what the layers used.
+    """Return `arrange(used)`, a copy for the caller, whose `retain_grad` keeps the gradient of the original.
 
-    The copy leads to no score, and its own gradient would be None. `arrange` only moves values, or puts zeros.
+    No score depends on the copy, so its own gradient would be None. `arrange` only moves values, or sets zeros.
     """
     if used is None:  # a layer that was not asked for
         return None
@@ -81,7 +85,7 @@ def _in_turn(first: Callable, second: Callable, values: torch.Tensor) -> torch.T
 
 
 def restore_attentions(weights: torch.Tensor, unpadding: Unpadding, seq_len: int) -> torch.Tensor:
-    """Attention weights (batch, heads, max_length, max_length) where the tokens came from, (..., seq_len, seq_len)."""
+    """Move attention weights (batch, heads, max_length, max_length) to the tokens' places, (..., seq_len, seq_len)."""
     batch, _, length, _ = weights.shape
     indices, positions = unpadding.indices.to(weights.device), unpadding.positions.to(weights.device)
     source = torch.full((batch * seq_len,), length, device=weights.device)

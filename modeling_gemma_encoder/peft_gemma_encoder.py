@@ -1,7 +1,8 @@
-"""What PEFT may do to an encoder: nothing that comes back from an adapter's folder may be random or causal.
+"""Checks of what PEFT does to an encoder, so that no adapter loads with random weights or causal attention.
 
-PEFT knows a classifier's head by the names "classifier" and "score", trains and saves it, and nothing else beside the
-adapter. It keeps no config of the model, and its folders load on whatever class the decoder's own config names.
+PEFT recognizes a classifier's head by the names "classifier" and "score". It trains and saves the head, and nothing
+else beside the adapter. It saves no config of the model, and its folders load on any class that the decoder's own
+config names.
 """
 
 import json
@@ -13,10 +14,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 # Modules whose weights a task trains from scratch, by the names that `modules_to_save` has for them.
 PARTS = ("pooler", "classifier")
-# How a `PeftModel` calls what it adapts.
+# The prefix that a `PeftModel` gives to the names of the model it adapts.
 WITHIN_PEFT = "base_model.model."
-# What has sentence-transformers ask `MergeFirst` for a model. By itself it would read the base model's config alone,
-# and look for the weights of that in the adapter's folder.
+# With these files sentence-transformers calls `MergeFirst` to load a model. Without them it would read the base model's
+# config alone, and look for its weights in the adapter's folder.
 CROSS_ENCODER_FILES = {
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "peft_gemma_encoder.MergeFirst"}],
     "config_sentence_transformers.json": {"model_type": "CrossEncoder"},
@@ -24,18 +25,21 @@ CROSS_ENCODER_FILES = {
 
 
 class StockHeadGuard(nn.Module):
-    """Keep an adapter of ours from loading on a stock Gemma classifier.
+    """Keep the adapter of an encoder from loading on a stock Gemma classifier.
 
-    Where no config of ours lies beside an adapter, `AutoModelForSequenceClassification` puts it on the causal class,
-    whose head `score` would be random, with a warning only. PEFT copies this module to save it under that name: the
-    copy has an empty weight to save, which does not fit there, and raises. Nothing else ever sees that weight.
+    If no encoder's config lies beside an adapter, `AutoModelForSequenceClassification` loads it on the causal class,
+    whose head `score` would be random, and only warns. PEFT copies this module and saves it under that name. The copy
+    saves an empty weight, which does not fit the stock head, so that loading raises. Nothing else uses that weight.
     """
 
     was_given = False
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Give the weight to an adapted model's dict, and then once by itself, as PEFT asks when it saves; asked by
-        itself alone, as when PEFT loads, there is none. Sharded models have no place for it."""
+        """Save the weight in the way that PEFT asks for it.
+
+        When PEFT saves, it asks for an adapted model's weights, and then once for this module's. When it loads, it asks
+        for this module's alone, and is given none. Sharded models cannot hold the weight.
+        """
         within = f"{WITHIN_PEFT}score.modules_to_save." in prefix
         asked = within or (not prefix and self.was_given)
         if asked and not is_fsdp_enabled() and not is_deepspeed_zero3_enabled():
@@ -47,11 +51,11 @@ class StockHeadGuard(nn.Module):
 
 
 class MergeFirst:
-    """Say what to do with an adapter that a `CrossEncoder` is asked to load."""
+    """Tell a user who loads an adapter with `CrossEncoder` to merge it first."""
 
     @classmethod
     def load(cls, path, **kwargs):
-        """Raise ValueError."""
+        """Raise ValueError, which says how to merge the adapter at `path`."""
         raise ValueError(
             f"{path} is an adapter, which `CrossEncoder` does not load. Merge it first, with "
             f'`modeling_gemma_encoder.adapters.merge({str(path)!r}, "merged")`, and load the folder that is written.'
@@ -59,7 +63,7 @@ class MergeFirst:
 
 
 def write_cross_encoder_files(folder: Path) -> None:
-    """Write what has a `CrossEncoder` over an adapter's folder raise `MergeFirst`'s error."""
+    """Write the files into an adapter's folder that make `CrossEncoder` raise the error of `MergeFirst`."""
     for name, content in CROSS_ENCODER_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2))
 
@@ -75,7 +79,7 @@ def is_wrapped(part: nn.Module) -> bool:
 
 
 def was_drawn(part: nn.Module) -> bool:
-    """Return whether a part has weights that were in no checkpoint, as `_init_weights` notes."""
+    """Return whether a part has weights that were not in the checkpoint, which `_init_weights` marks."""
     return any(getattr(module, "was_drawn", False) for module in part.modules())
 
 
@@ -89,10 +93,10 @@ def refuse_lost_parts(model: nn.Module, frozen_alone: bool = False) -> None:
     Check that new weights of a head or pooler are saved with an adapter.
 
     Args:
-        frozen_alone: Look only at parts without a trainable weight, which PEFT has frozen.
+        frozen_alone: Check only parts without a trainable weight, which PEFT has frozen.
 
     Raises:
-        ValueError: the adapter's folder would not hold them.
+        ValueError: the adapter's folder would lack such weights.
     """
     parts = {name: getattr(model, name) for name in parts_with_weights(model)}
     if frozen_alone:
@@ -109,7 +113,7 @@ def refuse_lost_parts(model: nn.Module, frozen_alone: bool = False) -> None:
 
 def refuse_unguarded(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """
-    Check a `PeftModel` before its `state_dict`, with which PEFT saves it: a hook of the model within.
+    Check a `PeftModel` before PEFT saves it, as a hook that runs before `state_dict` of the model in it.
 
     Raises:
         ValueError: the folder would lack new weights, or load on the stock causal class.
@@ -120,7 +124,7 @@ def refuse_unguarded(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     head, guard = getattr(model, "classifier", None), getattr(model, "score", None)
     if isinstance(guard, StockHeadGuard) and is_wrapped(head) and was_drawn(head):
         raise ValueError(
-            "This adapter has no task, and its folder would load on the stock causal class with a random head: pass "
+            "This adapter has no task type, and would load on the stock causal class with a random head. Pass "
             'task_type="SEQ_CLS" to PEFT\'s config, or adapt with `add_lora(model)`. `merge_and_unload()` keeps what '
             "was trained."
         )
@@ -130,6 +134,6 @@ def refuse_shadow(model: nn.Module) -> None:
     """Raise ValueError for layers of ShadowPEFT, which runs a causal decoder of its own beside the encoder."""
     if type(model.model.layers[0]).__module__.startswith("peft.tuners.shadow"):
         raise ValueError(
-            "ShadowPEFT is not supported: it runs a decoder of its own beside the encoder, with padding and causally. "
-            "Use another adapter, such as LoRA."
+            "ShadowPEFT is not supported: it runs a decoder of its own beside the encoder, which is causal and sees "
+            "padding. Use another adapter, such as LoRA."
         )

@@ -1,4 +1,4 @@
-"""int8 weights for scoring: linear layers in half of bf16's memory, and faster where int8 is multiplied natively.
+"""int8 weights for scoring: linear layers take half of bf16's memory, and are faster on processors that multiply int8.
 
 Weights are rounded once, each output by the largest weight of its row; states are rounded when they arrive, each token
 by its largest value (the vector-wise scheme of LLM.int8, arXiv 2208.07339, section 2.1, without its outliers). Products
@@ -12,8 +12,10 @@ ROWS = 512  # tokens at a time, so that their int32 sums stay in a processor's c
 
 
 class Int8Linear(nn.Module):
-    """A linear layer y = x W^T with W = diag(weight_scale) weight: `weight` (out, in) int8, `weight_scale` (out,). A
-    `bias` (out,) is added as it is."""
+    """Compute y = x W^T + bias with W = diag(weight_scale) weight.
+
+    `weight` is (out_features, in_features) in int8, `weight_scale` and `bias` are (out_features,).
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
@@ -25,6 +27,7 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int8Linear":
+        """Round a linear layer's weights to int8."""
         weight, scale = quantize(linear.weight.detach().float())
         made = cls(linear.in_features, linear.out_features, linear.bias is not None)
         made.weight.data, made.weight_scale.data = weight, scale[:, 0]
@@ -34,13 +37,15 @@ class Int8Linear(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """
-        (..., in_features) -> (..., out_features), in the dtype of `states`.
+        Map states (..., in_features) to (..., out_features), in the dtype of `states`.
 
         Raises:
-            RuntimeError: a gradient is wanted; int8 weights are for scoring.
+            RuntimeError: a gradient is needed. int8 weights are for scoring.
         """
         if torch.is_grad_enabled() and states.requires_grad:
-            raise RuntimeError("int8 weights cannot be trained or trained through: load the checkpoint they came from.")
+            raise RuntimeError(
+                "int8 weights cannot be trained, and have no gradient. Load the checkpoint that they were made from."
+            )
         tokens = states.reshape(-1, self.in_features)
         parts = [self._multiply(part) for part in tokens.split(ROWS)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*states.shape[:-1], self.out_features)
@@ -59,30 +64,35 @@ class Int8Linear(nn.Module):
 
 
 def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, k) -> int8 (n, k), and what each row is to be multiplied with, (n, 1) fp32."""
+    """Round rows (n, k) to int8, and return them with the factor of each row, (n, 1) in fp32."""
     scale = rows.abs().amax(1, keepdim=True).float().div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
     return rows.float().div(scale).round_().to(torch.int8), scale
 
 
 def hold_int8(model: nn.Module) -> None:
-    """Puts empty int8 layers in the place of the linear layers of an encoder's decoder, for a checkpoint to fill."""
+    """Replace the linear layers of an encoder's decoder by empty int8 layers, which a checkpoint fills."""
     _replace(model, lambda linear: Int8Linear(linear.in_features, linear.out_features, linear.bias is not None))
 
 
 def quantize_int8(model: nn.Module) -> nn.Module:
     """
-    Rounds the linear layers of an encoder's decoder to int8, in place; `save_pretrained` and `from_pretrained` keep
-    them. Scores change by a few hundredths of their spread: measure yours (`benchmarks/README.md`, int8).
+    Round the linear layers of an encoder's decoder to int8, in place, and return the model.
+
+    `save_pretrained` and `from_pretrained` keep them. Scores change by a few hundredths of their spread; measure what
+    that changes for you (`benchmarks/README.md`, int8).
 
     Raises:
-        ValueError: it is no Gemma Encoder, or its layers are quantised or carry adapters already.
+        ValueError: `model` is not a Gemma Encoder, or its layers are quantized or have adapters already.
     """
     if getattr(getattr(model, "config", None), "model_type", None) != "gemma_encoder" or not hasattr(model, "model"):
         raise ValueError(f"`model` must be a Gemma Encoder, got {type(model).__name__}.")
     found = {type(module) for module in model.model.layers.modules() if hasattr(module, "in_features")}
     if found != {nn.Linear}:
         names = ", ".join(sorted(kind.__name__ for kind in found - {nn.Linear}))
-        raise ValueError(f"The decoder's layers are {names} already. Merge adapters, or load the plain checkpoint.")
+        raise ValueError(
+            f"The decoder's layers must be plain linear layers; they are {names} already. Merge adapters, or load the "
+            "checkpoint without quantization."
+        )
     _replace(model, Int8Linear.of)
     model.config.int8_weights = True
     return model

@@ -1,4 +1,4 @@
-"""Is what runs what the config says? A probe of every layer's attention by its behaviour, not by its settings."""
+"""A check of every layer's attention by what it computes, and not by its settings."""
 
 import torch
 from torch import nn
@@ -8,25 +8,25 @@ from .attention_gemma_encoder import layer_reach, layer_type_of
 
 @torch.no_grad()
 def verify_attention(model: nn.Module, trials: int = 4) -> None:
-    """Checks that every layer of a Gemma Encoder attends as its config's `attention` says.
+    """Check that every layer of a Gemma Encoder attends as its config's `attention` says.
 
     Each layer's attention is given sequences of two random tokens, (a, b), (a, c) and (c, b): its output at the first
     token differs between the first two if, and only if, the last token reaches the first; its output at the last
     token differs between the first and third if, and only if, the first reaches the last. Two tokens do not measure
-    how far a window reaches; of windows it checks that each layer was given the config's.
+    how far a window reaches; for windows, the settings of each layer are compared with the config.
 
-    It runs when called, not on load: loading must work where a model cannot run yet (meta device, sharded, offloaded).
-    The cost is one forward pass of `6 * trials` tokens. It looks through wrappers (PEFT, DDP, torch.compile), restores
-    train mode, and must not run while another thread uses the model.
+    It does not run on load, since a model may be loaded where it cannot run yet (meta device, sharded, offloaded). It
+    costs one forward pass of `6 * trials` tokens, looks through wrappers (PEFT, DDP, torch.compile) and restores train
+    mode. No other thread may use the model meanwhile.
 
     Raises:
-        RuntimeError: `model` holds no Gemma Encoder, its weights are no numbers, or some layers do not attend as the
+        RuntimeError: `model` is not a Gemma Encoder, its states are not finite, or some layers do not attend as the
             config says.
     """
     encoder = next((module for module in model.modules() if is_encoder(module)), None)
     layers = [] if encoder is None else [module for module in encoder.modules() if hasattr(module, "reach")]
     if not layers:
-        raise RuntimeError(f"{type(model).__name__} is not a Gemma Encoder: none of its attention layers is ours.")
+        raise RuntimeError(f"{type(model).__name__} is not a Gemma Encoder: it has no attention layer of one.")
     seen = _probe(encoder, layers, trials)
     wrong = []
     for layer in layers:
@@ -45,13 +45,13 @@ def verify_attention(model: nn.Module, trials: int = 4) -> None:
 
 
 def is_encoder(module: nn.Module) -> bool:
-    """Not by its class: one from a checkpoint's own code is another. Others' modules have an `encode` too."""
-    ours = getattr(getattr(module, "config", None), "model_type", None) == "gemma_encoder"
-    return ours and hasattr(type(module), "encode")
+    """Return whether a module is a Gemma Encoder, which may be of a class from a checkpoint's own code."""
+    is_named = getattr(getattr(module, "config", None), "model_type", None) == "gemma_encoder"
+    return is_named and hasattr(type(module), "encode")
 
 
 def _probe(encoder: nn.Module, layers: list[nn.Module], trials: int) -> dict[nn.Module, tuple[bool, bool]]:
-    """Whether each layer's attention lets a token see (an earlier, a later) one."""
+    """Return whether each layer's attention lets a token see (an earlier, a later) token."""
     seen = {}
 
     def give_random_tokens(module, args, kwargs):
