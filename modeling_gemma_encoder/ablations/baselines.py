@@ -1,4 +1,4 @@
-"""What an encoder is measured against on the same rows: bags of words, the stock causal classifier, random weights."""
+"""What an encoder is compared with on the same rows: bags of words, the stock causal classifier, random weights."""
 
 import json
 from pathlib import Path
@@ -27,18 +27,18 @@ from ..finetuning.tasks import Task, most_frequent
 
 
 def head_of(task: Task) -> dict:
-    """What upstream's configs say of a task."""
+    """Return the fields with which upstream's configs describe a task."""
     return {"num_labels": task.outputs, "problem_type": task.problem}
 
 
 def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:
-    """`Gemma*ForSequenceClassification`: causal attention, last token, no dropout, as it comes.
+    """Make `Gemma*ForSequenceClassification` as it comes: causal attention, last token, no dropout.
 
     Raises:
-        ValueError: the checkpoint is an encoder's, which the stock class does not read.
+        ValueError: The checkpoint is an encoder's, which the stock class does not read.
     """
     if GemmaEncoderConfig.from_pretrained(options.model).architectures:
-        raise ValueError(f"{options.model} is an encoder's checkpoint; the stock classifier reads a decoder's.")
+        raise ValueError(f"The stock classifier needs a decoder's checkpoint; {options.model} is an encoder's.")
     model = load_upstream(AutoModelForSequenceClassification, options.model, torch.float32, **head_of(task))
     model.config.pad_token_id = model.config.pad_token_id or 0
     if options.freeze_embeddings:
@@ -47,7 +47,7 @@ def stock(task: Task, options: FineTuningArguments) -> PreTrainedModel:
 
 
 def scratch(task: Task, options: FineTuningArguments) -> PreTrainedModel:
-    """The encoder with random weights instead of the decoder's."""
+    """Make the encoder with random weights instead of the decoder's."""
     model = task.head(GemmaEncoderConfig.from_pretrained(options.model, **encoder_options(options), **head_of(task)))
     if options.attn_implementation:
         model.set_attn_implementation(options.attn_implementation)
@@ -55,7 +55,7 @@ def scratch(task: Task, options: FineTuningArguments) -> PreTrainedModel:
 
 
 def bert(task: Task, options: FineTuningArguments) -> PreTrainedModel:
-    """BERT (arXiv 1810.04805) with random weights, the decoder's width and depth, and about as many parameters.
+    """Make a BERT (arXiv 1810.04805) with random weights, the decoder's width and depth, and about as many parameters.
 
     A feed-forward block has two matrices in BERT and three in Gemma, and BERT's attention is as wide as its states.
     """
@@ -73,9 +73,10 @@ MAKERS = {"stock": stock, "scratch": scratch, "bert": bert}
 
 
 def bag_of_words(task: Task, data: Data, folder: Path, name: str, seed: int) -> dict:
-    """
-    TF-IDF of words and pairs of words, then logistic or ridge regression with scikit-learn's defaults: a run's report,
-    also `results.json`. Of two texts both bags are read, what they share, and where they differ.
+    """Train a linear model on TF-IDF of words and pairs of words, and return the run's report, also `results.json`.
+
+    It is a logistic or ridge regression with scikit-learn's defaults. Of two texts it reads both bags, what they share,
+    and where they differ.
     """
 
     def texts(rows: Dataset) -> list[tuple[str, str]]:

@@ -1,9 +1,9 @@
-"""By how much is one variant better than another, and how far to believe it: errors of the seeds and of the rows.
+"""By how much one variant is better than another, and how far to believe it: errors of the seeds and of the rows.
 
-What two variants reach differs by what they are, by the seeds they had, and by which rows they happened to be scored
-on. The rows are the same for both, so what they find hard cancels: the error of the difference is found by leaving out
-a part of the rows at a time (the delete-a-group jackknife; Kott, Journal of Official Statistics 17, 2001), for any
-metric, F1 and correlations too. A whole group is left out where rows belong together.
+What two variants reach differs by what they are, by the seeds they had, and by the rows they happened to be scored on.
+The rows are the same for both, so what both find hard cancels. The error of the difference is therefore found by
+leaving out a part of the rows at a time (the delete-a-group jackknife; Kott, Journal of Official Statistics 17, 2001),
+which works for any metric, F1 and correlations too. Rows that belong together are left out together.
 """
 
 import json
@@ -21,7 +21,10 @@ NEARLY = 0.1  # of the rows whose label is not what is nearly always said; our c
 
 
 def split_in_parts(size: int, groups: Sequence | None = None, count: int = PARTS) -> np.ndarray:
-    """The part of each row, drawn, all of about as many rows, or groups; no more parts than those. (size,)"""
+    """Return the part of each row, (size,): drawn, and of about as many rows or groups each.
+
+    There are no more parts than rows or groups.
+    """
     _, group = np.unique(np.arange(size) if groups is None else np.asarray(groups), return_inverse=True)
     number = group.max() + 1
     part = np.random.default_rng(0).permutation(number) % min(count, number)
@@ -29,25 +32,26 @@ def split_in_parts(size: int, groups: Sequence | None = None, count: int = PARTS
 
 
 def jackknife_error(left_out: np.ndarray) -> float:
-    """The standard error of a number that is `left_out` (parts,) without each part."""
+    """Return the standard error of a number that is `left_out`, (parts,), without each part."""
     count = len(left_out)
     return float(np.sqrt((count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)))
 
 
 def mean_and_error(scores: list[float]) -> tuple[float, float]:
-    """Mean and standard error; the latter is NaN for a single score."""
+    """Return the mean and its standard error, which is NaN for a single score."""
     error = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
     return float(np.mean(scores)), float(error)
 
 
 def averages(of_study: dict, name: str) -> tuple[float, float]:
-    """A variant's mean over tasks, and the standard error that the tasks' own make."""
+    """Return a variant's mean over tasks, and the standard error that follows from those of the tasks."""
     pairs = [mean_and_error(variants[name]["scores"]) for variants in of_study.values()]
-    return float(np.mean([mean for mean, _ in pairs])), float(np.sqrt(sum(e**2 for _, e in pairs)) / len(pairs))
+    means, errors = np.array(pairs).T
+    return float(means.mean()), float(np.sqrt(np.sum(errors**2)) / len(pairs))
 
 
 class Part(Mapping):
-    """Columns of some rows, lists, as metrics read them; made when they are asked for, and then kept."""
+    """Hold columns of some rows as lists, which metrics read. A column is made when it is first asked for."""
 
     def __init__(self, rows: Dataset, columns: dict[str, list], places: np.ndarray):
         self.column_names, self.features = rows.column_names, rows.features
@@ -68,10 +72,10 @@ class Part(Mapping):
 
 
 class LeftOut:
-    """What a finished run predicts, and its scores without each part of the validation rows, as GLUE counts them.
+    """Read what a finished run predicts, and score it without each part of the validation rows, as GLUE does.
 
     Args:
-        rows: Of each validation split.
+        rows: Validation split -> its rows.
     """
 
     def __init__(self, task: Task, rows: dict[str, Dataset]):
@@ -84,7 +88,11 @@ class LeftOut:
             self.parts[split] = [(places, Part(found, columns, places)) for places in kept]
 
     def __call__(self, folder: Path) -> np.ndarray:
-        """(parts,), empty where the rows are one part. Raises FileNotFoundError where no predictions were kept."""
+        """Return the score without each part, (parts,); empty where the rows are one part.
+
+        Raises:
+            FileNotFoundError: The run kept no predictions.
+        """
         scores = []
         for split, parts in self.parts.items():
             found = np.array(json.loads((folder / f"predictions-{split}.json").read_text())["predictions"])
@@ -92,12 +100,16 @@ class LeftOut:
         return np.mean(scores, axis=0)
 
     def answers(self, folder: Path) -> list[np.ndarray]:
-        """Predictions of each split. Raises FileNotFoundError where none were kept."""
+        """Return the predictions of each split.
+
+        Raises:
+            FileNotFoundError: The run kept no predictions.
+        """
         files = [folder / f"predictions-{split}.json" for split in self.rows]
         return [np.array(json.loads(file.read_text())["predictions"]) for file in files]
 
     def always(self, folder: Path) -> str | None:
-        """What a run says of (nearly) all rows, which are not all so; None where it tells them apart."""
+        """Return what a run says of (nearly) all rows although they differ; None where it tells them apart."""
         if self.task.problem == "choice":
             return None
         predicted = np.concatenate(self.answers(folder))
@@ -115,17 +127,17 @@ class LeftOut:
 
 
 def difference_and_error(differences: Sequence[float], left_out: np.ndarray) -> tuple[float, float]:
-    """
-    The mean of the seeds' differences and its standard error, of seeds and rows; of the rows alone for a single seed.
+    """Return the mean of the seeds' differences, and its standard error, of seeds and rows.
 
-    Over the seeds, differences vary also because each seed is wrong on other rows, which the rows' error of their mean
-    has already: that share is counted once.
+    For a single seed the error is that of the rows alone. Over the seeds, differences vary also because each seed is
+    wrong on other rows. The error of the rows contains that share already, so it is subtracted from the error of the
+    seeds.
 
     Args:
-        differences: (seeds,), on all rows.
-        left_out: (seeds, parts), without each part.
+        differences: On all rows, (seeds,).
+        left_out: Without each part of the rows, (seeds, parts).
     """
-    count, mean = len(differences), left_out.mean(0)
+    count, mean = len(differences), left_out.mean(0)  # (parts,)
     variance = jackknife_error(mean) ** 2
     if count > 1:
         shared = sum(jackknife_error(of_seed - mean) ** 2 for of_seed in left_out) / (count * (count - 1))
@@ -133,62 +145,81 @@ def difference_and_error(differences: Sequence[float], left_out: np.ndarray) -> 
     return float(np.mean(differences)), float(np.sqrt(variance))
 
 
+class _ScoresLeftOut:
+    """Read the scores of cells without each part of the rows, each cell once."""
+
+    def __init__(self, root: Path, left_out: dict[str, Callable[[Path], np.ndarray]]):
+        self.root, self.left_out = root, left_out
+        self.known: dict[str, np.ndarray | None] = {}  # cell -> (parts,)
+
+    def of(self, task: str, cells: list[str]) -> np.ndarray | None:
+        """Return the scores, (cells, parts), or None where a cell kept no predictions."""
+        for cell in cells:
+            if cell not in self.known:
+                try:
+                    self.known[cell] = self.left_out[task](self.root / cell)
+                except FileNotFoundError:
+                    self.known[cell] = None
+        found = [self.known[cell] for cell in cells]
+        return None if any(scores is None for scores in found) else np.array(found)
+
+
 def add_differences(
     studies: dict[str, Study], found: dict, root: Path, left_out: dict[str, Callable[[Path], np.ndarray]]
 ) -> list[str]:
-    """
-    Puts into what `run_studies` found, of each variant, `difference`: from what the study compares it with, and its
-    standard error; None where a cell kept no predictions, the rows are one part, or a score is not a number.
+    """Add to each variant `difference`: from what its study compares it with, and the standard error.
+
+    It is None where a cell kept no predictions, the rows are one part, or a score is not a number.
 
     Args:
-        found: Where a variant may be missing, and is compared with nothing then.
-        root: Where the cells' folders are.
-        left_out: Task -> a cell's folder -> its score without each part of the rows, (parts,).
+        found: What `run_studies` returned. A variant may be missing, and then nothing is compared with it.
+        root: The folder that holds the cells' folders.
+        left_out: Task -> function of a cell's folder, which returns its score without each part of the rows, (parts,).
 
     Returns:
         The cells that kept no predictions.
     """
-    known: dict[str, np.ndarray | None] = {}
-
-    def without(task: str, cells: list[str]) -> np.ndarray | None:
-        for cell in cells:
-            if cell not in known:
-                try:
-                    known[cell] = left_out[task](root / cell)
-                except FileNotFoundError:
-                    known[cell] = None
-        return None if any(known[cell] is None for cell in cells) else np.array([known[cell] for cell in cells])
-
+    scores = _ScoresLeftOut(root, left_out)
     for name, study in studies.items():
         for task, variants in found.get(name, {}).items():
             for variant, of_variant in variants.items():
-                reference, of_variant["difference"] = variants.get(study.compared_with(variant)), None
-                if reference is None:
-                    continue
-                ours, theirs = without(task, of_variant["cells"]), without(task, reference["cells"])
-                # Pairs have the same seed: the same order of rows, the same fresh head.
-                differences = np.subtract(of_variant["scores"], reference["scores"])
-                if ours is not None and theirs is not None and ours.shape[1] > 1 and np.isfinite(differences).all():
-                    of_variant["difference"] = list(difference_and_error(differences, ours - theirs))
-    return [cell for cell, scores in known.items() if scores is None]
+                reference = variants.get(study.compared_with(variant))
+                of_variant["difference"] = None
+                if reference is not None:
+                    of_variant["difference"] = _difference(task, of_variant, reference, scores)
+    return [cell for cell, of_cell in scores.known.items() if of_cell is None]
+
+
+def _difference(task: str, of_variant: dict, reference: dict, scores: _ScoresLeftOut) -> list[float] | None:
+    ours, theirs = scores.of(task, of_variant["cells"]), scores.of(task, reference["cells"])
+    if ours is None or theirs is None or ours.shape[1] < 2:
+        return None
+    # Pairs have the same seed: the same order of rows, and the same fresh head.
+    differences = np.subtract(of_variant["scores"], reference["scores"])
+    if not np.isfinite(differences).all():
+        return None
+    return list(difference_and_error(differences, ours - theirs))
 
 
 def add_answers(found: dict, root: Path, left_out: dict[str, LeftOut]) -> None:
-    """
-    Puts into what `run_studies` found, of each variant, `equal_to`, the variants before it whose answers are the same
-    to every row with every seed, and `always`, of each seed what it says of (nearly) all rows, or None.
+    """Add to each variant which answers are the same: as those of another variant, or for all rows.
+
+    `equal_to` are the variants before it whose answers are the same to every row with every seed. `always` is, for each
+    seed, what it says of (nearly) all rows, or None. Cells that kept no predictions are passed over.
 
     Args:
-        left_out: Task -> what reads its cells; as in `add_differences`. Cells that kept no predictions are passed over.
+        found: What `run_studies` returned.
+        left_out: Task -> what reads its cells.
     """
     for study in found.values():
         for task, variants in study.items():
             before: dict[str, list] = {}
             for name, of_variant in variants.items():
                 of_variant["equal_to"], of_variant["always"] = [], []
+                cells = [root / cell for cell in of_variant["cells"]]
                 try:
-                    answers = [left_out[task].answers(root / cell) for cell in of_variant["cells"]]
-                    of_variant["always"] = [left_out[task].always(root / cell) for cell in of_variant["cells"]]
+                    answers = [left_out[task].answers(cell) for cell in cells]
+                    of_variant["always"] = [left_out[task].always(cell) for cell in cells]
                 except FileNotFoundError:
                     continue
                 of_variant["equal_to"] = [other for other, theirs in before.items() if same(answers, theirs)]
@@ -196,7 +227,7 @@ def add_answers(found: dict, root: Path, left_out: dict[str, LeftOut]) -> None:
 
 
 def same(first, second) -> bool:
-    """Whether lists of arrays, or of lists of them, are equal."""
+    """Return whether two arrays, or two lists of them at any depth, are equal."""
     if isinstance(first, np.ndarray):
         return np.array_equal(first, second)
     return len(first) == len(second) and all(map(same, first, second))

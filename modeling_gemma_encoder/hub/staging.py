@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import modeling_gemma_encoder
 from .._scripts.files import is_local, write
+from ..adapter_gemma_encoder import find_adapter
 from ..checkpoints import load_tokenizer
 from ..configuration_gemma_encoder import GemmaEncoderConfig
 from ..gguf_gemma_encoder import split_gguf
 from ..peft_gemma_encoder import write_cross_encoder_files
-from ..adapter_gemma_encoder import find_adapter
 from .file_checks import CODE, PACKAGE
 from .golden import dtypes, write_golden
 from .licenses import GEMMA_TERMS, code_license, license_of, notice

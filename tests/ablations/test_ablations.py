@@ -18,6 +18,8 @@ from transformers import BertForSequenceClassification, Gemma2ForSequenceClassif
 
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification
 from modeling_gemma_encoder.ablations.baselines import MAKERS, bag_of_words
+from modeling_gemma_encoder.ablations.catalog import STUDIES
+from modeling_gemma_encoder.ablations.cells import Cell, hold_out
 from modeling_gemma_encoder.ablations.reports import difference_table, notes, plot, score_table
 from modeling_gemma_encoder.ablations.statistics import (
     LeftOut,
@@ -28,7 +30,8 @@ from modeling_gemma_encoder.ablations.statistics import (
     jackknife_error,
     split_in_parts,
 )
-from modeling_gemma_encoder.ablations.studies import Cell, Study, as_options, hold_out, run_studies
+from modeling_gemma_encoder.ablations.studies import Plan, Study, as_options, run_studies
+from modeling_gemma_encoder.ablations.tasks import read_own_table
 from modeling_gemma_encoder.checkpoints import decoder_of
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.finetuning.data import Data, digest
@@ -92,7 +95,8 @@ def test_studies_share_the_cells_that_are_the_same():
             value = value if cell.choosing else 0.5 + cell.seed / 100
             yield {"scores": {"v": {"a": value, "b": value}}, "majority": {"v": {"a": 0.2, "b": 0.4}}}
 
-    found = run_studies(studies, ["t"], given, [0.1, 0.2], [1, 2], run_all)
+    plan = Plan(studies, ("t",), given, (0.1, 0.2), (1, 2))
+    found = run_studies(plan, run_all)
     choosing, final = asked
     assert len(choosing) == 3 * 2 and all(cell.choosing and cell.seed == 0 for cell in choosing)
     assert len(final) == 3 * 2 and not any(cell.choosing for cell in final)
@@ -108,7 +112,7 @@ def test_studies_share_the_cells_that_are_the_same():
 
     causal = ("attention", "causal")
     for missing in (lambda c: c.choosing and causal in c.options and c.learning_rate == 0.1, lambda c: c.seed == 2):
-        kept = run_studies(studies, ["t"], given, [0.1, 0.2], [1, 2], but(missing))
+        kept = run_studies(plan, but(missing))
         assert kept == ({} if missing(final[-1]) else {"pooling": found["pooling"]})
 
 
@@ -193,9 +197,9 @@ def test_differences_are_of_the_same_seeds_and_rows(tmp_path):
 
 def test_no_variants_name_has_a_comma():
     """It would part the names in lists and tables of them."""
-    names = [name for study in script.STUDIES.values() for name in (*study.variants, *study.paper)]
+    names = [name for study in STUDIES.values() for name in (*study.variants, *study.paper)]
     assert len(names) > 30 and not [name for name in names if "," in name]
-    for study in script.STUDIES.values():
+    for study in STUDIES.values():
         references = study.reference.values() if isinstance(study.reference, dict) else [study.reference]
         assert {*references} - {None} <= {*study.variants} and {*study.paper} <= {*study.variants}
 
@@ -410,10 +414,10 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--study", "colour", "--tasks", "cola"], "colour is none of attention"),
-        (["--study", "attention", "--tasks", "ax"], "ax is none that GLUE or SuperGLUE trains"),
+        (["--study", "colour", "--tasks", "cola"], "all; got colour"),
+        (["--study", "attention", "--tasks", "ax"], "; got ax"),
         (["--study", "start", "--tasks", "cola"], "compares two --starts or more"),
-        (["--study", "attention", "--tasks", "cola", "--variants", "mean"], "mean is none of causal, bidirectional"),
+        (["--study", "attention", "--tasks", "cola", "--variants", "mean"], "must be one of causal, bidirectional"),
         (["--study", "attention", "--tasks", "cola", "--variants", "causal,bidirectional"], "causal bidirectional"),
         (["--study", "attention", "--tasks", "cola", "--variants", "casual"], "Did you mean 'causal'?"),
         (
@@ -428,20 +432,23 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
             "--data_dir: there is no folder nowhere",
         ),
         (["--study", "start", "--tasks", "cola", "--starts", "a", "./b"], "--starts: there is no folder ./b"),
-        (["--study", "attention", "--tasks", "cola", "--workers", "0"], "at least 1, got 0"),
+        (["--study", "attention", "--tasks", "cola", "--workers", "0"], "at least 1; got 0"),
         (["--study", "attention", "--tasks", "cola", "--do_predict"], "are for glue.py"),
         (["--study", "baselines", "--tasks", "cola", "--lora_r", "4"], "trains all weights"),
         (["--study", "rows", "--tasks", "cola", "--ranking", "a", "b"], "there is no a, b"),
-        (["--study", "attention"], "give --tasks, --table or --ranking"),
-        (["--study", "attention", "--table", "a.csv", "b.csv", "c.csv"], "--table names one file or two"),
+        (["--study", "attention"], "Give --tasks, --table or --ranking"),
+        (["--study", "attention", "--table", "a.csv", "b.csv", "c.csv"], "--table takes one or two files"),
         (["--study", "attention", "--table", "a.csv", "b.csv"], "a.csv does not exist"),
-        (["--study", "attention", "--table", "a", "b", "--table_flags", "--dataset x"], "and no --dataset"),
-        (["--study", "attention", "--table", "a", "b", "--table_flags", "--validation_file c"], "no --validation_file"),
+        (["--study", "attention", "--table", "a", "b", "--table_flags", "--dataset x"], "but not --dataset"),
+        (
+            ["--study", "attention", "--table", "a", "b", "--table_flags", "--validation_file c"],
+            "but not --validation_file",
+        ),
         (["--study", "attention", "--table", "a", "b", "--table_flags", "--text_column a b c"], "one or two columns"),
         (["--study", "dropout", "--tasks", "cola", "--attn_implementation", "flex_attention"], "cannot drop attention"),
         (["--study", "attention", "--tasks", "cola", "--pooling_num_heads", "3", "--pooling", "kv_probe"], "num_heads"),
         (["--study", "attention", "--tasks", "cola", "--attn_implementation", "flash_attention_2"], "FlashAttention2"),
-        (["--study", "attention", "--tasks", "cola", "--learning_rate", "1e-3"], "give --learning_rates"),
+        (["--study", "attention", "--tasks", "cola", "--learning_rate", "1e-3"], "Give --learning_rates"),
         (["--study", "attention", "--tasks", "cola", "--ranking", "a", "a"], "other data to evaluate"),
     ],
 )
@@ -479,9 +486,7 @@ def test_several_numbers_of_a_users_table_are_scored_without_r2(tmp_path):
     """By hand: predictions that are the labels, and in one column their opposites."""
     rows = [{"text": f"text {n}", "a": n, "b": 7 * n % 30} for n in range(30)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = "--problem regression --label_column a b"
-    own = script.AblationArguments(study=["attention"], table=[str(tmp_path / "x.jsonl")], table_flags=flags)
-    ((task, source),) = script.own_table(own).values()
+    _, task, source = read_own_table([str(tmp_path / "x.jsonl")], "--problem regression --label_column a b")
     validation = task.load(source, "validation")
     scores = task.metric(np.array(validation["label"]) * [1, -1], validation)
     right = {f"{name}_{column}": sign for name in ("pearson", "spearman") for column, sign in (("a", 1), ("b", -1))}
