@@ -1,6 +1,6 @@
-"""Pretrains a Gemma decoder as a causal language model, from a config or further from a checkpoint.
+"""Pretrain a Gemma decoder as a causal language model, from a config or further from a checkpoint.
 
-How this folder's `nano/` was made, from books, one a row, and the documentation of what is installed:
+This command made `nano/` in this folder, from books, one in each row, and from the documentation of installed packages:
 
     python examples/pretrain.py --config examples/nano/config.json \\
         --text gutenberg/train.parquet docstrings --validation_text gutenberg/validation.parquet docstrings \\
@@ -17,10 +17,10 @@ Other sizes and data, several GPUs, and a checkpoint trained further on text of 
     python examples/pretrain.py --model google/gemma-2-2b --text notes/ --learning_rate 2e-5 \\
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --bf16 --output_dir runs/notes
 
-The defaults, --learning_rate and batch above all, are for a few million parameters. All weights are trained, in fp32.
-Every flag of `TrainingArguments` works. Run the same command again and it resumes from the last checkpoint of
-`--output_dir`. It leaves a bf16 checkpoint that plain `AutoModelForCausalLM` loads, `results.json` (perplexity on
-held-out text beside a unigram and a trigram model's), `training_log.json` and `training.png`.
+The defaults are for a few million parameters: change --learning_rate and the batch size for larger decoders. All
+weights are trained in fp32. Every flag of `TrainingArguments` works. Run the same command again and it resumes from the
+last checkpoint of `--output_dir`. It leaves a bf16 checkpoint that plain `AutoModelForCausalLM` loads, `results.json`
+(perplexity on held-out text beside those of a unigram and a trigram model), `training_log.json` and `training.png`.
 """
 
 import copy
@@ -40,12 +40,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from modeling_gemma_encoder._scripts.command_line import ScriptParser, fail, failing, interruptible
+from modeling_gemma_encoder._scripts.command_line import ScriptParser, failing, interruptible
 from modeling_gemma_encoder._scripts.training import (
     READING,
     HelpOfReading,
@@ -71,6 +73,8 @@ FAMILIES = ("gemma", "gemma2", "gemma3_text")
 
 @dataclass
 class PretrainingArguments(TextArguments):
+    """Hold which decoder is pretrained, on which text."""
+
     config: str | None = field(
         default=None, metadata={"help": "A Gemma 1, 2 or 3 config, from which a decoder with random weights is made."}
     )
@@ -85,18 +89,18 @@ class PretrainingArguments(TextArguments):
     attn_implementation: str | None = None
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
-    def problem(self) -> str | None:
-        """What cannot be, in the words of the command line."""
+    def validate(self) -> None:
+        """Raise ValueError where flags contradict each other."""
+        super().validate()
         if (self.config is None) == (self.model is None):
-            return "give either --config, for random weights, or --model, to train a checkpoint further"
-        return super().problem()
+            raise ValueError("Give either --config, for random weights, or --model, to train a checkpoint further.")
 
 
 # 1. The tokenizer
 
 
 def documents(rows: Dataset | IterableDataset, join: bool, limit: int) -> Iterator[str]:
-    """Documents until `limit` characters are read."""
+    """Yield documents until `limit` characters are read."""
     for row in rows:
         text = row["text"] or ""
         yield join_lines(text) if join else text
@@ -106,7 +110,7 @@ def documents(rows: Dataset | IterableDataset, join: bool, limit: int) -> Iterat
 
 
 def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
-    """A Gemma tokenizer (BPE with byte fallback) whose tokens stay within words, numbers or punctuation."""
+    """Train a Gemma tokenizer (BPE with byte fallback) whose tokens stay within words, numbers or punctuation."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     words.normalizer = normalizers.Replace(" ", "▁")
@@ -119,8 +123,13 @@ def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
     return GemmaTokenizer(vocab=trained["vocab"], merges=merges, add_bos_token=True, model_max_length=block_size)
 
 
-def make_tokenizer(options: PretrainingArguments, texts: dict, folder: Path, made: bool, args: TrainingArguments):
-    """The tokenizer that was named, or that this run has made already, or a new one; saved with the decoder."""
+def make_tokenizer(options: PretrainingArguments, texts: dict, made: bool, args: TrainingArguments):
+    """Return the tokenizer that was named, or that this run has made already, or a new one, and save it.
+
+    Args:
+        made: Whether this run has made one already.
+    """
+    folder = Path(args.output_dir)
     if named := options.tokenizer or options.model:
         tokenizer = load_tokenizer(named)
     elif made:
@@ -139,14 +148,19 @@ def make_tokenizer(options: PretrainingArguments, texts: dict, folder: Path, mad
 # 2. The decoder
 
 
-def make_decoder(options: PretrainingArguments, tokenizer):
+def make_decoder(options: PretrainingArguments, tokenizer) -> PreTrainedModel:
+    """Return the decoder that is trained, from a checkpoint or with random weights.
+
+    Raises:
+        ValueError: The config is not one of Gemma 1, 2 or 3.
+    """
     form = {"dtype": torch.float32, "attn_implementation": options.attn_implementation}
     if options.model:
         return load_upstream(AutoModelForCausalLM, options.model, **form)
     config = AutoConfig.from_pretrained(options.config, trust_remote_code=False).get_text_config()
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"--config {options.config}: model_type {config.model_type!r} is not of {', '.join(FAMILIES)}."
+            f"--config {options.config}: model_type must be one of {', '.join(FAMILIES)}; got {config.model_type!r}."
         )
     config.vocab_size = max(config.vocab_size, len(tokenizer))  # Gemma 3's text models lack their tokenizer's last one
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -155,7 +169,7 @@ def make_decoder(options: PretrainingArguments, tokenizer):
 
 
 def save_decoder(trainer: Trainer, dtype: torch.dtype) -> None:
-    """The whole decoder, gathered wherever its parts are, as a stranger's `from_pretrained` expects it."""
+    """Save the whole decoder as `from_pretrained` expects it, gathered from all devices that hold parts of it."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
     if trainer.is_world_process_zero():
         config = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).config)
@@ -166,6 +180,11 @@ def save_decoder(trainer: Trainer, dtype: torch.dtype) -> None:
 
 
 def ngram_perplexities(train, held_out: dict, vocab_size: int, limit: int) -> dict[str, dict[str, float]]:
+    """Return the perplexities of a unigram and a trigram model on each held-out text.
+
+    Args:
+        limit: How many tokens of `train` are counted, at most.
+    """
     counted, blocks = 0, []
     train = sample(train, limit // len(next(iter(train))["input_ids"]), seed=0)
     for rows in train.with_format("numpy").iter(batch_size=1000):
@@ -185,6 +204,111 @@ def ngram_perplexities(train, held_out: dict, vocab_size: int, limit: int) -> di
 # 3. Training
 
 
+@dataclass(frozen=True)
+class Pretraining:
+    """Hold what is trained on what, checked, and the checkpoint to resume from."""
+
+    decoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset | IterableDataset
+    held_out: dict[str, Dataset | IterableDataset]
+    checkpoint: str | None
+
+    @property
+    def parameters(self) -> int:
+        return self.decoder.num_parameters()
+
+    @property
+    def parameters_beside_embedding(self) -> int:
+        return self.parameters - self.decoder.get_input_embeddings().weight.numel()
+
+
+def prepare(options: PretrainingArguments, args: TrainingArguments) -> Pretraining:
+    """Return what is trained.
+
+    Raises:
+        ValueError: Flags contradict each other, or the folder holds another run.
+    """
+    options.validate()
+    set_seed(args.seed)
+    checkpoint = checkpoint_to_resume(args)
+    run = {**asdict(options), "seed": args.seed, "batch_size": rows_per_step(args)}
+    refuse_another_run(run, Path(args.output_dir), checkpoint, args.process_index == 0, defaults_of(options))
+    with args.main_process_first():
+        texts, held_out = load_documents(options, args.seed)
+        # The first process of a machine makes the tokenizer, which the others read.
+        made = checkpoint is not None or args.local_process_index > 0
+        tokenizer = make_tokenizer(options, texts, made, args)
+        train, held_out = load_blocks(texts, held_out, tokenizer, options, args.seed)
+    return Pretraining(make_decoder(options, tokenizer), tokenizer, train, held_out, checkpoint)
+
+
+def pretrain(parser: ScriptParser, options: PretrainingArguments, args: TrainingArguments) -> None:
+    """Pretrain, save and report, as the command line says."""
+    with failing(parser):
+        found = prepare(options, args)
+    if args.process_index == 0:
+        say_how_long(args, found.train, options.block_size)
+        beside = found.parameters_beside_embedding
+        print(f"{found.parameters:,} parameters, {beside:,} of them beside the embedding", flush=True)
+    timer = StepTimer()
+    trainer = Trainer(
+        found.decoder,
+        args,
+        train_dataset=found.train,
+        eval_dataset=found.held_out,
+        data_collator=collate_blocks,
+        processing_class=found.tokenizer,
+        callbacks=[timer],
+    )
+    train_from(trainer, found.checkpoint)
+
+    # Held-out perplexity is that of the weights as they are saved.
+    dtype = getattr(torch, options.save_dtype)
+    with torch.no_grad():
+        for parameter in found.decoder.parameters():
+            parameter.copy_(parameter.to(dtype))
+    metrics = trainer.evaluate()
+    save_decoder(trainer, dtype)
+    if trainer.is_world_process_zero():
+        report(trainer, timer, options, found, measure(options, found, metrics))
+
+
+def measure(options: PretrainingArguments, found: Pretraining, metrics: dict[str, float]) -> dict:
+    """Return held-out text -> perplexities of the decoder and, where they are counted, of n-gram models."""
+    perplexities = {name: {"decoder": math.exp(metrics[f"eval_{name}_loss"])} for name in found.held_out}
+    if options.ngram_tokens:
+        print("Counting n-grams", flush=True)
+        counted = ngram_perplexities(found.train, found.held_out, len(found.tokenizer), options.ngram_tokens)
+        for name, values in counted.items():
+            perplexities[name] |= values
+    return perplexities
+
+
+def report(
+    trainer: Trainer, timer: StepTimer, options: PretrainingArguments, found: Pretraining, perplexities: dict
+) -> None:
+    """Write `results.json` and `training_log.json`, plot the losses, and print the perplexities."""
+    folder = Path(trainer.args.output_dir)
+    facts = {
+        "perplexity": perplexities,
+        "parameters": found.parameters,
+        "parameters_beside_embedding": found.parameters_beside_embedding,
+        "blocks": None if options.streaming else len(found.train),
+    }
+    leave_report(trainer, timer, options, facts)
+    levels = {
+        name: {model: math.log(value) for model, value in values.items() if model != "decoder"}
+        for name, values in perplexities.items()
+    }
+    plot_losses(trainer.state.log_history, list(found.held_out), folder / "training.png", levels)
+    models = list(next(iter(perplexities.values())))
+    print(f"\n| perplexity a token | {' | '.join(models)} |\n| --- |{' ---: |' * len(models)}")
+    for name, values in perplexities.items():
+        print(f"| {name} | {' | '.join(f'{value:.1f}' for value in values.values())} |")
+    print(f"\nDecoder, results.json, training_log.json and training.png are in {folder}")
+
+
 @interruptible()
 def main():
     parser = ScriptParser((PretrainingArguments, TrainingArguments), __doc__, HelpOfReading)
@@ -200,69 +324,6 @@ def main():
     options, args = parser.parse_args_into_dataclasses()
     with resumable(args):
         pretrain(parser, options, args)
-
-
-def pretrain(parser, options, args):
-    """Everything, as the command line says."""
-    if problem := options.problem():
-        fail(parser, problem)
-    with failing(parser):
-        set_seed(args.seed)
-        folder, is_main = Path(args.output_dir), args.process_index == 0
-        checkpoint, batch_size = checkpoint_to_resume(args), rows_per_step(args)
-        run = {**asdict(options), "seed": args.seed, "batch_size": batch_size}
-        refuse_another_run(run, folder, checkpoint, is_main, defaults_of(options))
-
-        with args.main_process_first():
-            texts, held_out = load_documents(options, args.seed)
-            tokenizer = make_tokenizer(
-                options, texts, folder, made=checkpoint or args.local_process_index > 0, args=args
-            )
-            train, held_out = load_blocks(texts, held_out, tokenizer, options, args.seed)
-        decoder = make_decoder(options, tokenizer)
-    parameters = decoder.num_parameters()
-    beside = parameters - decoder.get_input_embeddings().weight.numel()
-    if is_main:
-        say_how_long(args, train, options.block_size)
-        print(f"{parameters:,} parameters, {beside:,} of them beside the embedding", flush=True)
-    timer = StepTimer()
-    trainer = Trainer(
-        decoder,
-        args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=collate_blocks,
-        processing_class=tokenizer,
-        callbacks=[timer],
-    )
-    train_from(trainer, checkpoint)
-
-    # Held-out perplexity is that of the weights as they are saved.
-    dtype = getattr(torch, options.save_dtype)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.copy_(parameter.to(dtype))
-    metrics = trainer.evaluate()
-    save_decoder(trainer, dtype)
-    if not trainer.is_world_process_zero():
-        return
-    perplexities = {name: {"decoder": math.exp(metrics[f"eval_{name}_loss"])} for name in held_out}
-    if options.ngram_tokens:
-        print("Counting n-grams", flush=True)
-        for name, values in ngram_perplexities(train, held_out, len(tokenizer), options.ngram_tokens).items():
-            perplexities[name] |= values
-    report = {"perplexity": perplexities, "parameters": parameters, "parameters_beside_embedding": beside}
-    leave_report(trainer, timer, options, {**report, "blocks": None if options.streaming else len(train)})
-    levels = {
-        name: {model: math.log(value) for model, value in values.items() if model != "decoder"}
-        for name, values in perplexities.items()
-    }
-    plot_losses(trainer.state.log_history, list(held_out), folder / "training.png", levels)
-    models = list(next(iter(perplexities.values())))
-    print(f"\n| perplexity a token | {' | '.join(models)} |\n| --- |{' ---: |' * len(models)}")
-    for name, values in perplexities.items():
-        print(f"| {name} | {' | '.join(f'{value:.1f}' for value in values.values())} |")
-    print(f"\nDecoder, results.json, training_log.json and training.png are in {folder}")
 
 
 if __name__ == "__main__":

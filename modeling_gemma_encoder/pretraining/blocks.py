@@ -1,4 +1,4 @@
-"""Blocks of tokens, made of documents."""
+"""Blocks of tokens, made of documents: a data set with one column, `input_ids`, (block_size,)."""
 
 import re
 from functools import partial
@@ -11,18 +11,21 @@ from .corpus import TextArguments, join_lines
 
 
 def pack(rows: dict, tokenizer, block_size: int, join: bool) -> dict:
-    """
-    Documents, each ended by <eos>, one after another in full blocks that begin with <bos> where the tokenizer has one;
-    the rest is dropped. Raises ValueError where it has no <eos>.
+    """Pack documents one after another into full blocks, and drop the rest.
+
+    Each document ends with <eos>. Each block begins with <bos> where the tokenizer has one.
+
+    Raises:
+        ValueError: The tokenizer has no <eos>.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no token for the end of a text, `eos_token`: set one and save it.")
+        raise ValueError("The tokenizer has no token for the end of a text. Set its `eos_token` and save it.")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens = [np.array([], dtype=np.int32)]
     for text in rows["text"]:
         text = join_lines(text or "") if join else text or ""
         if text.strip():
-            paragraphs = re.split(r"(?<=\n\n)(?!\n)", text)  # long texts are faster in pieces
+            paragraphs = re.split(r"(?<=\n\n)(?!\n)", text)  # tokenizers are slow on long texts
             encoded = tokenizer(paragraphs, add_special_tokens=False, return_attention_mask=False, verbose=False)
             tokens += [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
             tokens.append(np.array([tokenizer.eos_token_id], dtype=np.int32))
@@ -33,7 +36,10 @@ def pack(rows: dict, tokenizer, block_size: int, join: bool) -> dict:
 
 
 def mix(parts: list[Dataset] | list[IterableDataset], seed: int) -> Dataset | IterableDataset:
-    """All rows of several data sets. Streams alternate row by row until each has ended, shuffled within a window."""
+    """Return all rows of several data sets.
+
+    Streams alternate row by row until each of them has ended, and are shuffled within a window.
+    """
     if isinstance(parts[0], IterableDataset):
         rows = interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
         return rows.shuffle(seed=seed, buffer_size=10_000)
@@ -41,10 +47,10 @@ def mix(parts: list[Dataset] | list[IterableDataset], seed: int) -> Dataset | It
 
 
 def load_blocks(documents: dict, held_out: dict, tokenizer, options: TextArguments, seed: int) -> tuple:
-    """Blocks `input_ids` (block_size,): all to train on as one data set, and of each held-out source a sample.
+    """Return the blocks to train on as one data set, and held-out source -> a sample of its blocks.
 
     Raises:
-        ValueError: a text does not fill one block.
+        ValueError: A text does not fill one block.
     """
     into_blocks = partial(pack, tokenizer=tokenizer, block_size=options.block_size, join=options.join_lines)
     packing = {"function": into_blocks, "batched": True, "batch_size": 1000, "remove_columns": ["text"]}
@@ -52,22 +58,23 @@ def load_blocks(documents: dict, held_out: dict, tokenizer, options: TextArgumen
     samples = {name: sample(rows.map(**packing), options.validation_blocks, seed) for name, rows in held_out.items()}
     for name, rows in [("--text", train), *samples.items()]:
         if next(iter(rows), None) is None:
-            told = "" if options.validation_text or name == "--text" else ", a hundredth of it set aside to evaluate,"
-            much = f"one block of --block_size {options.block_size} tokens"
+            set_aside = not options.validation_text and name != "--text"
+            what = "the hundredth of the text that is set aside to evaluate" if set_aside else "the text"
             raise ValueError(
-                f"{name}: the text{told} does not fill {much}: give more, --validation_text or smaller blocks."
+                f"{name}: {what} does not fill one block of --block_size {options.block_size} tokens. Give more "
+                "text, --validation_text, or a smaller --block_size."
             )
     return train, samples
 
 
 def sample(rows: Dataset | IterableDataset, number: int, seed: int) -> Dataset | IterableDataset:
-    """Random rows of a data set, the first ones of a stream."""
+    """Return random rows of a data set, or the first rows of a stream; `number` of them at most."""
     if isinstance(rows, IterableDataset):
         return rows.take(number)
     return rows if len(rows) <= number else rows.shuffle(seed=seed).select(range(number))
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """`input_ids` and, as upstream's causal language models shift them themselves, the same as `labels`."""
+    """Return `input_ids`, (batch, block_size), and the same as `labels`, which upstream's decoders shift."""
     input_ids = torch.tensor(np.array([row["input_ids"] for row in rows]), dtype=torch.long)
     return {"input_ids": input_ids, "labels": input_ids}

@@ -1,4 +1,7 @@
-"""Text for training: documents from files, the Hub or what is installed, and blocks of tokens made of them."""
+"""Documents to train on, from files, from the Hub, or from the documentation of installed packages.
+
+A data set of documents has one column, `text`.
+"""
 
 import ast
 import hashlib
@@ -26,7 +29,7 @@ TEXT_HELP = (
 
 @dataclass
 class TextArguments:
-    """Which text a script trains on; the fields are flags of the command line."""
+    """Hold which text a script trains on; the fields are flags of the command line."""
 
     text: list[str] = field(metadata={"help": TEXT_HELP})
     validation_text: list[str] | None = field(
@@ -44,38 +47,37 @@ class TextArguments:
     )
     validation_blocks: int = field(default=1000, metadata={"help": "Blocks evaluated of each held-out text, at most."})
 
-    def problem(self) -> str | None:
-        """What cannot be, in the words of the command line."""
+    def validate(self) -> None:
+        """Raise ValueError where flags contradict each other."""
         if self.streaming and self.validation_text is None:
-            return "--streaming needs --validation_text: a stream cannot be split"
+            raise ValueError("--streaming needs --validation_text, because a stream cannot be split.")
         if self.block_size < 3:
-            return f"--block_size must be at least 3 tokens, got {self.block_size}"
-        return None
+            raise ValueError(f"--block_size must be at least 3 tokens; got {self.block_size}.")
 
 
 class Docstring(NamedTuple):
-    """Documentation of a function or class, its lines joined, and whether its file is held out for evaluation."""
+    """Hold the documentation of a function or class, its lines joined, and whether its file is held out."""
 
     text: str
     held_out: bool
 
 
 def join_lines(text: str) -> str:
-    """Undoes hard wrapping: the lines of a paragraph become one; paragraphs stay apart by an empty line."""
+    """Return a text with each paragraph in one line; an empty line separates paragraphs."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
 
 
 def installed_packages() -> list[str]:
-    """The standard library and every package beside this one in site-packages, by folder name."""
+    """Return the folder names of the standard library and of every package in site-packages."""
     folders = Path(sysconfig.get_paths()["purelib"]).iterdir()
     return [STANDARD_LIBRARY, *sorted(folder.name for folder in folders if (folder / "__init__.py").exists())]
 
 
 def docstrings(package: str, min_length: int = 80) -> Iterator[Docstring]:
-    """Documentation strings of an installed package, or of the standard library, `"python"`, without their tests.
+    """Yield documentation strings of an installed package, or of the standard library, `"python"`, without tests.
 
-    Files come in a fixed shuffled order. One in ten is held out, by a hash of its path in the package: the same files
-    whoever asks, so that what one model was trained on is never what another is tested on.
+    Files come in a fixed shuffled order. One in ten is held out, by a hash of its path in the package. The held-out
+    files are the same for every model, so that none is tested on what another one was trained on.
 
     Args:
         min_length: In characters; shorter ones say too little.
@@ -102,7 +104,10 @@ def docstrings(package: str, min_length: int = 80) -> Iterator[Docstring]:
 
 @cache
 def all_docstrings() -> dict[str, bool]:
-    """Documentation of every installed package, and whether it is held out, if only in one place of several."""
+    """Return documentation -> whether it is held out, of every installed package.
+
+    A text that stands in several files is held out if one of them is.
+    """
     texts = {}
     for package in tqdm(installed_packages(), desc="Reading docstrings"):
         for docstring in docstrings(package):
@@ -111,54 +116,81 @@ def all_docstrings() -> dict[str, bool]:
 
 
 def read_text(source: str, options: TextArguments, held_out: bool = False) -> Dataset | IterableDataset:
-    """The documents of a source, in one column, `text`.
+    """Return the documents of a source, in one column, `text`.
+
+    Args:
+        source: Files or a folder, a data set on the Hub, or `docstrings`.
+        held_out: Of `docstrings`, those of held-out files.
 
     Raises:
-        FileNotFoundError, ValueError: names the source and what is wrong with it.
+        FileNotFoundError, ValueError: The source does not exist, or is not of a kind that is read.
     """
     if source == "docstrings":
-        rows = Dataset.from_dict({"text": [text for text, is_out in all_docstrings().items() if is_out == held_out]})
+        texts = [text for text, is_out in all_docstrings().items() if is_out == held_out]
+        rows = Dataset.from_dict({"text": texts})
         return rows.to_iterable_dataset() if options.streaming else rows
-    path, column = Path(source), options.text_column
-    if is_local(source) or path.suffix in FILES or source.endswith("/"):
-        files = sorted(file for file in path.rglob("*") if file.suffix in FILES) if path.is_dir() else [path]
-        if not path.exists():
-            raise FileNotFoundError(f"--text {source}: there is no such file or folder.")
-        if path.is_file() and path.suffix not in FILES:
-            raise ValueError(f"--text {source}: a file must be one of {', '.join(FILES)}.")
-        kinds = {FILES[file.suffix] for file in files}
-        if len(kinds) != 1:
-            raise ValueError(f"--text {source}: the folder must hold files of one kind of {', '.join(FILES)}.")
-        kind, names = kinds.pop(), [str(file) for file in files]
-        form = {"sample_by": "paragraph"} if kind == "text" else {}
-        column = "text" if kind == "text" else column
-        if kind == "csv":  # pandas would take one field too many for an index
-            cells, column = partial(_cells, names, column), "text"
-            streamed = options.streaming
-            rows = IterableDataset.from_generator(cells) if streamed else Dataset.from_list([*cells()])
-        else:
-            rows = load_dataset(kind, data_files=names, split="train", streaming=options.streaming, **form)
-    else:
-        name, config, split = [*source.split(":"), None, None][:3]
-        rows = load_dataset(name, config or None, split=split or "train", streaming=options.streaming)
+    if is_local(source) or Path(source).suffix in FILES or source.endswith("/"):
+        return _read_files(source, options)
+    name, config, split = [*source.split(":"), None, None][:3]
+    rows = load_dataset(name, config or None, split=split or "train", streaming=options.streaming)
+    return _as_text(rows, options.text_column, source)
+
+
+def _read_files(source: str, options: TextArguments) -> Dataset | IterableDataset:
+    names, kind = _find_files(source)
+    if kind == "text":
+        form = {"sample_by": "paragraph", "split": "train", "streaming": options.streaming}
+        return _as_text(load_dataset(kind, data_files=names, **form), "text", source)
+    if kind == "csv":  # pandas would take the first column for an index where a line has a field too many
+        cells = partial(_cells, names, options.text_column)
+        return IterableDataset.from_generator(cells) if options.streaming else Dataset.from_list([*cells()])
+    rows = load_dataset(kind, data_files=names, split="train", streaming=options.streaming)
+    return _as_text(rows, options.text_column, source)
+
+
+def _find_files(source: str) -> tuple[list[str], str]:
+    """Return the files of a source, and their kind, one of the values of `FILES`."""
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"--text {source}: there is no such file or folder.")
+    if path.is_file() and path.suffix not in FILES:
+        raise ValueError(f"--text {source}: a file must be one of {', '.join(FILES)}.")
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in FILES)
+    kinds = {FILES[file.suffix] for file in files}
+    if len(kinds) != 1:
+        raise ValueError(f"--text {source}: the folder must hold files of one kind of {', '.join(FILES)}.")
+    return [str(file) for file in files], kinds.pop()
+
+
+def _as_text(rows: Dataset | IterableDataset, column: str, source: str) -> Dataset | IterableDataset:
+    """Return a column alone, as `text`. Raise ValueError where it is known that there is none of this name."""
     if rows.column_names and column not in rows.column_names:
-        raise ValueError(f"--text_column {column}: {source} has the columns {', '.join(rows.column_names)}.")
+        columns = ", ".join(rows.column_names)
+        raise ValueError(f"--text_column {column}: {source} has the columns {columns}. Choose one of them.")
     rows = rows.select_columns(column)
     return rows if column == "text" else rows.rename_column(column, "text")
 
 
 def _cells(names: list[str], column: str) -> Iterator[dict[str, str]]:
-    """Yield the cells of a column of .csv files; a column that is not there raises ValueError."""
+    """Yield the cells of a column of .csv files. Raise ValueError where a file has no such column."""
     for name in names:
-        rows = read_table(Path(name))  # a row at a time, also where they fit on no disk
+        rows = read_table(Path(name))  # a row at a time: a stream may not fit into memory
         columns, where = next(rows, ([], name))
         if column not in columns:
-            raise ValueError(f"--text_column {column}: {where} has the columns {', '.join(columns)}.")
+            raise ValueError(
+                f"--text_column {column}: {where} has the columns {', '.join(columns)}. Choose one of them."
+            )
         yield from ({"text": row[columns.index(column)]} for row, _ in rows)
 
 
 def load_documents(options: TextArguments, seed: int) -> tuple[dict, dict]:
-    """Documents to train on and held-out ones, each as a dict of sources by a short name."""
+    """Return documents to train on and held-out ones, each as a dict: short name of the source -> documents.
+
+    Raises:
+        FileNotFoundError, ValueError: A source cannot be read, or has too little to hold out.
+    """
     train = {name: read_text(source, options) for name, source in _named(options.text).items()}
     if options.validation_text:
         named = _named(options.validation_text)
@@ -170,7 +202,10 @@ def load_documents(options: TextArguments, seed: int) -> tuple[dict, dict]:
     if others:
         together = concatenate_datasets(others)
         if len(together) < 2:
-            raise ValueError("--text is one document, of which none can be held out: give --validation_text.")
+            raise ValueError(
+                "--text is a single document, which cannot be split to hold out a part. Either give more "
+                "documents, or give --validation_text."
+            )
         split = together.train_test_split(max(0.01, 1 / len(together)), seed=seed)
         held_out["held_out"] = split["test"]
         train = {**{name: rows for name, rows in train.items() if name in held_out}, "text": split["train"]}
@@ -178,7 +213,7 @@ def load_documents(options: TextArguments, seed: int) -> tuple[dict, dict]:
 
 
 def _named(sources: list[str]) -> dict[str, str]:
-    """Short names for tables: `books` for `books/validation.parquet`."""
+    """Return short name -> source, for tables: `books` for `books/validation.parquet`."""
     named = {}
     for source in sources:
         path = Path(source.split(":")[0])

@@ -1,4 +1,4 @@
-"""What counting alone predicts: unigram and trigram models, the baselines of a language model's perplexity.
+"""Unigram and trigram models, the baselines of a language model's perplexity.
 
 Blocks are integer arrays (num_blocks, block_size). As in a causal language model, the first token of a block is given
 and the others are predicted, each from tokens of its own block.
@@ -8,10 +8,10 @@ import numpy as np
 
 
 class NGramModel:
-    """Unigram model with add-one smoothing, and trigram model with interpolated Kneser-Ney smoothing.
+    """Predict tokens by a unigram model with add-one smoothing, and by a trigram model with Kneser-Ney smoothing.
 
-    Kneser-Ney as in Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998),
-    section 3, with one discount an order, n1 / (n1 + 2 n2), estimated from the counts of counts.
+    Kneser-Ney is interpolated, as in Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language
+    Modeling" (1998), section 3, with one discount an order, n1 / (n1 + 2 n2), estimated from the counts of counts.
     """
 
     def __init__(self, blocks: np.ndarray, vocab_size: int):
@@ -29,12 +29,12 @@ class NGramModel:
         self.unigram = _Discounted(continuations, counts, self.base)
 
     def unigram_probabilities(self, blocks: np.ndarray) -> np.ndarray:
-        """Probability of each predicted token, (num_blocks * (block_size - 1),)."""
+        """Return the probability of each predicted token, (num_blocks * (block_size - 1),)."""
         counts = self.unigrams[self._contexts(blocks)[2]]
         return (counts + 1) / (self.unigrams.sum() + self.vocab_size)
 
     def trigram_probabilities(self, blocks: np.ndarray) -> np.ndarray:
-        """Probability of each predicted token, (num_blocks * (block_size - 1),)."""
+        """Return the probability of each predicted token, (num_blocks * (block_size - 1),)."""
         first, second, third = self._contexts(blocks)
         lower = np.full(len(third), 1 / self.vocab_size)
         lower = self.unigram.interpolate(third, lower)
@@ -42,6 +42,7 @@ class NGramModel:
         return self.trigram.interpolate((first * self.base + second) * self.base + third, lower)
 
     def _contexts(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the two tokens before each predicted token, and the token, (num_blocks * (block_size - 1),) each."""
         blocks = np.asarray(blocks, dtype=np.int64)
         before = np.full((len(blocks), 1), self.vocab_size)
         first = np.concatenate([before, blocks[:, :-2]], axis=1)
@@ -49,19 +50,19 @@ class NGramModel:
 
 
 class _Discounted:
-    """One order: counts of n-grams, coded as integers whose last digit to `base` is the predicted token."""
+    """Hold the counts of one order's n-grams, coded as integers whose last digit to `base` is the predicted token."""
 
     def __init__(self, ngrams: np.ndarray, counts: np.ndarray, base: int):
         self.ngrams, self.counts, self.base = ngrams, counts, base
         once, twice = np.sum(counts == 1), np.sum(counts == 2)
         self.discount = once / max(once + 2 * twice, 1)
-        # N-grams of one context are neighbours: their totals are sums over runs.
+        # N-grams of one context are neighbors, so that their totals are sums over slices.
         self.contexts, starts = np.unique(ngrams // base, return_index=True)
         self.totals = np.add.reduceat(counts, starts)
         self.kinds = np.diff(np.append(starts, len(ngrams)))
 
     def interpolate(self, ngrams: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        """max(count - discount, 0) / total + discount * kinds / total * lower; `lower` where the context is new."""
+        """Return max(count - discount, 0) / total + discount * kinds / total * lower, or `lower` in a new context."""
         found, count = _look_up(self.ngrams, self.counts, ngrams)
         count = np.where(found, count - self.discount, 0)
         known, total = _look_up(self.contexts, self.totals, ngrams // self.base)
@@ -70,9 +71,11 @@ class _Discounted:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether each wanted key is among the sorted `keys`, and its value, which means nothing where it is not."""
     places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     return keys[places] == wanted, values[places]
 
 
 def perplexity(probabilities: np.ndarray) -> float:
+    """Return the exponential of the mean negative log-probability."""
     return float(np.exp(-np.mean(np.log(probabilities))))

@@ -166,4 +166,4 @@ def test_flags_that_cannot_be_are_named(flags, message, run, capsys):
 def test_other_families_are_refused(run, capsys):
     with pytest.raises(SystemExit):
         run(family="mistral")
-    assert "model_type 'mistral' is not of gemma" in capsys.readouterr().err
+    assert "model_type must be one of gemma, gemma2, gemma3_text; got 'mistral'" in capsys.readouterr().err

@@ -144,10 +144,10 @@ def test_a_token_of_the_vocabulary_can_be_the_mask(run):
     ("flags", "message"),
     [
         (["--dtype", "bfloat16"], "--dtype bfloat16 needs --lora_r"),
-        (["--lora_r", "0"], "--lora_r must be at least 1, got 0"),
+        (["--lora_r", "0"], "--lora_r must be at least 1; got 0"),
         (["--lora_r", "2", "--lora_dropout", "1.5"], "got 1.5"),
-        (["--mask_rate", "1.5"], "--mask_rate must be between 0 and 1, got 1.5"),
-        (["--random_replace_prob", "0.5"], "together at most 1"),
+        (["--mask_rate", "1.5"], "--mask_rate must be between 0 and 1; got 1.5"),
+        (["--random_replace_prob", "0.5"], "add up to at most 1; got"),
         (["--mask_token", "[GAP]"], "--mask_token '[GAP]' is not in the tokenizer's vocabulary"),
         (["--text", "no/such/file.txt"], "no/such/file.txt: there is no such file or folder"),
         (["--model", "./nope"], "nope"),
