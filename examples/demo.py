@@ -1,4 +1,4 @@
-"""Fine-tunes Gemma Encoders on real text in a few minutes on a CPU, without downloading a model or data.
+"""Fine-tune Gemma Encoders on real text in a few minutes on a CPU, without downloading a model or data.
 
     python examples/demo.py                                  # the same as `make demo`
     python examples/demo.py --model gemma-3-270m             # the same as `make demo MODEL=...`, after `make gemma`
@@ -61,7 +61,7 @@ NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Size:
-    """How much a demo of a few minutes reads, and how; our choice."""
+    """Hold how much a demo of a few minutes reads, and how; our choice."""
 
     parameters: float  # of the decoders that it is for, at most
     passage: int  # tokens that are read
@@ -146,7 +146,7 @@ class DemoArguments:
 
 
 def read_passages(limit: int) -> dict[str, dict[str, int]]:
-    """Passages, paragraphs apart by an empty line, and the number of their library."""
+    """Return split -> passage -> number of its library. An empty line separates paragraphs."""
     splits = {"train": {}, "test": {}}
     room = {"train": limit - limit // 10, "test": limit // 10}
     for label, library in enumerate(LIBRARIES):
@@ -164,14 +164,14 @@ def read_passages(limit: int) -> dict[str, dict[str, int]]:
 
 
 def cut(texts: Iterable[str], tokenizer, length: int) -> list[str]:
-    """The texts' first tokens, so that whatever reads them reads the same."""
+    """Return the first tokens of texts as text, so that all methods read the same."""
     texts = [" ".join(text.split()) for text in texts]
     ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
     return [text.strip() for text in tokenizer.batch_decode(ids)]
 
 
 def summaries(passages: Iterable[str], tokenizer, form: Size) -> dict[str, str]:
-    """Passages without their summary line, and that line, each cut to its first tokens."""
+    """Return passage without its summary line -> that line, each cut to its first tokens."""
     parts = [text.partition("\n\n") for text in passages]
     parts = [(summary, " ".join(rest.split())) for summary, _, rest in parts if len(summary) >= 20 and len(rest) >= 80]
     queries = cut([summary for summary, _ in parts], tokenizer, form.query)
@@ -179,7 +179,7 @@ def summaries(passages: Iterable[str], tokenizer, form: Size) -> dict[str, str]:
 
 
 def continuations(passages: Iterable[str], tokenizer, form: Size) -> dict[str, str]:
-    """How passages go on after their first tokens, and these; parted at a space, which stays with what follows."""
+    """Return how a passage goes on -> its first tokens. It is cut at a space, which stays with what follows."""
     texts = [" ".join(text.split()) for text in passages]
     queries = [begin.rpartition(" ")[0] for begin in cut(texts, tokenizer, form.query)]
     parts = zip(queries, texts, strict=True)
@@ -196,7 +196,7 @@ TEMPLATES = {"summaries": RANKING_TEMPLATE, "continuations": "{first}{second}"}
 def make_lists(
     passages: dict[str, int], tokenizer, form: Size, how_many: tuple[int, int], seed: int
 ) -> tuple[Dataset, np.ndarray]:
-    """Ranking lists: a query, its right document, and the documents of highest BM25 score for the query, see `PAIRS`.
+    """Make ranking lists: a query, its right document, and the documents of highest BM25 score for it, see `PAIRS`.
 
     Documents that are the same once they are cut are one, so that BM25 and the encoder see the same text and every list
     has one right document. Where BM25 alone would not have found it, it is there all the same. Returns the lists, the
@@ -223,7 +223,7 @@ def make_lists(
 
 
 def load(demo: DemoArguments, task: str, model_class: type, **options):
-    """The decoder with a fresh head."""
+    """Return the decoder with a fresh head."""
     rate, frozen = demo.size.dropout, demo.size.freeze_embeddings
     options |= {"attention_dropout": rate, "feedforward_dropout": rate, "dtype": torch.float32}
     model = model_class.from_pretrained(demo.model, attention=demo.attention_of(task), pooling=demo.pooling, **options)
@@ -233,13 +233,31 @@ def load(demo: DemoArguments, task: str, model_class: type, **options):
     return model
 
 
-def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
+def rows_to_classify(demo: DemoArguments, seed: int, tokenizer, passages: dict) -> dict[str, Dataset]:
+    """Return split -> passages, cut to the same tokens for all that read them, and the numbers of their libraries."""
     data = {
         split: Dataset.from_dict({"text": cut(texts, tokenizer, demo.size.passage), "label": list(texts.values())})
         for split, texts in passages.items()
     }
     if demo.size.rows:
-        data["train"] = data["train"].shuffle(seed=args.seed).select(range(min(demo.size.rows, len(data["train"]))))
+        data["train"] = data["train"].shuffle(seed=seed).select(range(min(demo.size.rows, len(data["train"]))))
+    return data
+
+
+def classify_without_encoder(data: dict[str, Dataset]) -> dict[str, float]:
+    """Return the accuracies of what the encoder is compared with."""
+    train_labels, test_labels = np.array(data["train"]["label"]), np.array(data["test"]["label"])
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    linear = LogisticRegression(C=10, max_iter=1000).fit(tfidf.fit_transform(data["train"]["text"]), train_labels)
+    return {
+        "most frequent library": float(np.mean(test_labels == np.bincount(train_labels).argmax())),
+        "TF-IDF + logistic regression": float(linear.score(tfidf.transform(data["test"]["text"]), test_labels)),
+    }
+
+
+def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
+    """Fine-tune a classifier of libraries, save it, and return what it reached beside its baselines."""
+    data = rows_to_classify(demo, args.seed, tokenizer, passages)
     tokenized = {split: rows.map(lambda row: tokenizer(row["text"]), batched=True) for split, rows in data.items()}
     model = load(
         demo,
@@ -263,17 +281,10 @@ def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: 
     folder = Path(args.output_dir) / "classifier"
     trainer.save_model(folder)
     difference = reload(model, tokenizer, data["test"]["text"][:16], folder)
-
-    train_labels, test_labels = np.array(data["train"]["label"]), np.array(data["test"]["label"])
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2)
-    linear = LogisticRegression(C=10, max_iter=1000).fit(tfidf.fit_transform(data["train"]["text"]), train_labels)
+    accuracy = float(output.metrics["test_accuracy"])
     return {
-        "title": f"accuracy, {len(test_labels):,} held-out passages",
-        "results": {
-            "most frequent library": float(np.mean(test_labels == np.bincount(train_labels).argmax())),
-            "TF-IDF + logistic regression": float(linear.score(tfidf.transform(data["test"]["text"]), test_labels)),
-            "Gemma Encoder": float(output.metrics["test_accuracy"]),
-        },
+        "title": f"accuracy, {len(data['test']):,} held-out passages",
+        "results": {**classify_without_encoder(data), "Gemma Encoder": accuracy},
         "reload_difference": difference,
         "examples": {split: len(rows) for split, rows in data.items()},
         "losses": losses(trainer),
@@ -282,6 +293,7 @@ def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: 
 
 
 def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
+    """Fine-tune a ranker of passages, save it, and return what it reached beside its baselines."""
     size, of_test = demo.size, demo.size.test_lists[1]
     train, _ = make_lists(passages["train"], tokenizer, size, size.train_lists, args.seed)
     test, bm25_scores = make_lists(passages["test"], tokenizer, size, size.test_lists, args.seed)
@@ -314,12 +326,13 @@ def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict
 
 
 def mean_reciprocal_rank(scores: np.ndarray) -> float:
-    """Of lists whose first document is the right one; among equal scores it comes last."""
+    """Return the measure for lists whose first document is the right one; among equal scores it counts as the last."""
     ranks = (scores >= scores[:, :1]).sum(1)
     return float(np.mean(1 / ranks))
 
 
 def losses(trainer: Trainer) -> list[tuple[int, float]]:
+    """Return the training losses that were logged, each with its step."""
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -338,7 +351,7 @@ with torch.no_grad():
 
 
 def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
-    """The largest difference of a score between the model and its copy in `folder`, as a stranger loads it."""
+    """Return the largest difference of a score between the model and its copy, loaded without this package."""
     form = {"padding": True}
     command = [sys.executable, "-c", RELOAD, str(folder), json.dumps(texts), json.dumps(form)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -348,15 +361,18 @@ def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
     with torch.no_grad():
         difference = (model.eval()(**inputs).logits.cpu() - reloaded).abs().max().item()
     if difference > 1e-4:
-        raise SystemExit(f"The reloaded model scores differently, by {difference:.1e}")
+        raise SystemExit(f"The reloaded model's scores differ by {difference:.1e}; at most 1e-4 is allowed.")
     return difference
 
 
 # 3. Everything
 
 
-@interruptible()
-def main():
+TASKS = {"classify": classify, "rank": rank}
+
+
+def parse() -> tuple[DemoArguments, TrainingArguments]:
+    """Return the flags, whose defaults depend on the size of the decoder."""
     demo, _ = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(return_remaining_strings=True)
     parser = ScriptParser((DemoArguments, TrainingArguments), __doc__)
     with failing(parser):
@@ -376,28 +392,31 @@ def main():
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
     demo, args = parser.parse_args_into_dataclasses()
-    tasks = {"classify": classify, "rank": rank}
-    if unknown := set(demo.tasks) - set(tasks):
-        parser.error(f"--tasks: {', '.join(sorted(unknown))} is not one of {', '.join(tasks)}")
+    if unknown := set(demo.tasks) - set(TASKS):
+        parser.error(f"--tasks must be one of {', '.join(TASKS)}; got {', '.join(sorted(unknown))}.")
     with failing(parser):
         refuse_smoothing("choice" if "rank" in demo.tasks else "single_label_classification", args)
-    started, folder = time.time(), Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    return demo, args
 
+
+def fine_tune(demo: DemoArguments, args: TrainingArguments) -> dict[str, dict]:
+    """Read passages and fine-tune an encoder for each task. Return task -> what it reached."""
     print("Reading documentation on this machine")
-    passages = read_passages(demo.passages or size.passages)
-    print(
-        f"{len(passages['train']):,} passages to learn from, {len(passages['test']):,} of other files to be tested on"
-    )
+    passages = read_passages(demo.passages or demo.size.passages)
+    train, test = (len(passages[split]) for split in ("train", "test"))
+    print(f"{train:,} passages to learn from, {test:,} of other files to be tested on")
     tokenizer = load_tokenizer(demo.model)
     done = {}
     for task in demo.tasks:
         attention = demo.attention_of(task)
         print(f"\nFine-tuning {Path(demo.model).name} to {task}: {attention} attention, {demo.pooling} pooling")
         set_seed(args.seed)
-        done[task] = {**tasks[task](demo, args, tokenizer, passages), "attention": attention}
-    seconds = time.time() - started
+        done[task] = {**TASKS[task](demo, args, tokenizer, passages), "attention": attention}
+    return done
 
+
+def show(done: dict[str, dict], seconds: float) -> None:
+    """Print a table for each task."""
     for outcome in done.values():
         print(f"\n| {outcome['title']} | |\n| --- | ---: |")
         for name, value in outcome["results"].items():
@@ -406,6 +425,11 @@ def main():
         difference = done["classify"]["reload_difference"]
         print(f"\nLoaded again by a process without this package, scores differ by {difference:.0e}.")
     print(f"Everything took {seconds:.0f} s.")
+
+
+def leave_results(demo: DemoArguments, args: TrainingArguments, done: dict[str, dict], seconds: float) -> None:
+    """Draw the plot and write `results.json`."""
+    folder = Path(args.output_dir)
     plot(done, folder / "results.png")
     report = {task: {name: v for name, v in outcome.items() if name != "labels"} for task, outcome in done.items()}
     report |= {"checkpoint": demo.model, "pooling": demo.pooling, "seed": args.seed}
@@ -416,6 +440,7 @@ def main():
 
 
 def plot(done: dict, path: Path) -> None:
+    """Save a plot with the losses and the results of each task."""
     figure = Figure(figsize=(8 * len(done), 4.5), layout="constrained")
     panels = figure.subplots(1, 2 * len(done))
     for left, right, (task, outcome) in zip(panels[::2], panels[1::2], done.items(), strict=True):
@@ -446,6 +471,17 @@ def plot(done: dict, path: Path) -> None:
             right.bar_label(bars, fmt="%.3f")
             right.set(ylabel="mean reciprocal rank", title=outcome["title"].partition(", ")[2], ylim=(0, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+@interruptible()
+def main():
+    demo, args = parse()
+    started = time.time()
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    done = fine_tune(demo, args)
+    seconds = time.time() - started
+    show(done, seconds)
+    leave_results(demo, args, done, seconds)
 
 
 if __name__ == "__main__":

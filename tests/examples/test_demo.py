@@ -36,7 +36,7 @@ def test_the_demo_runs_and_its_models_reload(tmp_path):
 
 def test_an_unknown_task_is_named(tmp_path):
     result = run("--tasks", "translate", folder=tmp_path)
-    assert result.returncode == 2 and "--tasks: translate is not one of classify, rank" in result.stderr
+    assert result.returncode == 2 and "--tasks must be one of classify, rank; got translate" in result.stderr
 
 
 def test_mean_reciprocal_rank_by_hand():
