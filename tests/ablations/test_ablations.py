@@ -362,6 +362,7 @@ def test_side_by_side_is_the_same(command, decoder, folder, tmp_path):
     """On Ray in processes of their own, from another folder's command line."""
     pytest.importorskip("ray")
     flags = ["--study", "attention", "--tasks", "cola", "--learning_rates", "1e-3", "--seeds", "1"]
+    flags += ["--variants", "causal", "bidirectional"]
     expected = command(*flags)
     words = [sys.executable, script.__file__, "--model", decoder, "--data_dir", folder, *FEW, *flags, "--workers", 2]
     words += ["--output_dir", "beside"]

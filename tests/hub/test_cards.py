@@ -340,6 +340,7 @@ def test_commands_of_our_cards_have_only_flags_that_exist():
     sources = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
     shared = {*TrainingArguments.__dataclass_fields__, *FineTuningArguments.__dataclass_fields__}
     names = ("finetuning/suite.py", "finetuning/arguments.py", "ranking/arguments.py", "_scripts/command_line.py")
+    names += ("ablations/arguments.py", "pretraining/corpus.py", "finetuning/arguments.py")
     suite = "".join((ROOT / "modeling_gemma_encoder" / name).read_text() for name in names)
     seen = 0
     for card in (ROOT / "model_cards").glob("*.md"):
