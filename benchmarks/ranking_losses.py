@@ -1,11 +1,15 @@
-"""Every ranking loss on the same lists, against BM25 and random order: a reranker is trained with each, in one table.
+"""Train a reranker with each ranking loss on the same lists, and compare them in one table.
 
-    python benchmarks/ranking_losses.py --seeds 1 2 3 --output_dir runs/losses --model examples/nano \
-        --train_data trecqa/train.jsonl --eval_data trecqa/test.jsonl --pair_columns question answer label
+    python benchmarks/ranking_losses.py --seeds 1 2 3 --output_dir runs/losses \
+        --model examples/nano --train_data trecqa/train.jsonl --eval_data trecqa/test.jsonl \
+        --pair_columns question answer label
 
-All other flags are those of `examples/msmarco.py`, which trains, all losses at one learning rate; losses of a teacher's
-scores need such data. Runs that are finished are read, interrupted ones go on. Leaves results.md, results.json, and
-per run what `msmarco.py` leaves.
+The table has BM25 and random order too. All other flags are those of `examples/msmarco.py`, which
+trains. All losses have the same learning rate. Losses on the scores of a teacher need data that has
+such scores.
+
+Runs that are finished are only read, and runs that were interrupted go on. The script writes
+results.md and results.json, beside what `msmarco.py` writes for each run.
 """
 
 import argparse
@@ -24,29 +28,50 @@ LOSSES = ["point_ce", "pair", "softmax", "poly1", "lambdarank"]
 BASELINES = ("BM25", "random order")
 
 
+def train(loss: str, seed: int, folder: Path, flags: list[str]) -> None:
+    """Train and evaluate a reranker in a process of its own. End this process if that one fails."""
+    own = ["--ranking_loss", loss, "--seed", str(seed), "--output_dir", str(folder)]
+    print(f"{loss}, seed {seed}", flush=True)
+    if code := subprocess.run([sys.executable, SCRIPT, *flags, *own]).returncode:
+        raise SystemExit(code)
+
+
 def collect(folder: Path, losses: list[str], seeds: list[int]) -> dict:
-    """Collection -> row -> measure -> values of the seeds; a baseline's are of the first."""
-    found = {}
+    """Return the tables of all collections: collection -> row -> measure -> a value for each seed.
+
+    A baseline has one value for each measure, that of the first run.
+    """
+    tables = {}
     for loss in losses:
         for seed in seeds:
             for path in sorted((folder / loss / f"seed-{seed}").glob("*/results.json")):
                 means = json.loads(path.read_text())["means"]
-                table = found.setdefault(path.parent.name, {name: means[name] for name in BASELINES})
+                baselines = {name: means[name] for name in BASELINES}
+                table = tables.setdefault(path.parent.name, baselines)
                 for measure, value in means["Gemma Encoder"].items():
                     table.setdefault(loss, {}).setdefault(measure, []).append(value)
-    return found
+    return tables
 
 
-def markdown(found: dict, seeds: list[int]) -> str:
+def as_text(values: float | list[float]) -> str:
+    """Return the mean in percent, with the sample deviation if there are several values."""
+    percent = np.atleast_1d(values) * 100
+    if len(percent) == 1:
+        return f"{percent[0]:.1f}"
+    return f"{percent.mean():.1f} ± {percent.std(ddof=1):.1f}"
+
+
+def markdown(tables: dict, seeds: list[int]) -> str:
+    """Return the tables of `collect` in Markdown, one below the other."""
     lines = []
-    for name, table in found.items():
+    of_seeds = f"x 100, mean ± sample deviation of seeds {', '.join(map(str, seeds))}"
+    for name, table in tables.items():
         measures = list(table[BASELINES[0]])
-        title = f"{name}, x 100, mean ± sample deviation of seeds {', '.join(map(str, seeds))}"
-        lines += [f"| {title} | {' | '.join(map(heading, measures))} |", "| --- |" + " ---: |" * len(measures)]
+        lines.append(f"| {name}, {of_seeds} | {' | '.join(map(heading, measures))} |")
+        lines.append("| --- |" + " ---: |" * len(measures))
         for row, values in table.items():
-            cells = [np.atleast_1d(values[measure]) * 100 for measure in measures]
-            shown = [f"{c.mean():.1f}" + (f" ± {c.std(ddof=1):.1f}" if len(c) > 1 else "") for c in cells]
-            lines.append(f"| {row} | {' | '.join(shown)} |")
+            cells = [as_text(values[measure]) for measure in measures]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -59,16 +84,12 @@ def main():
     args, flags = parser.parse_known_args()
     for seed in args.seeds:
         for loss in args.losses:
-            run = ["--ranking_loss", loss, "--seed", seed, "--output_dir", args.output_dir / loss / f"seed-{seed}"]
-            print(f"{loss}, seed {seed}", flush=True)
-            if code := subprocess.run([sys.executable, SCRIPT, *flags, *map(str, run)]).returncode:
-                raise SystemExit(code)
-    found = collect(args.output_dir, args.losses, args.seeds)
-    table = markdown(found, args.seeds)
+            train(loss, seed, args.output_dir / loss / f"seed-{seed}", flags)
+    tables = collect(args.output_dir, args.losses, args.seeds)
+    table = markdown(tables, args.seeds)
     write(args.output_dir / "results.md", table)
-    write(
-        args.output_dir / "results.json", json.dumps({"flags": flags, "seeds": args.seeds, "results": found}, indent=2)
-    )
+    results = {"flags": flags, "seeds": args.seeds, "results": tables}
+    write(args.output_dir / "results.json", json.dumps(results, indent=2))
     print(f"\n{table}")
 
 
