@@ -1,4 +1,5 @@
-"""Compare what the paper says matters on your decoder: attention, pooling, dropout, one choice changed at a time.
+"""Compare what the paper says matters on your decoder: attention, pooling, dropout, one choice
+changed at a time.
 
     python examples/ablations.py --study attention pooling --tasks cola mrpc stsb --model google/gemma-3-270m --bf16
     python examples/ablations.py --study dropout dropout_place --tasks cola wic --model examples/nano --data_dir data
@@ -6,22 +7,25 @@
     python examples/ablations.py --study attention --tasks cola --model google/gemma-2-2b --bf16 --workers 8
     python examples/ablations.py --study pooling --table train.csv dev.csv --table_flags "--label_column stars" ...
 
-Studies are those of `ablations/catalog.py`; `--variants causal bidirectional` takes only these variants of them. The
-study `start` compares checkpoints: decoders of other sizes and families, or up-trained ones. Tasks are those of GLUE
-and SuperGLUE, from the Hub or from `--data_dir`: <task>/, glue/<task>/ or superglue/<task>/ in it. For every variant
-and task the learning rate is the one of `--learning_rates` that does best on a tenth of the training rows (a thousand
-at most), which are set aside. Then each of `--seeds` is trained and scored on the official validation rows; several
-metrics are averaged as GLUE does. Every other flag is one of `glue.py`, and every flag of `TrainingArguments` works.
-`--table` adds your own table as a task, as `classify.py` reads it. `--ranking` adds a reranker, with the variants,
-rates and seeds of this command and everything else from `--ranking_flags`.
+Studies are those of `ablations/catalog.py`; `--variants causal bidirectional` takes only these
+variants of them. The study `start` compares checkpoints: decoders of other sizes and families, or
+up-trained ones. Tasks are those of GLUE and SuperGLUE, from the Hub or from `--data_dir`: <task>/,
+glue/<task>/ or superglue/<task>/ in it. For every variant and task the learning rate is the one of
+`--learning_rates` that does best on a tenth of the training rows (a thousand at most), which are
+set aside. Then each of `--seeds` is trained and scored on the official validation rows; several
+metrics are averaged as GLUE does. Every other flag is one of `glue.py`, and every flag of
+`TrainingArguments` works. `--table` adds your own table as a task, as `classify.py` reads it.
+`--ranking` adds a reranker, with the variants, rates and seeds of this command and everything else
+from `--ranking_flags`.
 
-A finished cell is read and not trained again. Give an interrupted command again and it goes on; studies share cells.
-`--finished_only` makes tables and plots of the cells that are there, of several commands, or while one runs elsewhere.
-With `--workers` cells run side by side on Ray, each with a GPU or a share of the cores. The script leaves in
-`--output_dir` tables and a plot of each study, `results.json`, and `cells/`, each with its own `results.json` and
-predictions. Scores have the standard error of the seeds. Differences, from the first variant or from what the study
-names, have that of seeds and rows. Variants whose answers are equal, or nearly always the same, are named under their
-table. Tables and plots show what the last command asked for.
+A finished cell is read and not trained again. Give an interrupted command again and it goes on;
+studies share cells. `--finished_only` makes tables and plots of the cells that are there, of
+several commands, or while one runs elsewhere. With `--workers` cells run side by side on Ray, each
+with a GPU or a share of the cores. The script leaves in `--output_dir` tables and a plot of each
+study, `results.json`, and `cells/`, each with its own `results.json` and predictions. Scores have
+the standard error of the seeds. Differences, from the first variant or from what the study names,
+have that of seeds and rows. Variants whose answers are equal, or nearly always the same, are named
+under their table. Tables and plots show what the last command asked for.
 """
 
 import json
@@ -201,7 +205,8 @@ def run_cells(command: Command) -> dict:
 
 
 def compare(command: Command, found: dict) -> list[str]:
-    """Add differences and equal answers to what was found. Return the cells that kept no predictions."""
+    """Add differences and equal answers to what was found. Return the cells that kept no
+    predictions."""
     limit = command.options.max_eval_samples
     left_out = {name: LeftOutQueries() for name in command.rankings}
     for name, (task, source) in command.tasks.items():

@@ -1,10 +1,11 @@
-"""Serve a page to try a trained encoder: classify or rerank, and see what tokens attend to and how they are pooled.
+"""Serve a page to try a trained encoder: classify or rerank, and see what tokens attend to and how
+they are pooled.
 
     python examples/app.py --model runs/glue/sst2/seed-1      # http://127.0.0.1:7860
     python examples/app.py --model my-ranker --port 8000
 
-The page needs `pip install ".[app]"` beside what training needs. It listens on this machine only, unless you give
-`--host 0.0.0.0`, and sends nothing to other hosts.
+The page needs `pip install ".[app]"` beside what training needs. It listens on this machine only,
+unless you give `--host 0.0.0.0`, and sends nothing to other hosts.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def refuse(message: str) -> NoReturn:
 
 
 def load(checkpoint: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model onto the accelerator if there is one, and its tokenizer; raise ValueError without a trained head."""
+    """Load a model onto the accelerator if there is one, and its tokenizer; raise ValueError
+    without a trained head."""
     dtype, device = choose(dtype, None)
     config = GemmaEncoderConfig.from_pretrained(checkpoint)
     heads = {cls.__name__: cls for cls in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
@@ -66,7 +68,8 @@ class Page:
         self.longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
     def encode(self, first: str, second: str, longest: int | None = None) -> BatchEncoding:
-        """Return the tokens of a text, or of a pair if the second is not blank, cut to the longest the model takes."""
+        """Return the tokens of a text, or of a pair if the second is not blank, cut to the longest
+        the model takes."""
         texts = [first, second] if second.strip() else [first]
         longest = min(self.longest, longest or self.longest)
         with self.lock:  # truncation is a state of the tokenizer, which other threads share
@@ -119,10 +122,11 @@ class Page:
 def draw(
     tokens: list[str], attention: np.ndarray, shares: np.ndarray, layer: int, config: GemmaEncoderConfig
 ) -> Figure:
-    """
-    Draw shares in the pooled vector as bars (seq_len,), above a layer's attention (seq_len, seq_len).
+    """Draw shares in the pooled vector as bars (seq_len,), above a layer's attention (seq_len,
+    seq_len).
 
-    The attention is the mean over heads. Its square root is drawn, so that small values can be seen.
+    The attention is the mean over heads. Its square root is drawn, so that small values can be
+    seen.
     """
     shown = len(tokens)
     names = [token.replace("▁", "·").replace("$", r"\$") for token in tokens]

@@ -1,10 +1,12 @@
-"""Fit a ranker's temperature and bias on held-out judgments, so that its scores become probabilities of relevance.
+"""Fit a ranker's temperature and bias on held-out judgments, so that its scores become
+probabilities of relevance.
 
     python examples/calibrate.py --model my-ranker --data trec_dl/dl2020 --relevance_level 2 --output calibrated
 
-Both are fitted on one half of the queries, and evaluated on the other half in `reliability.png` and `calibration.json`.
---output gets the model with both in its config, so that `model.probabilities(logits)` applies them. Logits stay the
-same, and with them the scores of CrossEncoder and every order.
+Both are fitted on one half of the queries, and evaluated on the other half in `reliability.png` and
+`calibration.json`. --output gets the model with both in its config, so that
+`model.probabilities(logits)` applies them. Logits stay the same, and with them the scores of
+CrossEncoder and every order.
 """
 
 import json
@@ -58,7 +60,8 @@ def read_judged(args: CalibrationArguments) -> Collection:
 
 
 def labeled(trec_run: TrecRun, collection: Collection, queries: Sequence[str], level: int) -> tuple:
-    """Return the scores of all judged passages of these queries, and whether each is relevant as 0 or 1."""
+    """Return the scores of all judged passages of these queries, and whether each is relevant as 0
+    or 1."""
     pairs = [(trec_run[qid][pid], grade) for qid in queries for pid, grade in collection.qrels[qid].items()]
     scores, grades = map(np.array, zip(*pairs, strict=True))
     return scores, (grades >= level).astype(int)

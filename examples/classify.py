@@ -1,4 +1,5 @@
-"""Fine-tune a Gemma Encoder on your own table: CSV, TSV, JSONL, JSON or Parquet, or a data set on the Hub.
+"""Fine-tune a Gemma Encoder on your own table: CSV, TSV, JSONL, JSON or Parquet, or a data set on
+the Hub.
 
     python examples/classify.py --model google/gemma-3-270m --train_file train.csv --validation_file dev.csv \\
         --text_column text --label_column label
@@ -11,15 +12,16 @@
     python examples/classify.py --model runs/classify/seed-42 --do_train false --do_eval false --do_predict \\
         --test_file new.csv --output_dir runs/new                           # with a model that was trained before
 
-The names of the classes are those in the training labels, and the model's config keeps them. Without validation rows a
-tenth of the training rows is held out; where a row has one class, a tenth of each class. Every flag of
-`TrainingArguments` works. The same command again resumes what was interrupted, or reads what is finished.
+The names of the classes are those in the training labels, and the model's config keeps them.
+Without validation rows a tenth of the training rows is held out; where a row has one class, a tenth
+of each class. Every flag of `TrainingArguments` works. The same command again resumes what was
+interrupted, or reads what is finished.
 
 `<output_dir>/seed-<n>` holds `results.json`, plots and the model, which pipelines and
-`AutoModelForSequenceClassification.from_pretrained(..., trust_remote_code=True)` load. `--do_predict` with
-`--test_file` adds `predictions.csv`: the rows as they were written, lists as JSON, with `prediction` and the
-probability of each class. With `--do_train false` the columns are those that the model was trained on, unless they are
-named.
+`AutoModelForSequenceClassification.from_pretrained(..., trust_remote_code=True)` load.
+`--do_predict` with `--test_file` adds `predictions.csv`: the rows as they were written, lists as
+JSON, with `prediction` and the probability of each class. With `--do_train false` the columns are
+those that the model was trained on, unless they are named.
 """
 
 import csv
@@ -85,7 +87,8 @@ def main():
 
 
 def read_test_rows(task: Task, source: Table) -> Dataset:
-    """Return the test rows as they are written. Raise ValueError where a column has the name of a predicted one."""
+    """Return the test rows as they are written. Raise ValueError where a column has the name of a
+    predicted one."""
     rows, no_logits = source.as_written("test"), np.zeros((0, task.outputs))
     added = prediction_columns(task, predictions_of(task, no_logits), no_logits)
     if taken := [column for column in rows.column_names if column in added]:
@@ -115,7 +118,8 @@ def with_lists_as_json(rows: Dataset) -> pandas.DataFrame:
 def as_csv(rows: pandas.DataFrame) -> str:
     """Return rows as the text of a .csv file.
 
-    All cells are in quotes where one holds a carriage return, which Python did not quote by itself before 3.11.9.
+    All cells are in quotes where one holds a carriage return, which Python did not quote by itself
+    before 3.11.9.
     """
     texts = rows.select_dtypes(exclude="number").to_numpy().ravel()
     returns = any("\r" in text for text in texts if isinstance(text, str))
@@ -125,9 +129,9 @@ def as_csv(rows: pandas.DataFrame) -> str:
 def prediction_columns(task: Task, predicted: np.ndarray, logits: np.ndarray) -> dict[str, list]:
     """Return the columns that are added to the rows.
 
-    `prediction` is a class, several classes with | between them, or a number; of several numbers there is a
-    `prediction_<column>` for each. Classes also have a `probability_<name>` each, and where a row has one class, its
-    `probability` comes first.
+    `prediction` is a class, several classes with | between them, or a number; of several numbers
+    there is a `prediction_<column>` for each. Classes also have a `probability_<name>` each, and
+    where a row has one class, its `probability` comes first.
     """
     if task.problem == "regression":
         if not task.label_columns:

@@ -4,12 +4,13 @@
     python examples/convert_gguf.py --model owner/repo/model-Q4_K_M.gguf --output model --dtype float32
     make gemma                        # Gemma 3 270M out of packages, with its terms of use, in gemma-3-270m/
 
-Every script that trains also takes a GGUF file itself as `--model`. A converted checkpoint loads faster, and
-`AutoModelForCausalLM` and other libraries read it too. Weights that were quantized to a few bits stay as coarse as they
-were.
+Every script that trains also takes a GGUF file itself as `--model`. A converted checkpoint loads
+faster, and `AutoModelForCausalLM` and other libraries read it too. Weights that were quantized to a
+few bits stay as coarse as they were.
 
-A checkpoint made with `--model` gets no card, license or notice: the terms of the GGUF file's weights hold for it, and
-who passes it on adds them. Only `make gemma` (`--package`) writes the card, the notice and a copy of the terms.
+A checkpoint made with `--model` gets no card, license or notice: the terms of the GGUF file's
+weights hold for it, and who passes it on adds them. Only `make gemma` (`--package`) writes the
+card, the notice and a copy of the terms.
 """
 
 import importlib
@@ -53,7 +54,8 @@ class ConversionArguments:
 
 
 def from_package(name: str, output: Path, dtype: torch.dtype) -> None:
-    """Convert the GGUF file that a package assembles, and put a card, the terms of use and their notice beside it."""
+    """Convert the GGUF file that a package assembles, and put a card, the terms of use and their
+    notice beside it."""
     package, data = importlib.import_module(name), Path(importlib.util.find_spec(name).origin).parent / "data"
     part = output.with_name(f"{output.name}.making")
     shutil.rmtree(part, ignore_errors=True)

@@ -1,16 +1,18 @@
-"""Fine-tune Gemma Encoders on real text in a few minutes on a CPU, without downloading a model or data.
+"""Fine-tune Gemma Encoders on real text in a few minutes on a CPU, without downloading a model or
+data.
 
     python examples/demo.py                                  # the same as `make demo`
     python examples/demo.py --model gemma-3-270m             # the same as `make demo MODEL=...`, after `make gemma`
     python examples/demo.py --tasks classify --max_steps 50 --attention causal --pooling last_k
 
-The text is documentation that is already on this machine: the docstrings of the Python standard library and of seven
-installed packages, their names blanked out. Two tasks: tell which of the eight a passage documents (classification),
-and find the passage that belongs to a summary line among look-alikes (ranking). Files are either for training or for
-testing, and the nano decoder, from which both start, has not read those for testing either. TF-IDF and BM25, which the
-encoder is compared with, read the same passages, cut to the same tokens. A larger decoder reads fewer and shorter ones
-(`SIZES`), and finds how a passage goes on, with causal attention, which takes fewer lists to learn. Every flag of
-`TrainingArguments` works.
+The text is documentation that is already on this machine: the docstrings of the Python standard
+library and of seven installed packages, their names blanked out. Two tasks: tell which of the eight
+a passage documents (classification), and find the passage that belongs to a summary line among
+look-alikes (ranking). Files are either for training or for testing, and the nano decoder, from
+which both start, has not read those for testing either. TF-IDF and BM25, which the encoder is
+compared with, read the same passages, cut to the same tokens. A larger decoder reads fewer and
+shorter ones (`SIZES`), and finds how a passage goes on, with causal attention, which takes fewer
+lists to learn. Every flag of `TrainingArguments` works.
 """
 
 import json
@@ -179,7 +181,8 @@ def summaries(passages: Iterable[str], tokenizer, form: Size) -> dict[str, str]:
 
 
 def continuations(passages: Iterable[str], tokenizer, form: Size) -> dict[str, str]:
-    """Return how a passage goes on -> its first tokens. It is cut at a space, which stays with what follows."""
+    """Return how a passage goes on -> its first tokens. It is cut at a space, which stays with what
+    follows."""
     texts = [" ".join(text.split()) for text in passages]
     queries = [begin.rpartition(" ")[0] for begin in cut(texts, tokenizer, form.query)]
     parts = zip(queries, texts, strict=True)
@@ -196,11 +199,13 @@ TEMPLATES = {"summaries": RANKING_TEMPLATE, "continuations": "{first}{second}"}
 def make_lists(
     passages: dict[str, int], tokenizer, form: Size, how_many: tuple[int, int], seed: int
 ) -> tuple[Dataset, np.ndarray]:
-    """Make ranking lists: a query, its right document, and the documents of highest BM25 score for it, see `PAIRS`.
+    """Make ranking lists: a query, its right document, and the documents of highest BM25 score for
+    it, see `PAIRS`.
 
-    Documents that are the same once they are cut are one, so that BM25 and the encoder see the same text and every list
-    has one right document. Where BM25 alone would not have found it, it is there all the same. Returns the lists, the
-    right document first in each, and BM25's scores, (num_lists, size).
+    Documents that are the same once they are cut are one, so that BM25 and the encoder see the same
+    text and every list has one right document. Where BM25 alone would not have found it, it is
+    there all the same. Returns the lists, the right document first in each, and BM25's scores,
+    (num_lists, size).
     """
     limit, size = how_many
     pairs = PAIRS[form.pairs](passages, tokenizer, form)
@@ -234,7 +239,8 @@ def load(demo: DemoArguments, task: str, model_class: type, **options):
 
 
 def rows_to_classify(demo: DemoArguments, seed: int, tokenizer, passages: dict) -> dict[str, Dataset]:
-    """Return split -> passages, cut to the same tokens for all that read them, and the numbers of their libraries."""
+    """Return split -> passages, cut to the same tokens for all that read them, and the numbers of
+    their libraries."""
     data = {
         split: Dataset.from_dict({"text": cut(texts, tokenizer, demo.size.passage), "label": list(texts.values())})
         for split, texts in passages.items()
@@ -256,7 +262,8 @@ def classify_without_encoder(data: dict[str, Dataset]) -> dict[str, float]:
 
 
 def classify(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict) -> dict:
-    """Fine-tune a classifier of libraries, save it, and return what it reached beside its baselines."""
+    """Fine-tune a classifier of libraries, save it, and return what it reached beside its
+    baselines."""
     data = rows_to_classify(demo, args.seed, tokenizer, passages)
     tokenized = {split: rows.map(lambda row: tokenizer(row["text"]), batched=True) for split, rows in data.items()}
     model = load(
@@ -326,7 +333,8 @@ def rank(demo: DemoArguments, args: TrainingArguments, tokenizer, passages: dict
 
 
 def mean_reciprocal_rank(scores: np.ndarray) -> float:
-    """Return the measure for lists whose first document is the right one; among equal scores it counts as the last."""
+    """Return the measure for lists whose first document is the right one; among equal scores it
+    counts as the last."""
     ranks = (scores >= scores[:, :1]).sum(1)
     return float(np.mean(1 / ranks))
 
@@ -336,7 +344,8 @@ def losses(trainer: Trainer) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-# What someone who downloads the checkpoint does: a fresh process, the Auto class, remote code, no package of ours.
+# What someone who downloads the checkpoint does: a fresh process, the Auto class, remote code, no
+# package of ours.
 RELOAD = """
 import json, sys, torch
 sys.modules["modeling_gemma_encoder"] = None  # not to be had
@@ -351,7 +360,8 @@ with torch.no_grad():
 
 
 def reload(model, tokenizer, texts: list[str], folder: Path) -> float:
-    """Return the largest difference of a score between the model and its copy, loaded without this package."""
+    """Return the largest difference of a score between the model and its copy, loaded without this
+    package."""
     form = {"padding": True}
     command = [sys.executable, "-c", RELOAD, str(folder), json.dumps(texts), json.dumps(form)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -10,18 +10,20 @@
     # Only queries that the training did not see
     python examples/evaluate_ranking.py --model my-ranker --data judged --run bm25 --held_out_of my-ranker
 
---data is a folder with queries, passages and qrels (see the README here), a file of labeled pairs, or a data set on the
-Hub with configs `queries`, `corpus` and `qrels` (or `default`), `name:split` if it has several splits.
+--data is a folder with queries, passages and qrels (see the README here), a file of labeled pairs,
+or a data set on the Hub with configs `queries`, `corpus` and `qrels` (or `default`), `name:split`
+if it has several splits.
 
-The script reranks a run, the 100 best of `--run bm25`, the Hub's own candidates, or else the judged passages. A judged
-pool has no passages that nobody looked at, so that its numbers are higher than those of a run and cannot be compared
-with them. The relevant share is printed. No difference is claimed where most of the pool is relevant or random order
-beats BM25.
+The script reranks a run, the 100 best of `--run bm25`, the Hub's own candidates, or else the judged
+passages. A judged pool has no passages that nobody looked at, so that its numbers are higher than
+those of a run and cannot be compared with them. The relevant share is printed. No difference is
+claimed where most of the pool is relevant or random order beats BM25.
 
-BM25 has the statistics of the whole collection. nDCG@10 has linear gain, as in trec_eval; for exponential gain give
-`--measures "nDCG(dcg='exp-log2')@10"`. --held_out_of evaluates only the queries that a training by msmarco.py held out.
-Equal scores are ordered by the CRC-32 of the passage's id. Queries without candidates count 0. Queries without a grade
-above 0, or in a judged pool without an irrelevant passage, are left out.
+BM25 has the statistics of the whole collection. nDCG@10 has linear gain, as in trec_eval; for
+exponential gain give `--measures "nDCG(dcg='exp-log2')@10"`. --held_out_of evaluates only the
+queries that a training by msmarco.py held out. Equal scores are ordered by the CRC-32 of the
+passage's id. Queries without candidates count 0. Queries without a grade above 0, or in a judged
+pool without an irrelevant passage, are left out.
 
 The output folder has the rankings in TREC's format, results.json, results.md and per_query.png.
 """
@@ -73,7 +75,8 @@ class EvaluationArguments(ScoringArguments):
 
 
 def read_judged(args: EvaluationArguments) -> Collection:
-    """Read the queries to evaluate, and the candidates to rerank; raise ValueError if there are none."""
+    """Read the queries to evaluate, and the candidates to rerank; raise ValueError if there are
+    none."""
     collection = read_collection(args.data, tuple(args.pair_columns))
     collection.relevance_level = args.relevance_level
     if args.held_out_of:

@@ -1,22 +1,25 @@
-"""Export a classifier or ranker to ONNX or torch.export's .pt2, so that it scores without this package.
+"""Export a classifier or ranker to ONNX or torch.export's .pt2, so that it scores without this
+package.
 
     python examples/export.py --model my-ranker --output exported              # exported/model.onnx, tokenizer.json ...
     python examples/export.py --model my-ranker --output exported --format torch
 
-Both formats take `input_ids` and `attention_mask` (batch, seq_len) of any batch and length, padded on either side, and
-return `logits`. They are compared with the model before they are put into --output. They compute on padding, too, so
-that a short text beside a long one costs as much as the long one. settings.json has the names of the labels, the most
-tokens of a text, and which text of a pair is cut. With onnxruntime and tokenizers alone:
+Both formats take `input_ids` and `attention_mask` (batch, seq_len) of any batch and length, padded
+on either side, and return `logits`. They are compared with the model before they are put into
+--output. They compute on padding, too, so that a short text beside a long one costs as much as the
+long one. settings.json has the names of the labels, the most tokens of a text, and which text of a
+pair is cut. With onnxruntime and tokenizers alone:
 
-    settings = json.load(open("exported/settings.json"))
-    tokenizer = Tokenizer.from_file("exported/tokenizer.json")
+    settings = json.load(open("exported/settings.json")) tokenizer =
+    Tokenizer.from_file("exported/tokenizer.json")
     tokenizer.enable_padding(pad_id=settings["pad_token_id"])
-    tokenizer.enable_truncation(settings["max_length"], strategy=settings["truncation"])
-    texts = [("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")]  # or "one text", "another"
-    read = tokenizer.encode_batch(texts)
-    inputs = {"input_ids": [text.ids for text in read], "attention_mask": [text.attention_mask for text in read]}
-    logits = InferenceSession("exported/model.onnx").run(["logits"], inputs)[0]
-    labels = [settings["id2label"][str(row.argmax())] for row in logits]  # of a classifier; others return numbers
+    tokenizer.enable_truncation(settings["max_length"], strategy=settings["truncation"]) texts =
+    [("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")]  # or "one text",
+    "another" read = tokenizer.encode_batch(texts) inputs = {"input_ids": [text.ids for text in
+    read], "attention_mask": [text.attention_mask for text in read]} logits =
+    InferenceSession("exported/model.onnx").run(["logits"], inputs)[0] labels =
+    [settings["id2label"][str(row.argmax())] for row in logits]  # of a classifier; others return
+    numbers
 """
 
 import json
@@ -54,7 +57,8 @@ class ExportArguments:
 
 
 class Logits(torch.nn.Module):
-    """Wrap a model so that it takes and returns tensors, and the export has no class of ours or of transformers."""
+    """Wrap a model so that it takes and returns tensors, and the export has no class of ours or of
+    transformers."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -65,7 +69,8 @@ class Logits(torch.nn.Module):
 
 
 def searchsorted(sorted_sequence, values, out_int32=False, right=False, side=None, sorter=None):
-    """Translate torch.searchsorted to ONNX, which lacks it: count the sorted numbers that each value reaches."""
+    """Translate torch.searchsorted to ONNX, which lacks it: count the sorted numbers that each
+    value reaches."""
     from onnxscript import opset18 as op
 
     if not right:
@@ -76,7 +81,8 @@ def searchsorted(sorted_sequence, values, out_int32=False, right=False, side=Non
 
 
 def load(checkpoint: str) -> Logits:
-    """Load a checkpoint in fp32, to run on padded batches; raise ValueError if it has no trained head."""
+    """Load a checkpoint in fp32, to run on padded batches; raise ValueError if it has no trained
+    head."""
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         checkpoint,
         dtype=torch.float32,
@@ -102,7 +108,8 @@ def examples(vocab_size: int, lengths: tuple[int, ...], pad_left: bool = False) 
 
 @torch.no_grad()
 def export(model: Logits, path: Path, kind: str, max_batch: int) -> None:
-    """Write a model for batches up to `max_batch` and texts up to its positions; `kind` is "onnx" or "torch"."""
+    """Write a model for batches up to `max_batch` and texts up to its positions; `kind` is "onnx"
+    or "torch"."""
     config = model.model.config
     batch = examples(config.vocab_size, (7, 3, 5))
     sizes = torch.export.Dim("batch", max=max_batch), torch.export.Dim("seq_len", max=config.max_position_embeddings)
@@ -127,7 +134,8 @@ def export(model: Logits, path: Path, kind: str, max_batch: int) -> None:
 
 @torch.no_grad()
 def difference(model: Logits, path: Path, kind: str) -> float:
-    """Return the largest difference of a logit from the model's, over batches of sizes that were not traced."""
+    """Return the largest difference of a logit from the model's, over batches of sizes that were
+    not traced."""
     longest = model.model.config.max_position_embeddings
     differences = []
     for lengths, pad_left in (((min(longest, 64), 1, 9, 2), False), ((4,), False), ((3, 11), True)):

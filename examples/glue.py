@@ -5,15 +5,15 @@
     accelerate launch examples/glue.py --task mnli ax --model google/gemma-2-2b --bf16 --gradient_checkpointing
     python examples/glue.py --task cola mrpc --model examples/nano --data_dir glue        # glue/cola/train.jsonl ...
 
-The data is `nyu-mll/glue` on the Hub, or what is in `--data_dir`. A task is a row of the table `TASKS` in
-`modeling_gemma_encoder/finetuning/glue.py`: add a row to train on a task of your own.
+The data is `nyu-mll/glue` on the Hub, or what is in `--data_dir`. A task is a row of the table
+`TASKS` in `modeling_gemma_encoder/finetuning/glue.py`: add a row to train on a task of your own.
 
-Every flag of `TrainingArguments` works, and `--help` lists them all. The defaults depend on the size of the decoder:
-see `LEARNING_RATES` in `modeling_gemma_encoder/finetuning/arguments.py`.
+Every flag of `TrainingArguments` works, and `--help` lists them all. The defaults depend on the
+size of the decoder: see `LEARNING_RATES` in `modeling_gemma_encoder/finetuning/arguments.py`.
 
-Each run has a folder `<output_dir>/<task>/seed-<n>` with the model, `results.json` and plots. The same command again
-resumes what was interrupted and skips what is finished. `--do_predict` writes test predictions as the GLUE server wants
-them to `<output_dir>/submission-seed-<n>`.
+Each run has a folder `<output_dir>/<task>/seed-<n>` with the model, `results.json` and plots. The
+same command again resumes what was interrupted and skips what is finished. `--do_predict` writes
+test predictions as the GLUE server wants them to `<output_dir>/submission-seed-<n>`.
 """
 
 import numpy as np

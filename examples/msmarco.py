@@ -10,20 +10,23 @@
     # Your own folders
     python examples/msmarco.py --model examples/nano --train_data trec_dl/dl2020 --eval_data trec_dl/dl2023
 
-Training data may have these forms; `name:config:split` names other data on the Hub with the same columns:
+Training data may have these forms; `name:config:split` names other data on the Hub with the same
+columns:
 
     sentence-transformers/msmarco-bm25   query, positive, negative_1 ... negative_50 (config `triplet-50`)
     sentence-transformers/msmarco        queries with a thousand labeled passages (`labeled-list`), or a teacher's
-                                         margins (`bert-ensemble-margin-mse`, for --ranking_loss margin_mse)
+                                         margins (`bert-ensemble-margin-mse`, for --ranking_loss
+                                         margin_mse)
     Tevatron/msmarco-passage-new         queries with the ids of positive and negative passages
     a folder                             queries, passages, qrels (.jsonl, .tsv, .txt), perhaps with --train_run
     a file                               labeled pairs, whose columns --pair_columns names
 
-In every epoch, a new list is drawn for each query: a relevant passage, and --list_size - 1 of the others. After the
-training, the judged passages of --eval_data and of the queries that --held_out kept from training are reranked, or
-with --eval_run bm25 the 100 best of the whole collection. nDCG@10 has linear gain, and BM25 has the statistics of the
-whole collection. No difference is claimed where most of the judged pool is relevant or random order beats BM25. The
-same command resumes an interrupted training.
+In every epoch, a new list is drawn for each query: a relevant passage, and --list_size - 1 of the
+others. After the training, the judged passages of --eval_data and of the queries that --held_out
+kept from training are reranked, or with --eval_run bm25 the 100 best of the whole collection.
+nDCG@10 has linear gain, and BM25 has the statistics of the whole collection. No difference is
+claimed where most of the judged pool is relevant or random order beats BM25. The same command
+resumes an interrupted training.
 """
 
 import json
@@ -104,7 +107,8 @@ class Command:
         return self.args.process_index == 0
 
     def validate(self) -> None:
-        """Raise ValueError for impossible values, and for flags of other scripts that would do nothing here."""
+        """Raise ValueError for impossible values, and for flags of other scripts that would do
+        nothing here."""
         self.ranking.validate()
         if self.options.max_eval_samples is not None or self.options.preprocessing_num_workers is not None:
             raise ValueError("--max_eval_samples and --preprocessing_num_workers do nothing here; see --eval_depth.")
@@ -196,7 +200,8 @@ def read_collections(ranking: RankingArguments, held_out: Collection) -> dict[st
 
 
 def make_eval_lists(command: Command, collections: dict[str, Collection]) -> RankingDataset | None:
-    """Return lists of the first collection, to evaluate while training, or None if --eval_strategy is "no"."""
+    """Return lists of the first collection, to evaluate while training, or None if --eval_strategy
+    is "no"."""
     ranking, args = command.ranking, command.args
     if args.eval_strategy == "no":
         return None
@@ -226,7 +231,8 @@ def check_lengths(data: Data) -> None:
 
 
 def claim(command: Command, data: Data, checkpoint: str | None) -> None:
-    """Write run.json, or raise ValueError if the folder has another run or there is no trained ranker."""
+    """Write run.json, or raise ValueError if the folder has another run or there is no trained
+    ranker."""
     ranking, options, args = command.ranking, command.options, command.args
     run = {**asdict(ranking), **asdict(options), **{key: getattr(args, key) for key in IDENTIFYING_ARGUMENTS}}
     run = {key: value for key, value in run.items() if not key.startswith("eval_") and key not in FREE}
@@ -241,7 +247,8 @@ def claim(command: Command, data: Data, checkpoint: str | None) -> None:
 
 
 def note_queries(command: Command, data: Data) -> dict[str, int | None]:
-    """Write which queries are trained on, and return how many queries of each collection are among them."""
+    """Write which queries are trained on, and return how many queries of each collection are among
+    them."""
     options, held_out = command.options, data.lists.held_out
     if command.args.do_train:
         kept = [held_out.queries[qid] for qid in held_out.qrels]
@@ -268,11 +275,13 @@ def print_plan(command: Command, data: Data, trained_on: dict[str, int | None]) 
 
 
 def train(command: Command, data: Data, checkpoint: str | None) -> PreTrainedModel | None:
-    """Train and save the ranker; return it, ready to score in fp32, or None if its weights are sharded."""
+    """Train and save the ranker; return it, ready to score in fp32, or None if its weights are
+    sharded."""
 
     def measure(output: EvalPrediction) -> dict[str, float]:
         found = measure_lists(output.predictions, output.label_ids, data.measures)
-        # Lists are drawn, so that a measure of them is not the one of all candidates and has another name.
+        # Lists are drawn, so that a measure of them is not the one of all candidates and has
+        # another name.
         return {f"lists_{name}": value for name, value in found.items()}
 
     command.args.include_num_input_tokens_seen = "non_padding"

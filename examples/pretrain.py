@@ -1,6 +1,7 @@
 """Pretrain a Gemma decoder as a causal language model, from a config or further from a checkpoint.
 
-This command made `nano/` in this folder, from books, one in each row, and from the documentation of installed packages:
+This command made `nano/` in this folder, from books, one in each row, and from the documentation of
+installed packages:
 
     python examples/pretrain.py --config examples/nano/config.json \\
         --text gutenberg/train.parquet docstrings --validation_text gutenberg/validation.parquet docstrings \\
@@ -17,10 +18,11 @@ Other sizes and data, several GPUs, and a checkpoint trained further on text of 
     python examples/pretrain.py --model google/gemma-2-2b --text notes/ --learning_rate 2e-5 \\
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --bf16 --output_dir runs/notes
 
-The defaults are for a few million parameters: change --learning_rate and the batch size for larger decoders. All
-weights are trained in fp32. Every flag of `TrainingArguments` works. Run the same command again and it resumes from the
-last checkpoint of `--output_dir`. It leaves a bf16 checkpoint that plain `AutoModelForCausalLM` loads, `results.json`
-(perplexity on held-out text beside those of a unigram and a trigram model), `training_log.json` and `training.png`.
+The defaults are for a few million parameters: change --learning_rate and the batch size for larger
+decoders. All weights are trained in fp32. Every flag of `TrainingArguments` works. Run the same
+command again and it resumes from the last checkpoint of `--output_dir`. It leaves a bf16 checkpoint
+that plain `AutoModelForCausalLM` loads, `results.json` (perplexity on held-out text beside those of
+a unigram and a trigram model), `training_log.json` and `training.png`.
 """
 
 import copy
@@ -110,7 +112,8 @@ def documents(rows: Dataset | IterableDataset, join: bool, limit: int) -> Iterat
 
 
 def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
-    """Train a Gemma tokenizer (BPE with byte fallback) whose tokens stay within words, numbers or punctuation."""
+    """Train a Gemma tokenizer (BPE with byte fallback) whose tokens stay within words, numbers or
+    punctuation."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     words.normalizer = normalizers.Replace(" ", "▁")
@@ -124,7 +127,8 @@ def train_tokenizer(texts, vocab_size: int, block_size: int) -> GemmaTokenizer:
 
 
 def make_tokenizer(options: PretrainingArguments, texts: dict, made: bool, args: TrainingArguments):
-    """Return the tokenizer that was named, or that this run has made already, or a new one, and save it.
+    """Return the tokenizer that was named, or that this run has made already, or a new one, and
+    save it.
 
     Args:
         made: Whether this run has made one already.
@@ -169,7 +173,8 @@ def make_decoder(options: PretrainingArguments, tokenizer) -> PreTrainedModel:
 
 
 def save_decoder(trainer: Trainer, dtype: torch.dtype) -> None:
-    """Save the whole decoder as `from_pretrained` expects it, gathered from all devices that hold parts of it."""
+    """Save the whole decoder as `from_pretrained` expects it, gathered from all devices that hold
+    parts of it."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
     if trainer.is_world_process_zero():
         config = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).config)
@@ -275,7 +280,8 @@ def pretrain(parser: ScriptParser, options: PretrainingArguments, args: Training
 
 
 def measure(options: PretrainingArguments, found: Pretraining, metrics: dict[str, float]) -> dict:
-    """Return held-out text -> perplexities of the decoder and, where they are counted, of n-gram models."""
+    """Return held-out text -> perplexities of the decoder and, where they are counted, of n-gram
+    models."""
     perplexities = {name: {"decoder": math.exp(metrics[f"eval_{name}_loss"])} for name in found.held_out}
     if options.ngram_tokens:
         print("Counting n-grams", flush=True)

@@ -1,14 +1,17 @@
-"""Publish a trained encoder or an adapter on the Hub, with its code, its license and a card that tells how it was made.
+"""Publish a trained encoder or an adapter on the Hub, with its code, its license and a card that
+tells how it was made.
 
     python examples/publish.py --model runs/glue/sst2/seed-1 --repo_id me/sst2-encoder --private
     python examples/publish.py --model my-ranker --repo_id me/ranker --tag v1 --results measured/dl2020
     python examples/publish.py --model my-adapter --repo_id me/adapter --base_model google/gemma-2-2b
     python examples/publish.py --model my-encoder --repo_id me/encoder --dry_run --output_dir staged   # uploads nothing
 
-Log in first with `hf auth login`. The card's tables come from the files that training left beside the model.
+Log in first with `hf auth login`. The card's tables come from the files that training left beside
+the model.
 
-The model is put together in a folder, loaded in a fresh process, and refused if a check fails. Then it is uploaded in
-one commit and compared with what arrived. A second commit has the card's snippets pin the first.
+The model is put together in a folder, loaded in a fresh process, and refused if a check fails. Then
+it is uploaded in one commit and compared with what arrived. A second commit has the card's snippets
+pin the first.
 """
 
 import json
@@ -100,7 +103,8 @@ def require_login() -> None:
 
 
 def run_record(args: PublishingArguments) -> RunRecord:
-    """Return what is known of the training: what its folder says, and over it what the command line says."""
+    """Return what is known of the training: what its folder says, and over it what the command line
+    says."""
     record = read_run_record(Path(args.model))
     for folder in args.results:
         add_ranking(record, Path(folder).stem, read(Path(folder) / "results.json"))

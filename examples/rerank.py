@@ -17,10 +17,11 @@
 | .tsv | query, passage; or qid, pid, query, passage, as MS MARCO's top 1000 | the row, and the score |
 | --data and --run | a folder with texts, or `folder:split`, and a TREC run over it | a TREC run |
 
-Scores are logits; higher is better. Rows keep their order. After every --rows_at_once rows, the scored ones are on
-disk in <output>.rows. If the script is interrupted, the same command continues after them; no row is lost or written
-twice. <output> appears when it is complete. <output>.rows.json beside it has what it was made with: the same command
-changes nothing then, and another one is refused.
+Scores are logits; higher is better. Rows keep their order. After every --rows_at_once rows, the
+scored ones are on disk in <output>.rows. If the script is interrupted, the same command continues
+after them; no row is lost or written twice. <output> appears when it is complete.
+<output>.rows.json beside it has what it was made with: the same command changes nothing then, and
+another one is refused.
 """
 
 import csv
@@ -70,7 +71,8 @@ class RerankArguments(ScoringArguments):
     rows_at_once: int = field(default=1000, metadata={"help": "Rows that are scored together and then written."})
 
     def validate(self) -> None:
-        """Raise ValueError if options are missing, contradict each other, or have impossible values."""
+        """Raise ValueError if options are missing, contradict each other, or have impossible
+        values."""
         ways = {"--query": self.query, "--input": self.input, "--run": self.run}
         given = [flag for flag, value in ways.items() if value is not None]
         if len(given) != 1:
@@ -93,7 +95,8 @@ class RerankArguments(ScoringArguments):
         super().validate()
 
     def _validate_files(self) -> None:
-        """Raise ValueError if the names of files do not fit what they hold, or --pair_columns do not fit the input."""
+        """Raise ValueError if the names of files do not fit what they hold, or --pair_columns do
+        not fit the input."""
         source, output = Path(self.input or "").suffix, Path(self.output or "").suffix
         if self.input and source not in SUFFIXES:
             raise ValueError(f"--input must be a .jsonl, .csv or .tsv file; got {self.input}.")
@@ -114,7 +117,8 @@ class RerankArguments(ScoringArguments):
 
 @dataclass(frozen=True)
 class Output:
-    """Hold the places of an output: the complete file, the rows that are scored so far, and how they were made."""
+    """Hold the places of an output: the complete file, the rows that are scored so far, and how
+    they were made."""
 
     path: Path
 
@@ -168,7 +172,8 @@ def read_row(line: str, where: str, columns: list[str]) -> tuple[Row, Pairs]:
 
 
 def pairs_of(row: dict, where: str, columns: list[str]) -> tuple[dict, Pairs]:
-    """Return a row and its pairs; raise ValueError, with the place, if it lacks a text or has a score."""
+    """Return a row and its pairs; raise ValueError, with the place, if it lacks a text or has a
+    score."""
     query, passage = columns
     passages = passages_of(row, passage)
     passages = passages if isinstance(passages, list) else [passages]
@@ -269,7 +274,8 @@ def refuse_another(facts: dict, output: Output) -> None:
 
 
 def keep_whole(rows: Path, rows_at_once: int) -> int:
-    """Cut off what follows the last complete step of an interrupted output, and return the number of rows left."""
+    """Cut off what follows the last complete step of an interrupted output, and return the number
+    of rows left."""
     if not rows.exists():
         return 0
     ends, place = [], 0
@@ -315,7 +321,8 @@ def rerank(args: RerankArguments) -> int:
 
 
 def check_rows(args: RerankArguments) -> tuple[list[int], set[str]]:
-    """Return the number of pairs of each row, and all queries; raise ValueError if there is none or a bad one."""
+    """Return the number of pairs of each row, and all queries; raise ValueError if there is none or
+    a bad one."""
     sizes, queries = [], set()
     for _, pairs in rows_of(args):  # a bad row is found now and not after hours
         sizes.append(len(pairs))
@@ -332,7 +339,8 @@ def score_rows(
     sizes: list[int],
     done: int,
 ) -> None:
-    """Append the rows after the first `done`, with their scores, to a file, --rows_at_once at a time."""
+    """Append the rows after the first `done`, with their scores, to a file, --rows_at_once at a
+    time."""
     rows = islice(rows_of(args), done, None)
     with (
         path.open("a" if done else "w", encoding="utf-8", newline="\n") as file,

@@ -2,13 +2,15 @@
 
     python examples/rerank_ray.py --model my-ranker --input pairs/ --output scored/ --workers 8 --gpus_per_worker 1
 
---input is a .jsonl or .parquet file, or a folder of one kind, with columns `query` and `passage`. --output is a folder
-of Parquet files with the same columns and `score`, in no order, so that rows should have an id. The script runs on the
-Ray cluster on which it is started (`ray job submit`, RAY_ADDRESS), or else on this machine. Every machine needs this
-package, and the model and the folders under the same paths.
+--input is a .jsonl or .parquet file, or a folder of one kind, with columns `query` and `passage`.
+--output is a folder of Parquet files with the same columns and `score`, in no order, so that rows
+should have an id. The script runs on the Ray cluster on which it is started (`ray job submit`,
+RAY_ADDRESS), or else on this machine. Every machine needs this package, and the model and the
+folders under the same paths.
 
-A worker that dies is replaced, and the rows that it had not passed on are scored again, so that every row is in the
-output once. The output appears when it is complete. Unlike `rerank.py`, an interrupted run starts anew.
+A worker that dies is replaced, and the rows that it had not passed on are scored again, so that
+every row is in the output once. The output appears when it is complete. Unlike `rerank.py`, an
+interrupted run starts anew.
 """
 
 import math
@@ -56,7 +58,8 @@ class RayArguments(ScoringArguments):
         super().validate()
 
     def validate_resources(self, cluster: dict[str, float]) -> None:
-        """Raise ValueError if the cluster has too few cores or GPUs, for which Ray would wait without end."""
+        """Raise ValueError if the cluster has too few cores or GPUs, for which Ray would wait
+        without end."""
         needed, available = self.workers * self.cpus_per_worker + 1, cluster.get("CPU", 0)
         if needed > available:
             raise ValueError(
@@ -92,7 +95,8 @@ class Scorer:
 
 
 def read(path: Path) -> ray.data.Dataset:
-    """Return the rows of a file or folder; raise ValueError if it has other kinds of files or columns."""
+    """Return the rows of a file or folder; raise ValueError if it has other kinds of files or
+    columns."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     kinds = {READERS.get(file.suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
@@ -111,7 +115,8 @@ def read(path: Path) -> ray.data.Dataset:
 
 def score(rows: ray.data.Dataset, total: int, args: RayArguments) -> ray.data.Dataset:
     """Return the rows with their scores, which the workers compute when they are written."""
-    # A worker takes a block at a time, and loses it when it dies, so that blocks are smaller than a file's.
+    # A worker takes a block at a time, and loses it when it dies, so that blocks are smaller than a
+    # file's.
     blocks = max(math.ceil(total / args.rows_per_batch), args.workers)
     return rows.repartition(blocks).map_batches(
         Scorer,
@@ -128,7 +133,8 @@ def score(rows: ray.data.Dataset, total: int, args: RayArguments) -> ray.data.Da
 
 
 def write_whole(scored: ray.data.Dataset, total: int, output: Path) -> None:
-    """Write the rows beside the output, count them, and put them into its place; exit if some are missing."""
+    """Write the rows beside the output, count them, and put them into its place; exit if some are
+    missing."""
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     scored.write_parquet(str(part.absolute()))

@@ -4,11 +4,13 @@
     python examples/superglue.py --task all --model google/gemma-2-2b --lora_r 16 --bf16 --seeds 1 2 3 --do_predict
     python examples/superglue.py --task cb --model examples/nano --data_dir superglue    # superglue/cb/train.jsonl ...
 
-The data is `aps/super_glue` on the Hub, or what is in `--data_dir`. A task is a row of the table `TASKS` in
-`modeling_gemma_encoder/finetuning/superglue.py`. Flags and folders are those of `glue.py`.
+The data is `aps/super_glue` on the Hub, or what is in `--data_dir`. A task is a row of the table
+`TASKS` in `modeling_gemma_encoder/finetuning/superglue.py`. Flags and folders are those of
+`glue.py`.
 
-The words that a question is about are marked in the text, [ like this ]. COPA and ReCoRD choose among candidates by the
-scores of a `GemmaEncoderForRanking`. AX-b and AX-g are scored with the model of RTE, which is trained first.
+The words that a question is about are marked in the text, [ like this ]. COPA and ReCoRD choose
+among candidates by the scores of a `GemmaEncoderForRanking`. AX-b and AX-g are scored with the
+model of RTE, which is trained first.
 """
 
 import json

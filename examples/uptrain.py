@@ -1,4 +1,5 @@
-"""Up-train a Gemma decoder as a bidirectional encoder on plain text, before it is fine-tuned on a task.
+"""Up-train a Gemma decoder as a bidirectional encoder on plain text, before it is fine-tuned on a
+task.
 
     python examples/uptrain.py --model examples/nano --objective mntp --text docstrings --output_dir runs/nano-mntp
     accelerate launch examples/uptrain.py --model google/gemma-2-2b --objective mlm --mask_rate 0.2 --bf16 \\
@@ -7,12 +8,13 @@
         --block_size 512 --per_device_train_batch_size 8 --learning_rate 2e-5 --output_dir runs/gemma-2-2b-mlm
     python examples/uptrain.py --model google/gemma-2-2b ... --lora_r 16 --dtype bfloat16 --bf16 --learning_rate 2e-4
 
-Both objectives hide tokens and predict them with the decoder's own head: "mlm" from the hidden token's own state,
-"mntp" from the state before it, as the decoder has learned (LLM2Vec, arXiv 2404.05961). The paper does no up-training.
-The result loads into every head: `GemmaEncoderForSequenceClassification.from_pretrained("runs/nano-mntp")`.
+Both objectives hide tokens and predict them with the decoder's own head: "mlm" from the hidden
+token's own state, "mntp" from the state before it, as the decoder has learned (LLM2Vec, arXiv
+2404.05961). The paper does no up-training. The result loads into every head:
+`GemmaEncoderForSequenceClassification.from_pretrained("runs/nano-mntp")`.
 
-The defaults are for a few million parameters. Every flag of `TrainingArguments` works. Run the same command again and
-it resumes from the last checkpoint.
+The defaults are for a few million parameters. Every flag of `TrainingArguments` works. Run the same
+command again and it resumes from the last checkpoint.
 """
 
 import copy
@@ -124,10 +126,12 @@ class UptrainingArguments(TextArguments):
 
 
 class Masking(TrainerCallback):
-    """Mask blocks as upstream does, but so that what is hidden depends on the seed, the epoch and the block alone.
+    """Mask blocks as upstream does, but so that what is hidden depends on the seed, the epoch and
+    the block alone.
 
-    Then neither the batch size nor an interruption changes it. The Trainer draws a batch before it needs it, so that a
-    checkpoint does not hold the global random state of that time. Rows that have `labels` are masked already.
+    Then neither the batch size nor an interruption changes it. The Trainer draws a batch before it
+    needs it, so that a checkpoint does not hold the global random state of that time. Rows that
+    have `labels` are masked already.
     """
 
     def __init__(self, tokenizer, vocab_size: int, seed: int, **options):
@@ -223,7 +227,8 @@ def make_encoder(options: UptrainingArguments, args: TrainingArguments, checkpoi
     softcap = getattr(model.config.text_config, "attn_logit_softcapping", None)
     refuse_training(options.attn_implementation, options.dropout, softcap, args)
     verify_attention(model)
-    # The layers have their dropout now. What is saved, checkpoints too, asks fine-tuning for the paper's again.
+    # The layers have their dropout now. What is saved, checkpoints too, asks fine-tuning for the
+    # paper's again.
     defaults = GemmaEncoderConfig()
     model.config.attention_dropout = defaults.attention_dropout
     model.config.feedforward_dropout = defaults.feedforward_dropout
@@ -238,7 +243,8 @@ def save_dtype(options: UptrainingArguments) -> torch.dtype:
 
 
 def round_weights(encoder: Encoder, dtype: torch.dtype) -> None:
-    """Merge adapters and round all weights to `dtype`, so that the perplexity after it is that of the saved weights."""
+    """Merge adapters and round all weights to `dtype`, so that the perplexity after it is that of
+    the saved weights."""
     if encoder.has_adapters:
         encoder.model.float()  # or the sum is rounded once more
         encoder.trained.merge_adapter()

@@ -1,7 +1,8 @@
-"""Gemma Encoder (arXiv 2503.02656): Gemma decoders as bidirectional encoders, for Hugging Face transformers.
+"""Gemma Encoder (arXiv 2503.02656): Gemma decoders as bidirectional encoders, for Hugging Face
+transformers.
 
-Importing this package registers its classes, so that `AutoModel...from_pretrained` needs no remote code. It needs torch
-and transformers only; what stands in `_LAZY` is imported when it is asked for.
+Importing this package registers its classes, so that `AutoModel...from_pretrained` needs no remote
+code. It needs torch and transformers only; what stands in `_LAZY` is imported when it is asked for.
 """
 
 from importlib import import_module

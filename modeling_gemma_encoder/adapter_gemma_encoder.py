@@ -1,7 +1,8 @@
 """Reading an adapter: where it is, the options it was trained with, and its weights.
 
-An adapter's folder holds PEFT's `adapter_config.json`, the weights in `adapter_model.safetensors`, and the encoder's
-`config.json`. PEFT names the weights `base_model.model.<parameter>`, without the name of the adapter.
+An adapter's folder holds PEFT's `adapter_config.json`, the weights in `adapter_model.safetensors`,
+and the encoder's `config.json`. PEFT names the weights `base_model.model.<parameter>`, without the
+name of the adapter.
 """
 
 import json
@@ -27,7 +28,8 @@ WHOLE_MODEL = ("model.safetensors", "model.safetensors.index.json")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the report that a decoder has no head, which an adapter or a checkpoint is about to bring."""
+    """Silence the report that a decoder has no head, which an adapter or a checkpoint is about to
+    bring."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -37,7 +39,8 @@ def quiet() -> Iterator[None]:
 
 
 def find_adapter(path: Any, where: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the PEFT config at `path`; None if there is none, or if the folder also holds a whole model."""
+    """Return the PEFT config at `path`; None if there is none, or if the folder also holds a whole
+    model."""
     if not isinstance(path, str | Path) or split_gguf(path)[1] is not None:
         return None
     folder = Path(path) / where.get("subfolder", "")

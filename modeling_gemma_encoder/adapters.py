@@ -1,7 +1,8 @@
-"""Adapters: a few trained weights beside a frozen decoder, and a head and a pooler that are trained in full.
+"""Adapters: a few trained weights beside a frozen decoder, and a head and a pooler that are trained
+in full.
 
-LoRA: arXiv 2106.09685. LoRA on every linear layer and over 4-bit weights: QLoRA, arXiv 2305.14314. Importing this
-module registers with PEFT which layers of a Gemma Encoder to adapt.
+LoRA: arXiv 2106.09685. LoRA on every linear layer and over 4-bit weights: QLoRA, arXiv 2305.14314.
+Importing this module registers with PEFT which layers of a Gemma Encoder to adapt.
 """
 
 import itertools
@@ -26,9 +27,11 @@ from .precision_gemma_encoder import computes_in_bf16
 
 HEADS = {model.__name__: model for model in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
 
-# Every linear layer of the decoder, as QLoRA found best (section 4, figure 2); our choice of default.
+# Every linear layer of the decoder, as QLoRA found best (section 4, figure 2); our choice of
+# default.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# PEFT's other methods adapt the layers that they adapt in Gemma 2. "norm" alone would also mean a layer of our head.
+# PEFT's other methods adapt the layers that they adapt in Gemma 2. "norm" alone would also mean a
+# layer of our head.
 for name, modules in vars(constants).items():
     if name.endswith("_MODULES_MAPPING") and "gemma2" in modules:
         of_decoder = [{"norm": "model.norm"}.get(module, module) for module in modules["gemma2"]]
@@ -37,15 +40,18 @@ constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[GemmaEncoderConfig.
 
 
 class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
-    """Train and save a Gemma Encoder with adapters; the encoder's config and code are saved beside the weights.
+    """Train and save a Gemma Encoder with adapters; the encoder's config and code are saved beside
+    the weights.
 
-    `GemmaEncoderForSequenceClassification.from_pretrained(folder)` loads it again, over the decoder it was trained on.
+    `GemmaEncoderForSequenceClassification.from_pretrained(folder)` loads it again, over the decoder
+    it was trained on.
     """
 
     def save_pretrained(
         self, save_directory: str, safe_serialization: bool = True, selected_adapters: list[str] | None = None, **kwargs
     ) -> None:
-        """Save adapters as PEFT does: "default" in `save_directory`, and others in folders of their own in it."""
+        """Save adapters as PEFT does: "default" in `save_directory`, and others in folders of their
+        own in it."""
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: pickled weights run code when they are loaded.")
         with all_or_nothing(save_directory) as part:
@@ -70,7 +76,8 @@ class GemmaEncoderPeftModel(PeftModelForSequenceClassification):
 
 
 def refuse_stock_head(path: Path) -> None:
-    """Add to an adapter's file the weight that `StockHeadGuard` adds, which sharded and older models lack."""
+    """Add to an adapter's file the weight that `StockHeadGuard` adds, which sharded and older
+    models lack."""
     tensors = load_file(path)
     if any(name.endswith(".score.weight") for name in tensors):
         return
@@ -86,11 +93,11 @@ def add_lora(
     dropout: float = 0.05,
     target_modules: list[str] | None = None,
 ) -> GemmaEncoderPeftModel:
-    """
-    Add LoRA to the decoder's linear layers, and train the head and a pooler that has parameters in full.
+    """Add LoRA to the decoder's linear layers, and train the head and a pooler that has parameters
+    in full.
 
-    Head and pooler are trained and saved in fp32. Over a bf16 decoder a pooler is in bf16 as well, whose steps are too
-    coarse for small updates.
+    Head and pooler are trained and saved in fp32. Over a bf16 decoder a pooler is in bf16 as well,
+    whose steps are too coarse for small updates.
 
     Args:
         r: Rank of an update. The default, like that of `dropout`, is our choice.
@@ -98,8 +105,8 @@ def add_lora(
         target_modules: Names of the layers. The default is every linear layer of the decoder.
 
     Raises:
-        ValueError: `model` has no head, has an adapter, has no layers of these names, or has another vocabulary than
-            the checkpoint it came from.
+        ValueError: `model` has no head, has an adapter, has no layers of these names, or has
+            another vocabulary than the checkpoint it came from.
     """
     target_modules = list(target_modules or TARGET_MODULES)
     refuse_to_adapt(model, target_modules)
@@ -140,7 +147,8 @@ def refuse_to_adapt(model: PreTrainedModel, target_modules: list[str]) -> None:
 
 
 def add_lora_alone(model: PreTrainedModel, r: int, alpha: int | None = None, dropout: float = 0.05) -> PeftModel:
-    """Add LoRA to the decoder's linear layers and train nothing else, to be merged after up-training."""
+    """Add LoRA to the decoder's linear layers and train nothing else, to be merged after
+    up-training."""
     alpha = 2 * r if alpha is None else alpha
     return PeftModel(
         model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGET_MODULES))
@@ -148,19 +156,21 @@ def add_lora_alone(model: PreTrainedModel, r: int, alpha: int | None = None, dro
 
 
 def merge(adapter: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, **where) -> PreTrainedModel:
-    """
-    Merge an adapter into its decoder, and write the model, its tokenizer and the results of its run into `folder`.
+    """Merge an adapter into its decoder, and write the model, its tokenizer and the results of its
+    run into `folder`.
 
-    An adapter that was trained over 4-bit weights was trained for those; it is merged into the full weights.
+    An adapter that was trained over 4-bit weights was trained for those; it is merged into the full
+    weights.
 
     Args:
         adapter: The folder of a training run, or a repository.
-        dtype: The dtype of what is written. bfloat16 loses updates that are small beside their weights.
+        dtype: The dtype of what is written. bfloat16 loses updates that are small beside their
+            weights.
         where: `revision`, `token` and others of `from_pretrained`, for the adapter.
 
     Raises:
-        ValueError: `adapter` is not an adapter of a Gemma Encoder, or `folder` holds an adapter, which would be applied
-            to the merged model again when it is loaded.
+        ValueError: `adapter` is not an adapter of a Gemma Encoder, or `folder` holds an adapter,
+            which would be applied to the merged model again when it is loaded.
     """
     if (Path(folder) / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter: write the merged model elsewhere.")
@@ -202,7 +212,8 @@ def load_full_base(adapter: str | Path, config: GemmaEncoderConfig, where: dict[
 
 
 def copy_results(source: Path, target: Path) -> None:
-    """Copy the settings and results of a training run, for a model card; nothing if `source` is of no such run."""
+    """Copy the settings and results of a training run, for a model card; nothing if `source` is of
+    no such run."""
     if not (source / "run.json").exists():
         return
     names = ("run.json", "training.json", "results.json", "*/results.json")
@@ -216,7 +227,8 @@ def four_bit() -> BitsAndBytesConfig:
     """
     Return the config with which QLoRA loads a decoder: NF4 with double quantization.
 
-    It computes in bf16, or in fp32 on a device that is slow in bf16. Head and pooler are not quantized.
+    It computes in bf16, or in fp32 on a device that is slow in bf16. Head and pooler are not
+    quantized.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return BitsAndBytesConfig(

@@ -1,13 +1,14 @@
 """Attention of an encoder: which tokens see which, unpadding, the attention function, and masks.
 
-The default execution, `attn_implementation="gemma_encoder_unpadded"`, drops padding before the embedding and runs the
-decoder's own layers on (1, total_tokens, hidden). Sequences have a batch dimension only inside attention, in buckets of
-similar lengths, so the side, amount and ids of padding cannot matter. Upstream's "eager", "sdpa" and "flex_attention"
-run on padded batches with masks made here, for torch.compile, torch.export and comparison. Flash attention runs
-unpadded by its own means.
+The default execution, `attn_implementation="gemma_encoder_unpadded"`, drops padding before the
+embedding and runs the decoder's own layers on (1, total_tokens, hidden). Sequences have a batch
+dimension only inside attention, in buckets of similar lengths, so the side, amount and ids of
+padding cannot matter. Upstream's "eager", "sdpa" and "flex_attention" run on padded batches with
+masks made here, for torch.compile, torch.export and comparison. Flash attention runs unpadded by
+its own means.
 
-A reach (left, right) says how many tokens before and after itself a token sees; None means no limit. Every backend is
-given the same reach:
+A reach (left, right) says how many tokens before and after itself a token sees; None means no
+limit. Every backend is given the same reach:
 
 | layer                            | attention="causal" | attention="bidirectional" |
 | -------------------------------- | ------------------ | ------------------------- |
@@ -15,8 +16,9 @@ given the same reach:
 | sliding, the decoder's window W  | (W - 1, 0)         | (W, W)                    |
 | any, with `attention_window` r   | at most (r, 0)     | at most (r, r)            |
 
-(W, W) is what upstream's masks give a decoder whose `is_causal` is False. A decoder that was itself trained
-bidirectionally (EmbeddingGemma's `use_bidirectional_attention`) counts its window exclusively: (W - 1, W - 1).
+(W, W) is what upstream's masks give a decoder whose `is_causal` is False. A decoder that was itself
+trained bidirectionally (EmbeddingGemma's `use_bidirectional_attention`) counts its window
+exclusively: (W - 1, W - 1).
 """
 
 from itertools import pairwise
@@ -37,7 +39,8 @@ Reach = tuple[int | None, int | None]
 
 
 def layer_reach(config, layer_type: str) -> Reach:
-    """Return the reach of a decoder layer of `layer_type` under a `GemmaEncoderConfig`, by the table above."""
+    """Return the reach of a decoder layer of `layer_type` under a `GemmaEncoderConfig`, by the
+    table above."""
     causal = config.attention == "causal"
     limits = [config.attention_window] if config.attention_window is not None else []
     if layer_type == "sliding_attention":
@@ -49,17 +52,20 @@ def layer_reach(config, layer_type: str) -> Reach:
 
 
 def layer_type_of(attention: nn.Module) -> str:
-    """Return the layer type of a decoder's attention module; "full_attention" if the module names none."""
+    """Return the layer type of a decoder's attention module; "full_attention" if the module names
+    none."""
     return getattr(attention, "layer_type", None) or "full_attention"
 
 
 def has_one_type(decoder: nn.Module) -> bool:
-    """Return whether all layers take the same mask, and not one for each layer type, as in Gemma 1 and Llama."""
+    """Return whether all layers take the same mask, and not one for each layer type, as in Gemma 1
+    and Llama."""
     return not hasattr(decoder.layers[0].self_attn, "layer_type")
 
 
 def set_reach(attention: nn.Module, config) -> None:
-    """Set the reach of a decoder's attention module, and the attributes that backends read in its place."""
+    """Set the reach of a decoder's attention module, and the attributes that backends read in its
+    place."""
     attention.reach = layer_reach(config, layer_type_of(attention))
     attention.is_causal = config.attention == "causal"
     # Flash attention takes windows from here and counts them exclusively; the others take masks.
@@ -67,7 +73,8 @@ def set_reach(attention: nn.Module, config) -> None:
 
 
 def within_reach(queries: torch.Tensor, keys: torch.Tensor, reach: Reach) -> torch.Tensor:
-    """Return whether tokens at positions `queries` see tokens at positions `keys`; shapes broadcast."""
+    """Return whether tokens at positions `queries` see tokens at positions `keys`; shapes
+    broadcast."""
     left, right = reach
     seen = torch.ones_like(queries - keys, dtype=torch.bool)
     if left is not None:
@@ -95,15 +102,17 @@ class Bucket(NamedTuple):
         return states.unflatten(0, (self.batch, self.length))
 
     def unpad(self, states: torch.Tensor) -> torch.Tensor:
-        """Drop the padding of states (batch, length, heads, head_dim): (1, tokens, heads, head_dim)."""
+        """Drop the padding of states (batch, length, heads, head_dim): (1, tokens, heads,
+        head_dim)."""
         states = states.flatten(0, 1)
         return (states if self.padded is None else states[self.padded])[None]
 
     def attend(self, module, query, key, value, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute attention within each sequence: (1, tokens, heads, head_dim).
 
-        Soft-capping and returned weights need `dense_attention`. Everything else runs in torch's fused function, except
-        on a CPU for short sequences and in bf16, where that takes up to twice as long (torch 2.13).
+        Soft-capping and returned weights need `dense_attention`. Everything else runs in torch's
+        fused function, except on a CPU for short sequences and in bf16, where that takes up to
+        twice as long (torch 2.13).
         """
         query, key, value = self.pad(query), self.pad(key), self.pad(value)
         mask, softcap = self.masks[module.reach], kwargs.get("softcap")
@@ -121,12 +130,13 @@ class Bucket(NamedTuple):
 
 
 def dense_attention(query, key, value, mask, scaling: float, softcap: float | None = None, dropout: float = 0.0):
-    """
-    Compute softmax(cap(Q K^T * scaling) + mask) V with cap(x) = softcap * tanh(x / softcap) (Gemma 2, arXiv 2408.00118,
-    section 2). The query heads of a key head are rows of one matrix, so that there are two matrix products.
+    """Compute softmax(cap(Q K^T * scaling) + mask) V with cap(x) = softcap * tanh(x / softcap)
+    (Gemma 2, arXiv 2408.00118, section 2). The query heads of a key head are rows of one matrix, so
+    that there are two matrix products.
 
     Args:
-        query: (batch, length, heads, head_dim). Key and value may have fewer heads, each for several of the query.
+        query: (batch, length, heads, head_dim). Key and value may have fewer heads, each for
+            several of the query.
         mask: (batch or 1, length or 1, length), True where a key is seen; None if all are seen.
         dropout: The share of weights that is dropped; 0 unless the model is training.
 
@@ -160,7 +170,8 @@ class Unpadding(NamedTuple):
     buckets: list[Bucket] | None = None  # of the tokens in their order
 
     def attend(self, module, query, key, value, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute attention by bucket: (1, heads, total_tokens, head_dim) -> (1, total_tokens, heads, head_dim)."""
+        """Compute attention by bucket: (1, heads, total_tokens, head_dim) -> (1, total_tokens,
+        heads, head_dim)."""
         if len(self.buckets) == 1:
             return self.buckets[0].attend(module, query, key, value, **kwargs)
         sizes = [bucket.tokens for bucket in self.buckets]
@@ -171,7 +182,8 @@ class Unpadding(NamedTuple):
 def unpadded_attention(module, query, key, value, attention_mask, unpadding: Unpadding | None = None, **kwargs):
     """Compute attention for `AttentionInterface`.
 
-    The method of the batch does the work, so that two versions of this file can be loaded in one process.
+    The method of the batch does the work, so that two versions of this file can be loaded in one
+    process.
     """
     if unpadding is None:
         raise ValueError(
@@ -189,8 +201,8 @@ AttentionInterface.register(UNPADDED, unpadded_attention)
 def unpad(mask: torch.Tensor, longest_first: bool = False) -> Unpadding:
     """Find the real tokens of a boolean mask (batch, seq_len).
 
-    With `longest_first`, the sequences are put in descending order of their lengths. The lengths are read back from the
-    device.
+    With `longest_first`, the sequences are put in descending order of their lengths. The lengths
+    are read back from the device.
     """
     counts = mask.sum(-1)
     lengths, positions = counts.tolist(), mask.cumsum(-1) - 1
@@ -208,8 +220,9 @@ def unpad(mask: torch.Tensor, longest_first: bool = False) -> Unpadding:
 def split_by_length(lengths: list[int]) -> list[int]:
     """Return how many sequences attention takes at a time; `lengths` are in descending order.
 
-    A bucket holds the sequences at least three quarters as long as its first, and more if another call would cost more
-    than it saves. Padding within a bucket costs its square in attention. The numbers are our choice.
+    A bucket holds the sequences at least three quarters as long as its first, and more if another
+    call would cost more than it saves. Padding within a bucket costs its square in attention. The
+    numbers are our choice.
     """
     sizes, first = [], 0
     for number, length in enumerate(lengths):
@@ -222,7 +235,8 @@ def split_by_length(lengths: list[int]) -> list[int]:
 
 @torch.compiler.disable(reason=PADDED_ONLY)
 def with_buckets(unpadding: Unpadding, reaches: set[Reach], split: bool) -> Unpadding:
-    """Add the buckets that `Unpadding.attend` needs for layers of these reaches: several if `split`, else one."""
+    """Add the buckets that `Unpadding.attend` needs for layers of these reaches: several if
+    `split`, else one."""
     lengths = [length for length in unpadding.lengths if length or not split]
     buckets, first = [], 0
     for size in split_by_length(lengths) if split else [len(lengths)]:
@@ -239,7 +253,8 @@ def _bucket(lengths: list[int], reaches: set[Reach], device: torch.device) -> Bu
     masks = {}
     for reach in reaches:
         if all(limit is None or limit >= length - 1 for limit in reach):
-            # Only padding is hidden. A sequence of none but padding sees it all: a row that sees nothing is NaN.
+            # Only padding is hidden. A sequence of none but padding sees it all: a row that sees
+            # nothing is NaN.
             mask = None if tokens == batch * length else (real | ~real[:, :1])[:, None]
         else:
             mask = within_reach(steps[:, None], steps[None, :], reach)[None]
@@ -253,9 +268,11 @@ def _bucket(lengths: list[int], reaches: set[Reach], device: torch.device) -> Bu
 def padded_mask(mask: torch.Tensor, positions: torch.Tensor, reach: Reach, config, dtype: torch.dtype):
     """Return the mask of a padded batch in the form that `config._attn_implementation` takes.
 
-    Distances are those of `positions` (batch, seq_len), which count real tokens only, so padding cannot shift a window.
+    Distances are those of `positions` (batch, seq_len), which count real tokens only, so padding
+    cannot shift a window.
     """
-    # Padding takes the position of its neighbor, and rows of padding see one another: no row sees nothing (NaN).
+    # Padding takes the position of its neighbor, and rows of padding see one another: no row sees
+    # nothing (NaN).
     keys = mask | ~mask.any(-1, keepdim=True)
 
     def seen(batch, head, query, key):

@@ -18,12 +18,14 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     Use it as `config.update(fit(logits, labels))`.
 
     Args:
-        logits: (n, num_labels) of classes, whose bias is 0; or (n,) or (n, num_labels) of independent labels.
-        labels: Numbers of the classes, (n,); or 0 and 1 in the shape of `logits`. -100 is ignored. They must be held
-            out, since training rows give a temperature that is too low.
+        logits: (n, num_labels) of classes, whose bias is 0; or (n,) or (n, num_labels) of
+            independent labels.
+        labels: Numbers of the classes, (n,); or 0 and 1 in the shape of `logits`. -100 is ignored.
+            They must be held out, since training rows give a temperature that is too low.
 
     Raises:
-        ValueError: shapes do not match, all labels are the same, or logits are not higher where labels are 1.
+        ValueError: shapes do not match, all labels are the same, or logits are not higher where
+            labels are 1.
     """
     scores, labels = labeled_rows(logits, labels)
     classes = scores.dim() > labels.dim()
@@ -46,7 +48,8 @@ def fit(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def labeled_rows(logits: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and labels without those labeled -100. Raise ValueError if nothing can be fitted to them."""
+    """Return logits and labels without those labeled -100. Raise ValueError if nothing can be
+    fitted to them."""
     scores, labels = torch.as_tensor(logits, dtype=torch.float64), torch.as_tensor(np.asarray(labels))
     classes = scores.dim() == 2 and labels.dim() == 1
     if scores.shape[: 1 if classes else None] != labels.shape:
@@ -63,7 +66,8 @@ def labeled_rows(logits: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, 
 
 
 def calibration_error(confidences: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Compute the expected calibration error, the mean of |accuracy - confidence| over bins (arXiv 1706.04599)."""
+    """Compute the expected calibration error, the mean of |accuracy - confidence| over bins (arXiv
+    1706.04599)."""
     place = np.minimum((confidences * bins).astype(int), bins - 1)
     gaps = [abs(right[place == b].mean() - confidences[place == b].mean()) * (place == b).mean() for b in set(place)]
     return float(sum(gaps))

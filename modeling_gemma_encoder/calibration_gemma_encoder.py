@@ -4,11 +4,12 @@ import torch
 
 
 def probabilities(logits: torch.Tensor, config, one_of_several: bool) -> torch.Tensor:
-    """
-    Return softmax(z / T) over the last dimension if a text has one of several classes, else sigmoid((z - b) / T).
+    """Return softmax(z / T) over the last dimension if a text has one of several classes, else
+    sigmoid((z - b) / T).
 
-    T is `config.calibration_temperature` and b is `config.calibration_bias`. Temperature scaling: Guo et al., arXiv
-    1706.04599. The bias is Platt's; scores need it if their zero has no meaning, as with a listwise loss.
+    T is `config.calibration_temperature` and b is `config.calibration_bias`. Temperature scaling:
+    Guo et al., arXiv 1706.04599. The bias is Platt's; scores need it if their zero has no meaning,
+    as with a listwise loss.
 
     Raises:
         ValueError: no temperature was fitted.

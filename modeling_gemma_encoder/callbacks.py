@@ -1,4 +1,5 @@
-"""Callbacks for the Trainer: `KeepMemory` makes training on a CPU faster, `StepTimer` measures its speed."""
+"""Callbacks for the Trainer: `KeepMemory` makes training on a CPU faster, `StepTimer` measures its
+speed."""
 
 import ctypes
 import statistics
@@ -11,13 +12,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """
-    Set this process's allocator to keep freed memory, and return whether that was possible (it is with glibc alone).
+    """Set this process's allocator to keep freed memory, and return whether that was possible (it
+    is with glibc alone).
 
-    By default every large tensor is mapped when it is made and unmapped when it is freed, and its pages are fetched one
-    by one in between. This happens in every step to the gradient of a vocabulary of 262,144 tokens, 670 MB for Gemma 3
-    270M; benchmarks/README.md has the times. With freed memory kept, the process stays at its largest size, and
-    grows by the gaps between tensors of varying sizes. Do not use it if memory is short.
+    By default every large tensor is mapped when it is made and unmapped when it is freed, and its
+    pages are fetched one by one in between. This happens in every step to the gradient of a
+    vocabulary of 262,144 tokens, 670 MB for Gemma 3 270M; benchmarks/README.md has the times. With
+    freed memory kept, the process stays at its largest size, and grows by the gaps between tensors
+    of varying sizes. Do not use it if memory is short.
     """
     if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
@@ -33,9 +35,11 @@ class KeepMemory(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Time each optimizer step once its batch is loaded; compiling, evaluation and pauses do not change the median.
+    """Time each optimizer step once its batch is loaded; compiling, evaluation and pauses do not
+    change the median.
 
-    The number of steps that a logged training loss is the mean of is logged beside it, as `loss_steps`.
+    The number of steps that a logged training loss is the mean of is logged beside it, as
+    `loss_steps`.
     """
 
     def __init__(self):
@@ -65,7 +69,8 @@ class StepTimer(TrainerCallback):
         return state.num_input_tokens_seen / state.global_step / statistics.median(self.seconds)
 
     def real_tokens_per_second(self) -> float | None:
-        """Return the tokens of all steps since training began or was resumed, over their time; for steps of any length.
+        """Return the tokens of all steps since training began or was resumed, over their time; for
+        steps of any length.
 
         Padding does not count if the Trainer's `include_num_input_tokens_seen` is "non_padding".
         """

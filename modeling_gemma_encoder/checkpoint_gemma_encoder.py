@@ -1,4 +1,5 @@
-"""Rules for checkpoints: safetensors only, complete, and without files from outside. Writing one is all or nothing.
+"""Rules for checkpoints: safetensors only, complete, and without files from outside. Writing one is
+all or nothing.
 
 SECURITY.md says which threats these rules are against.
 """
@@ -33,13 +34,14 @@ CLASSES = (*PARTS, "GemmaEncoderForMaskedLM")  # classes that save checkpoints o
 POOLING_OPTIONS = ("pooling", "pooling_num_probes", "pooling_num_heads")
 # Options that decide which weights a pooler and a head have.
 WEIGHT_OPTIONS = (*POOLING_OPTIONS, "classifier_hidden_sizes", "num_labels")
-# Options that decide what trained weights compute: with others an adapter would load, and score otherwise.
+# Options that decide what trained weights compute: with others an adapter would load, and score
+# otherwise.
 TRAINED_OPTIONS = (*POOLING_OPTIONS, "pooling_k", "attention", "attention_window", "label_mean", "label_std")
 
 
 def only_settings(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """
-    Return a config file's content, and that of its `text_config`, without the settings that only the caller may choose.
+    """Return a config file's content, and that of its `text_config`, without the settings that
+    only the caller may choose.
 
     Raises:
         ValueError: the file asks for a kind of quantized weights whose loader may fetch code.
@@ -68,7 +70,8 @@ def refuse_paths(folder: Path) -> None:
 
 
 def refuse_model_with_adapter(folder: Path) -> None:
-    """Raise ValueError if a folder of a whole model also holds an adapter, which upstream would apply to it."""
+    """Raise ValueError if a folder of a whole model also holds an adapter, which upstream would
+    apply to it."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds a whole model and an adapter, which would be applied to it. Keep one of them: "
@@ -79,8 +82,8 @@ def refuse_model_with_adapter(folder: Path) -> None:
 def refuse_incomplete(
     source, missing: list[str], unexpected: list[str], saved: PreTrainedConfig, loaded: PreTrainedConfig
 ) -> None:
-    """
-    Raise ValueError if the weights of a checkpoint do not match its config. Upstream only warns, and draws new ones.
+    """Raise ValueError if the weights of a checkpoint do not match its config. Upstream only
+    warns, and draws new ones.
 
     Args:
         source: The checkpoint's folder or repository.
@@ -132,7 +135,8 @@ def _few(names: list[str]) -> str:
 
 
 def refuse_other_class(source, saved: PreTrainedConfig, model_class: type) -> None:
-    """Raise ValueError if a user's own class was saved and another class loads it, which may pool in another way."""
+    """Raise ValueError if a user's own class was saved and another class loads it, which may pool
+    in another way."""
     known = {*CLASSES, *(parent.__name__ for parent in model_class.__mro__)}
     if others := [name for name in saved.architectures or () if name not in known]:
         raise ValueError(
@@ -145,10 +149,11 @@ def refuse_other_class(source, saved: PreTrainedConfig, model_class: type) -> No
 
 @contextmanager
 def all_or_nothing(folder: str | Path) -> Iterator[Path]:
-    """
-    Give a folder to write a checkpoint into, whose files are moved to `folder` when all of them are written.
+    """Give a folder to write a checkpoint into, whose files are moved to `folder` when all of them
+    are written.
 
-    If writing is interrupted, the old files stay as they were. Old weights in another number of files are removed.
+    If writing is interrupted, the old files stay as they were. Old weights in another number of
+    files are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

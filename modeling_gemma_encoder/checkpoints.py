@@ -1,4 +1,5 @@
-"""Reading checkpoints in other ways than as an encoder: tokenizers, upstream's own models, and GGUF files."""
+"""Reading checkpoints in other ways than as an encoder: tokenizers, upstream's own models, and GGUF
+files."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +18,8 @@ LOADING = (
 
 
 def load_tokenizer(checkpoint: str | Path, **options) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder, a repository or a GGUF file; `options` are those of `AutoTokenizer`."""
+    """Return the tokenizer of a folder, a repository or a GGUF file; `options` are those of
+    `AutoTokenizer`."""
     source, gguf_file = split_gguf(checkpoint)
     if gguf_file is None:
         return _without_loading(AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **options))
@@ -38,7 +40,8 @@ def _without_loading(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def _adds_bos(path: str) -> bool:
-    """Return whether texts begin with <bos> by a GGUF file's metadata; by default they do for SentencePiece models."""
+    """Return whether texts begin with <bos> by a GGUF file's metadata; by default they do for
+    SentencePiece models."""
     from transformers.integrations.gguf import read_gguf_metadata
 
     metadata, _ = read_gguf_metadata(path)
@@ -46,7 +49,8 @@ def _adds_bos(path: str) -> bool:
 
 
 def load_upstream(auto_class: type, checkpoint: str | Path, dtype: torch.dtype, **options) -> PreTrainedModel:
-    """Return a model of upstream's own class for `auto_class`, such as `AutoModelForCausalLM`, GGUF files included."""
+    """Return a model of upstream's own class for `auto_class`, such as `AutoModelForCausalLM`, GGUF
+    files included."""
     source, gguf_file = split_gguf(checkpoint)
     options = {name: value for name, value in options.items() if value is not None}
     if gguf_file is None:

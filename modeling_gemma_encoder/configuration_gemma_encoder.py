@@ -1,7 +1,9 @@
-"""The configuration of a Gemma Encoder: a Gemma decoder's own config, and the choices that make it an encoder.
+"""The configuration of a Gemma Encoder: a Gemma decoder's own config, and the choices that make it
+an encoder.
 
-Gemma Encoder (arXiv 2503.02656) = decoder weights + bidirectional attention + pooler + task layers + dropout.
-`text_config` is the decoder's own config. Every other field answers one question of the paper.
+Gemma Encoder (arXiv 2503.02656) = decoder weights + bidirectional attention + pooler + task layers
++ dropout. `text_config` is the decoder's own config. Every other field answers one question of the
+paper.
 """
 
 import copy
@@ -17,7 +19,8 @@ from transformers.utils.type_validators import as_validated_field, interval
 from .checkpoint_gemma_encoder import CLASSES, only_settings
 from .gguf_gemma_encoder import gguf_config, hub_options, split_gguf
 
-# Decoders whose layers can run bidirectionally here, by `model_type`: the paper's, and two other families.
+# Decoders whose layers can run bidirectionally here, by `model_type`: the paper's, and two other
+# families.
 DECODERS = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "llama", "qwen2", "qwen3")
 # Multimodal configs whose text tower is one of them.
 MULTIMODAL = ("gemma3", "gemma4")
@@ -85,7 +88,8 @@ class OfDecoder(property):
 
 
 def _of_decoder(name: str) -> OfDecoder:
-    """Return a property that reads and writes a field of `text_config`, so that there is one copy of it."""
+    """Return a property that reads and writes a field of `text_config`, so that there is one copy
+    of it."""
 
     def read(self):
         try:
@@ -106,49 +110,59 @@ MaskedLMObjective = Literal["mlm", "mntp"]
 
 @strict
 class GemmaEncoderConfig(PreTrainedConfig):
-    r"""
-    Store the configuration of a Gemma Encoder. A raw Gemma `config.json` (Gemma 1, 2, 3, 4; multimodal Gemma 3 and 4 by
-    their text tower) loads through [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`; so does one
-    of Llama, Qwen 2 or Qwen 3.
+    r"""Store the configuration of a Gemma Encoder. A raw Gemma `config.json` (Gemma 1, 2, 3, 4;
+    multimodal Gemma 3 and 4 by their text tower) loads through
+    [`~GemmaEncoderConfig.from_pretrained`] and becomes the `text_config`; so does one of Llama,
+    Qwen 2 or Qwen 3.
 
-    Options count when a model is built or loaded. One that is assigned to `model.config` later does not change what
-    runs; `verify_attention` raises if it is an option of attention.
+    Options count when a model is built or loaded. One that is assigned to `model.config` later does
+    not change what runs; `verify_attention` raises if it is an option of attention.
 
     Args:
         text_config: The decoder's own config, or its dict. By default Gemma 2's.
-        attention: Whether a token sees all others ("bidirectional", the paper) or only earlier ones ("causal", the
-            decoder's own mask). Flags of the decoder, such as `is_causal` or `use_bidirectional_attention`, have no
-            effect.
-        attention_window: Radius r: a token sees tokens at distance |i - j| <= r, in every layer and on top of the
-            decoder's own sliding layers. Distances are counted in tokens, not in padding. `None` for no limit.
+        attention: Whether a token sees all others ("bidirectional", the paper) or only earlier ones
+            ("causal", the decoder's own mask). Flags of the decoder, such as `is_causal` or
+            `use_bidirectional_attention`, have no effect.
+        attention_window: Radius r: a token sees tokens at distance |i - j| <= r, in every layer and
+            on top of the decoder's own sliding layers. Distances are counted in tokens, not in
+            padding. `None` for no limit.
         pooling: How token states become one vector, a key of `POOLERS`.
-        pooling_k: Number of tokens averaged by "first_k" and "last_k". Paper: unstated; 1 is our choice.
+        pooling_k: Number of tokens averaged by "first_k" and "last_k". Paper: unstated; 1 is our
+            choice.
         pooling_num_probes: Number of learned latents of "query_probe" and "kv_probe". Our choice.
-        pooling_num_heads: Attention heads of "query_probe" and "kv_probe"; divides the hidden size. Our choice.
+        pooling_num_heads: Attention heads of "query_probe" and "kv_probe"; divides the hidden size.
+            Our choice.
         attention_dropout: Probability of dropping an attention weight while training (paper: 0.1).
-        feedforward_dropout: Probability of dropping an element of a feed-forward block's output while training, where
-            it enters the residual stream (paper: 0.1).
+        feedforward_dropout: Probability of dropping an element of a feed-forward block's output
+            while training, where it enters the residual stream (paper: 0.1).
         classifier_hidden_sizes: Sizes of the task MLP's hidden layers; empty for one linear layer.
-        classifier_activation: Activation between the task MLP's layers, a key of transformers' `ACT2FN`.
-        classifier_dropout: Probability of dropping an input of each of the task MLP's layers while training; None is 0.
-        ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`. The targets of "softmax" and "poly1"
-            sum to one in every list; "rankt5_softmax" and "rankt5_poly1" weigh a list by its sum of grades (the paper).
-        list_chunk_size: Documents of a batch that `GemmaEncoderForRanking` encodes at a time; the chunks are computed
-            again in the backward pass, so that memory does not grow with the lists. `None` for all at once.
-        label_mean, label_std: Mean and standard deviation of a regression's labels, one number for each label. The head
-            learns `(label - label_mean) / label_std`, and `logits` are in the labels' own units. With `None` the
-            head learns the labels as they are.
-        calibration_temperature, calibration_bias: `probabilities` of a classifier or ranker subtracts the bias from the
-            logits, and divides by the temperature, which is `None` until it was fitted.
-        masked_lm_objective: Which state predicts a token in `GemmaEncoderForMaskedLM`: its own ("mlm"), or the one
-            before it ("mntp", masked next-token prediction).
-        int8_weights: Whether the decoder's linear layers hold int8 weights, as `quantize_int8` made them. It describes
-            a checkpoint; it does not make one.
-        problem_type: Which loss a classifier has, as in transformers. `None`: it is inferred from the labels.
+        classifier_activation: Activation between the task MLP's layers, a key of transformers'
+            `ACT2FN`.
+        classifier_dropout: Probability of dropping an input of each of the task MLP's layers while
+            training; None is 0.
+        ranking_loss: Loss of `GemmaEncoderForRanking`, a key of `RANKING_LOSSES`. The targets of
+            "softmax" and "poly1" sum to one in every list; "rankt5_softmax" and "rankt5_poly1"
+            weigh a list by its sum of grades (the paper).
+        list_chunk_size: Documents of a batch that `GemmaEncoderForRanking` encodes at a time; the
+            chunks are computed again in the backward pass, so that memory does not grow with the
+            lists. `None` for all at once.
+        label_mean, label_std: Mean and standard deviation of a regression's labels, one number for
+            each label. The head learns `(label - label_mean) / label_std`, and `logits` are in the
+            labels' own units. With `None` the head learns the labels as they are.
+        calibration_temperature, calibration_bias: `probabilities` of a classifier or ranker
+            subtracts the bias from the logits, and divides by the temperature, which is `None`
+            until it was fitted.
+        masked_lm_objective: Which state predicts a token in `GemmaEncoderForMaskedLM`: its own
+            ("mlm"), or the one before it ("mntp", masked next-token prediction).
+        int8_weights: Whether the decoder's linear layers hold int8 weights, as `quantize_int8` made
+            them. It describes a checkpoint; it does not make one.
+        problem_type: Which loss a classifier has, as in transformers. `None`: it is inferred from
+            the labels.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at construction or assignment;
-            or two fields contradict each other, at construction, saving, or when the model is built.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or value, at
+            construction or assignment; or two fields contradict each other, at construction,
+            saving, or when the model is built.
         ValueError: the decoder is not supported, or a keyword is a misspelled field.
     """
 
@@ -235,7 +249,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the config of a checkpoint, a raw decoder or a GGUF file as an encoder's, and the other `kwargs`."""
+        """Return the config of a checkpoint, a raw decoder or a GGUF file as an encoder's, and the
+        other `kwargs`."""
         source, gguf_file = split_gguf(pretrained_model_name_or_path, kwargs.pop("gguf_file", None))
         if gguf_file is not None:
             where = hub_options(kwargs)
@@ -246,7 +261,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Build a config as upstream does, from the dict with the keywords in it, so that all is checked together."""
+        """Build a config as upstream does, from the dict with the keywords in it, so that all is
+        checked together."""
         cls._refuse_misspelled(kwargs)
         config_dict = _adopt_decoder(only_settings(config_dict))
         if isinstance(kwargs.get("text_config"), dict):
@@ -262,7 +278,8 @@ class GemmaEncoderConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict, with an `auto_map` that names the checkpoint's own code and no repository's."""
+        """Return the fields as a dict, with an `auto_map` that names the checkpoint's own code and
+        no repository's."""
         output = super().to_dict()
         heads = [name for name in self.architectures or () if name in TASK_HEADS]
         # Of the class that was saved, where that is a user's own.
@@ -309,7 +326,8 @@ def _refuse_fields_of_decoder(decoder: PreTrainedConfig | None, kwargs: dict[str
 
 
 def _with_fields(decoder: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a decoder's config with other values of some fields. With fewer layers, the first types are kept."""
+    """Return a decoder's config with other values of some fields. With fewer layers, the first
+    types are kept."""
     changed, layers, types = {**decoder, **fields}, fields.get("num_hidden_layers"), decoder.get("layer_types")
     if layers is not None and types and "layer_types" not in fields:
         changed["layer_types"] = types[:layers] if layers <= len(types) else None  # None: the family's own pattern
@@ -322,7 +340,8 @@ def _with_fields(decoder: dict[str, Any], fields: dict[str, Any]) -> dict[str, A
 def _as_decoder_config(
     config: PreTrainedConfig | dict | None, fields: dict[str, Any] | None = None
 ) -> PreTrainedConfig | None:
-    """Return the text decoder's config with other `fields`. Raise ValueError if the family is not supported."""
+    """Return the text decoder's config with other `fields`. Raise ValueError if the family is not
+    supported."""
     if fields:
         config = _with_fields(_to_dict(_as_decoder_config(config or {})), fields)
     if config is None:
@@ -342,7 +361,8 @@ def _as_decoder_config(
 
 
 def _adopt_decoder(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a raw Gemma config as the `text_config` of an encoder's, and an encoder's config as it is."""
+    """Return a raw Gemma config as the `text_config` of an encoder's, and an encoder's config as it
+    is."""
     if config_dict.get("model_type", GemmaEncoderConfig.model_type) == GemmaEncoderConfig.model_type:
         return dict(config_dict)
     adopted = {name: config_dict[name] for name in INHERITED if name in config_dict}

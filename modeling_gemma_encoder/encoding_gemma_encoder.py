@@ -1,10 +1,11 @@
-"""Running a batch: through the decoder's layers with or without padding, and back to the shape of the batch.
+"""Running a batch: through the decoder's layers with or without padding, and back to the shape of
+the batch.
 
-`run_unpadded` is the default, and flash attention uses it. `run_padded` is for upstream's backends that take masks.
-Both return `Encoded`, which is all that poolers and heads see.
+`run_unpadded` is the default, and flash attention uses it. `run_padded` is for upstream's backends
+that take masks. Both return `Encoded`, which is all that poolers and heads see.
 
-Shapes: inputs are (batch, seq_len); layers run on (1, total_tokens, hidden) unpadded and (batch, seq_len, hidden)
-padded; token states are (tokens, hidden).
+Shapes: inputs are (batch, seq_len); layers run on (1, total_tokens, hidden) unpadded and (batch,
+seq_len, hidden) padded; token states are (tokens, hidden).
 """
 
 import itertools
@@ -54,7 +55,8 @@ def refuse_dropout(implementation: str, dropout: float, softcap: float | None = 
 def refuse_neftune(encoder) -> None:
     """Raise ValueError if NEFTune adds noise to the embeddings of an unpadded batch.
 
-    NEFTune scales its noise by the length of padded rows, and would take the whole unpadded batch for one row.
+    NEFTune scales its noise by the length of padded rows, and would take the whole unpadded batch
+    for one row.
     """
     if encoder.training and hasattr(encoder.get_input_embeddings(), "neftune_noise_alpha"):
         raise ValueError(
@@ -80,7 +82,8 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask: torch.Tensor, **kwargs
     split = implementation == UNPADDED and not kwargs["output_attentions"] and not torch.compiler.is_compiling()
     unpadding = unpad(mask, longest_first=split)
     if max(unpadding.lengths) == 0:
-        # All is padding. One token of no sequence runs, so that hooks, gradients and collectives happen as ever.
+        # All is padding. One token of no sequence runs, so that hooks, gradients and collectives
+        # happen as ever.
         unpadding = unpad(torch.arange(mask.numel(), device=mask.device).view_as(mask) == 0)
         input_ids, inputs_embeds = (None if x is None else torch.zeros_like(x) for x in (input_ids, inputs_embeds))
     if input_ids is not None:
@@ -104,7 +107,8 @@ def run_unpadded(encoder, input_ids, inputs_embeds, mask: torch.Tensor, **kwargs
 
 
 def arguments_of_attention(encoder, unpadding: Unpadding, split: bool) -> dict[str, Any]:
-    """Return the keyword arguments by which a backend keeps the sequences of an unpadded batch apart."""
+    """Return the keyword arguments by which a backend keeps the sequences of an unpadded batch
+    apart."""
     implementation = encoder.model.config._attn_implementation
     reaches = {layer.self_attn.reach for layer in encoder.model.layers}
     if implementation == UNPADDED:
@@ -123,8 +127,8 @@ def arguments_of_attention(encoder, unpadding: Unpadding, split: bool) -> dict[s
 
 
 def run_padded(encoder, input_ids, inputs_embeds, mask: torch.Tensor, **kwargs) -> Encoded:
-    """
-    Run every layer on (batch, seq_len, hidden), with masks made here. Shapes do not depend on the data.
+    """Run every layer on (batch, seq_len, hidden), with masks made here. Shapes do not depend on
+    the data.
 
     Args: as `run_unpadded`.
     """
@@ -154,14 +158,16 @@ def run_padded(encoder, input_ids, inputs_embeds, mask: torch.Tensor, **kwargs) 
 
 
 def for_caller(values: tuple | None, arrange: Callable[..., torch.Tensor], **kwargs) -> tuple | None:
-    """Return `arrange(value, **kwargs)` of each of the values that every layer returned; see `arranged`."""
+    """Return `arrange(value, **kwargs)` of each of the values that every layer returned; see
+    `arranged`."""
     if values is None:
         return None
     return tuple(arranged(value, partial(arrange, **kwargs)) for value in values)
 
 
 def offsets_of(mask: torch.Tensor) -> torch.Tensor:
-    """Return where each sequence of a mask (batch, seq_len) begins among the real tokens, and the end, (batch + 1,)."""
+    """Return where each sequence of a mask (batch, seq_len) begins among the real tokens, and the
+    end, (batch + 1,)."""
     return F.pad(mask.sum(-1).cumsum(0), (1, 0))
 
 
@@ -177,9 +183,10 @@ def real_first(mask: torch.Tensor) -> torch.Tensor:
 def in_chunks(score: Callable[..., torch.Tensor], size: int, *inputs: torch.Tensor | None) -> torch.Tensor:
     """Return `score(*inputs)` of inputs (n, ...), computed on at most `size` rows at a time.
 
-    If there are gradients, each chunk is computed again in the backward pass, with the same dropout. The memory of one
-    chunk is held at a time, and the gradients are those of the chunks, exactly (gradient checkpointing, arXiv
-    1604.06174; the idea for lists of documents: GradCache, arXiv 2101.06983).
+    If there are gradients, each chunk is computed again in the backward pass, with the same
+    dropout. The memory of one chunk is held at a time, and the gradients are those of the chunks,
+    exactly (gradient checkpointing, arXiv 1604.06174; the idea for lists of documents: GradCache,
+    arXiv 2101.06983).
     """
     run = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
     parts = [itertools.repeat(None) if x is None else x.split(size) for x in inputs]
@@ -187,7 +194,8 @@ def in_chunks(score: Callable[..., torch.Tensor], size: int, *inputs: torch.Tens
 
 
 def previous_states(states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return for each token the state of the token before it, (tokens, hidden); zeros for the first of a sequence."""
+    """Return for each token the state of the token before it, (tokens, hidden); zeros for the first
+    of a sequence."""
     first = torch.zeros(len(states) + 1, dtype=torch.bool, device=states.device)
     first[offsets.to(states.device)] = True
     return states.roll(1, 0).masked_fill(first[:-1, None], 0)

@@ -1,11 +1,14 @@
-"""The feed-forward block down(act(gate(x)) * up(x)) (GeGLU, arXiv 2002.05202), fused for scoring on a CPU.
+"""The feed-forward block down(act(gate(x)) * up(x)) (GeGLU, arXiv 2002.05202), fused for scoring on
+a CPU.
 
-The block has upstream's layers under their own names, and maps (..., hidden) to (..., hidden). Computed by themselves,
-activation and product read and write (tokens, intermediate_size), which costs up to a fifth of the block's time on a
-CPU. oneDNN, which torch is built with, applies both to the output of a matrix product while it is in the caches.
+The block has upstream's layers under their own names, and maps (..., hidden) to (..., hidden).
+Computed by themselves, activation and product read and write (tokens, intermediate_size), which
+costs up to a fifth of the block's time on a CPU. oneDNN, which torch is built with, applies both to
+the output of a matrix product while it is in the caches.
 
-These products have no gradient. Upstream's formula runs if a gradient is needed, and if a layer is not a plain linear
-one: adapted, quantized, sharded, offloaded, or with hooks. torch's `FlopCounterMode` does not count these products.
+These products have no gradient. Upstream's formula runs if a gradient is needed, and if a layer is
+not a plain linear one: adapted, quantized, sharded, offloaded, or with hooks. torch's
+`FlopCounterMode` does not count these products.
 """
 
 from platform import machine
@@ -21,7 +24,8 @@ FUSED_ACTIVATIONS = {type(ACT2FN["gelu_pytorch_tanh"]): ("gelu", "tanh"), type(A
 
 
 class FeedForward(nn.Module):
-    """Run the layers of upstream's block, fused if that is possible: (..., hidden) -> (..., hidden)."""
+    """Run the layers of upstream's block, fused if that is possible: (..., hidden) -> (...,
+    hidden)."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -42,7 +46,8 @@ def with_fusing(block: nn.Module) -> nn.Module:
 def fused(block: FeedForward, states: torch.Tensor) -> torch.Tensor:
     """Return the output of the block by fused products.
 
-    It equals upstream's up to rounding: in bf16, activation and product are rounded once, not twice.
+    It equals upstream's up to rounding: in bf16, activation and product are rounded once, not
+    twice.
     """
     gate, up, down = block.gate_proj, block.up_proj, block.down_proj
     linear, (activation, algorithm) = torch.ops.mkldnn._linear_pointwise, FUSED_ACTIVATIONS[type(block.act_fn)]
@@ -79,7 +84,8 @@ def runs_here(dtype: torch.dtype) -> bool:
 
 
 def is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Return whether a layer is torch's `nn.Linear`, with ordinary parameters of this dtype on a CPU."""
+    """Return whether a layer is torch's `nn.Linear`, with ordinary parameters of this dtype on a
+    CPU."""
 
     def is_ordinary(p: nn.Parameter) -> bool:
         return type(p) is nn.Parameter and p.layout == torch.strided and p.device.type == "cpu" and p.numel() > 0

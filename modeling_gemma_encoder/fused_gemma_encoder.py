@@ -1,7 +1,9 @@
-"""Attention on unpadded tokens in fused kernels, for GPUs: `attn_implementation="gemma_encoder_fused"`.
+"""Attention on unpadded tokens in fused kernels, for GPUs:
+`attn_implementation="gemma_encoder_fused"`.
 
-The tokens of a batch lie one after the other, and the kernel keeps its sequences apart: nothing is padded, and no
-attention weights are ever held. Every layer runs the first of these kernels that is exact for it:
+The tokens of a batch lie one after the other, and the kernel keeps its sequences apart: nothing is
+padded, and no attention weights are ever held. Every layer runs the first of these kernels that is
+exact for it:
 
 | soft-capping | dropout | kernel |
 | --- | --- | --- |
@@ -9,12 +11,14 @@ attention weights are ever held. Every layer runs the first of these kernels tha
 | any | no | flex attention (arXiv 2412.05496), with the sequences as its mask and the soft-cap as its score function |
 | any | yes | flex attention twice |
 
-Flex attention has no dropout. Dropping scores instead of weights is not the same: the weights that are kept would
-sum to one again. But that sum is known. With s the scores of a query, Z = sum_j exp(s_j) over all keys it sees and Z'
-the same sum over the kept ones, attention of the kept ones is o' = sum_kept exp(s_j) v_j / Z', and attention with
-dropout is sum_kept exp(s_j) v_j / (Z (1 - p)) = o' Z' / (Z (1 - p)). One call gives log Z, another o' and log Z'.
+Flex attention has no dropout. Dropping scores instead of weights is not the same: the weights that
+are kept would sum to one again. But that sum is known. With s the scores of a query, Z = sum_j
+exp(s_j) over all keys it sees and Z' the same sum over the kept ones, attention of the kept ones is
+o' = sum_kept exp(s_j) v_j / Z', and attention with dropout is sum_kept exp(s_j) v_j / (Z (1 - p)) =
+o' Z' / (Z (1 - p)). One call gives log Z, another o' and log Z'.
 
-On a CPU flex attention is a plain function that holds all tokens' weights, for comparison only; it has no gradient.
+On a CPU flex attention is a plain function that holds all tokens' weights, for comparison only; it
+has no gradient.
 """
 
 from collections.abc import Callable
@@ -40,7 +44,8 @@ DROPPED = -1e9  # a finite score: where all is dropped, the output is zero and n
 
 
 class Sequences(NamedTuple):
-    """Hold where the sequences are among the tokens, for the kernels. Upstream's layers pass it on to attention."""
+    """Hold where the sequences are among the tokens, for the kernels. Upstream's layers pass it on
+    to attention."""
 
     offsets: torch.Tensor  # (batch + 1,) int32
     longest: int
@@ -48,7 +53,8 @@ class Sequences(NamedTuple):
 
 
 def runs_varlen(query: torch.Tensor, softcap: float | None, dropout: float) -> bool:
-    """Return whether flash attention of variable lengths is exact for these queries, soft-cap and dropout."""
+    """Return whether flash attention of variable lengths is exact for these queries, soft-cap and
+    dropout."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if softcap is not None or dropout or not half or query.shape[-1] > 256 or not query.is_cuda:
         return False
@@ -78,7 +84,8 @@ def find_sequences(unpadding: Unpadding, reaches: set[Reach]) -> Sequences:
 
 
 def mix(x):
-    """Scramble 31 bits by two rounds of multiply and shift; products keep their low bits in any integer type."""
+    """Scramble 31 bits by two rounds of multiply and shift; products keep their low bits in any
+    integer type."""
     x = x & BITS
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & BITS
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & BITS
@@ -86,13 +93,15 @@ def mix(x):
 
 
 def is_kept(draw: tuple[torch.Tensor, torch.Tensor], head, query, key):
-    """Return which attention weights dropout keeps; a draw's seed and threshold always give the same ones."""
+    """Return which attention weights dropout keeps; a draw's seed and threshold always give the
+    same ones."""
     seed, threshold = draw
     return mix(mix(mix(seed + head) + query) + key) >= threshold
 
 
 def new_draw(dropout: float, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a random seed and the threshold below which a share `dropout` of 31-bit numbers lies, both int32."""
+    """Return a random seed and the threshold below which a share `dropout` of 31-bit numbers lies,
+    both int32."""
     seed = torch.randint(BITS, (), device=device, dtype=torch.int32)
     return seed, torch.tensor(int(dropout * 2**31), device=device, dtype=torch.int32)
 
@@ -109,7 +118,8 @@ def score_function(softcap: float | None, draw: tuple[torch.Tensor, torch.Tensor
 
 
 def flex(query, key, value, mask: BlockMask, scaling: float, score_of: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute flex attention (1, heads, tokens, head_dim) and the logarithms of its sums (1, heads, tokens)."""
+    """Compute flex attention (1, heads, tokens, head_dim) and the logarithms of its sums (1, heads,
+    tokens)."""
     run = flex_attention if query.device.type == "cpu" else compile_friendly_flex_attention
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # its kernel shares keys among 1, 2, 4, ... query heads
@@ -121,7 +131,8 @@ def flex(query, key, value, mask: BlockMask, scaling: float, score_of: Callable)
 
 @torch.compiler.disable(recursive=False)  # compiled layers leave attention to its own kernels
 def fused_attention(module, query, key, value, attention_mask, sequences: Sequences | None = None, **kwargs):
-    """Compute attention for `AttentionInterface`: (1, heads, tokens, head_dim) -> (1, tokens, heads, head_dim)."""
+    """Compute attention for `AttentionInterface`: (1, heads, tokens, head_dim) -> (1, tokens,
+    heads, head_dim)."""
     if sequences is None:
         raise ValueError(
             f"attn_implementation={FUSED!r} runs inside a Gemma Encoder only: call the encoder, not its decoder, or "

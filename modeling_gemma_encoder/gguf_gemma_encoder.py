@@ -1,9 +1,11 @@
-"""Reading GGUF files (llama.cpp): which file a name means, the decoder's config, and its dequantized weights.
+"""Reading GGUF files (llama.cpp): which file a name means, the decoder's config, and its
+dequantized weights.
 
-`from_pretrained("folder/x.gguf")` and `from_pretrained("folder", gguf_file="x.gguf")` mean the same; a repository can
-take the folder's place. Upstream reads the tensors and marks the model as quantized; here a copy without that mark is
-returned. Upstream's config lacks what some files say about rotary scaling, head sizes and the scale of attention, so
-the config is read here. Keys of a file's metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+`from_pretrained("folder/x.gguf")` and `from_pretrained("folder", gguf_file="x.gguf")` mean the
+same; a repository can take the folder's place. Upstream reads the tensors and marks the model as
+quantized; here a copy without that mark is returned. Upstream's config lacks what some files say
+about rotary scaling, head sizes and the scale of attention, so the config is read here. Keys of a
+file's metadata: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import copy
@@ -19,7 +21,8 @@ from transformers.utils import cached_file, is_accelerate_available, is_gguf_ava
 
 # The architectures that upstream reads right, by `general.architecture`, and their `model_type`.
 ARCHITECTURES = {"gemma2": "gemma2", "gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# Keys of a file's metadata, without the architecture's name, and the fields of the decoder's config.
+# Keys of a file's metadata, without the architecture's name, and the fields of the decoder's
+# config.
 FIELDS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -36,11 +39,12 @@ FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-# Gemma's 27B models divide attention scores by the root of hidden_size / num_attention_heads. No key says so;
-# llama.cpp recognizes these models by their number of layers:
+# Gemma's 27B models divide attention scores by the root of hidden_size / num_attention_heads. No
+# key says so; llama.cpp recognizes these models by their number of layers:
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp (f_attention_scale).
 DEPTH_OF_27B = {"gemma2": 46, "gemma3": 62}
-# Files of Llama 3.1 and 3.2 hold a tensor that scales rotary frequencies; it is computed from these factors.
+# Files of Llama 3.1 and 3.2 hold a tensor that scales rotary frequencies; it is computed from these
+# factors.
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -58,7 +62,8 @@ def hub_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_gguf(name: str | Path, gguf_file: str | None = None) -> tuple[str | Path, str | None]:
-    """Return the folder or repository, and the GGUF file, or None, that `name` and `gguf_file` mean."""
+    """Return the folder or repository, and the GGUF file, or None, that `name` and `gguf_file`
+    mean."""
     if gguf_file is not None or not isinstance(name, str | Path) or Path(name).suffix != ".gguf":
         return name, gguf_file
     path, parts = Path(name).expanduser(), str(name).split("/")
@@ -172,7 +177,8 @@ def _llama3_scaling(path: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def llama3_divisors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
-    """Compute the divisors of Llama 3's rotary frequencies, (head_dim / 2,), as llama.cpp writes them to a file."""
+    """Compute the divisors of Llama 3's rotary frequencies, (head_dim / 2,), as llama.cpp writes
+    them to a file."""
     low, high = LLAMA3_SCALING["low_freq_factor"], LLAMA3_SCALING["high_freq_factor"]
     turns = LLAMA3_SCALING["original_max_position_embeddings"] / (2 * math.pi)
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -190,10 +196,12 @@ def read_decoder(
 
     Args:
         config: The decoder's config, as `gguf_config` reads it.
-        dtype: Dtype of the weights. None and "auto" mean fp32, since a file of quantized weights has no such dtype.
+        dtype: Dtype of the weights. None and "auto" mean fp32, since a file of quantized weights
+            has no such dtype.
 
     Raises:
-        ValueError: the file lacks weights that its metadata promise, or has a format that cannot be read.
+        ValueError: the file lacks weights that its metadata promise, or has a format that cannot be
+            read.
     """
     path, config = Path(find_gguf(folder, gguf_file, where)), copy.deepcopy(config)  # upstream may write into it
     dtype = torch.float32 if dtype in (None, "auto") else dtype
@@ -211,7 +219,8 @@ def read_decoder(
 
 
 def _read_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, set[str]]:
-    """Return upstream's model of a GGUF file, which it marks as quantized, and the names of missing parameters."""
+    """Return upstream's model of a GGUF file, which it marks as quantized, and the names of missing
+    parameters."""
     from transformers.utils.quantization_config import GgufConfig
 
     try:

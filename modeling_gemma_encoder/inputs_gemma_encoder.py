@@ -1,7 +1,7 @@
 """Checking a batch before it runs: each error names the argument, its value, and what to do.
 
-Shapes: `input_ids` and `attention_mask` are (batch, seq_len), `inputs_embeds` is (batch, seq_len, hidden).
-Shapes and types are always checked. Values are not looked at under torch.compile.
+Shapes: `input_ids` and `attention_mask` are (batch, seq_len), `inputs_embeds` is (batch, seq_len,
+hidden). Shapes and types are always checked. Values are not looked at under torch.compile.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,8 @@ def check_shape(name: str, inputs: torch.Tensor, features: list[int]) -> None:
 
 
 def check_mask_values(attention_mask: torch.Tensor) -> None:
-    """Raise ValueError if a mask is additive, with zeros for real tokens and large negative numbers for padding."""
+    """Raise ValueError if a mask is additive, with zeros for real tokens and large negative numbers
+    for padding."""
     if attention_mask.dtype != torch.bool and (attention_mask < 0).any():
         raise ValueError(
             "`attention_mask` has negative values. It must be one for real tokens and zero for padding; additive masks "
@@ -74,7 +75,8 @@ def check_mask_values(attention_mask: torch.Tensor) -> None:
 
 
 def check_ids(config, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """Raise ValueError if the ids of real tokens are not in the vocabulary. Padding may have any id."""
+    """Raise ValueError if the ids of real tokens are not in the vocabulary. Padding may have any
+    id."""
     if input_ids.is_floating_point():
         raise ValueError(f"`input_ids` must be integers, got {input_ids.dtype}; pass vectors as `inputs_embeds`.")
     lowest, highest = input_ids.where(mask, 0).aminmax()
@@ -101,7 +103,8 @@ def refuse_rows_without_tokens(mask: torch.Tensor, labels: torch.Tensor | None =
 
     Args:
         mask: (batch, seq_len), nonzero for real tokens.
-        labels: (batch, ...). A row whose labels are all -100 only fills the batch, and is not to be scored.
+        labels: (batch, ...). A row whose labels are all -100 only fills the batch, and is not to be
+            scored.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.is_meta:
         return
@@ -119,6 +122,7 @@ def refuse_rows_without_tokens(mask: torch.Tensor, labels: torch.Tensor | None =
 
 
 def check_labels(labels) -> None:
-    """Raise TypeError if labels are not a tensor of at least one dimension. Each head checks their shape itself."""
+    """Raise TypeError if labels are not a tensor of at least one dimension. Each head checks their
+    shape itself."""
     if not isinstance(labels, torch.Tensor) or labels.dim() == 0:
         raise TypeError(f"`labels` must be a tensor with a label or a row of labels for each text, got {labels!r}.")

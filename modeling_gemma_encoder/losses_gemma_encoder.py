@@ -1,7 +1,8 @@
-"""Losses: plain functions of scores and labels, computed in fp32. A label of -100 is always ignored.
+"""Losses: plain functions of scores and labels, computed in fp32. A label of -100 is always
+ignored.
 
-Classification losses map logits (batch, num_labels) and labels to a scalar; ranking losses map scores and graded
-labels, both (batch, num_docs), to a scalar.
+Classification losses map logits (batch, num_labels) and labels to a scalar; ranking losses map
+scores and graded labels, both (batch, num_docs), to a scalar.
 """
 
 import torch
@@ -16,7 +17,8 @@ def single_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 
 def multi_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Compute binary cross-entropy, summed over the labeled entries. Labels are probabilities (batch, num_labels)."""
+    """Compute binary cross-entropy, summed over the labeled entries. Labels are probabilities
+    (batch, num_labels)."""
     labels = labels.reshape(logits.shape).float()
     losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0), reduction="none")
     return losses.where(labels != IGNORE, 0).sum()
@@ -32,7 +34,8 @@ def regression_loss(logits: torch.Tensor, labels: torch.Tensor, std: torch.Tenso
 
 
 def mean_over(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Divide a summed loss by `num_items`, by default the number of labels in this batch; return 0 without labels."""
+    """Divide a summed loss by `num_items`, by default the number of labels in this batch; return 0
+    without labels."""
     num_items = (labels != IGNORE).sum() if num_items is None else num_items
     return loss / torch.as_tensor(num_items, device=loss.device).clamp(min=1)
 
@@ -44,9 +47,10 @@ CLASSIFICATION_LOSSES = {
 }
 
 
-# Ranking. In the equations s_j are the scores of a list and y_j its labels; documents labeled -100 are not part of it.
-# Every loss is a sum over a list's documents or pairs, averaged over the lists of a batch. A list from which nothing
-# can be learned adds zero and counts, so that accumulating batches of one size gives the gradient of one large batch.
+# Ranking. In the equations s_j are the scores of a list and y_j its labels; documents labeled -100
+# are not part of it. Every loss is a sum over a list's documents or pairs, averaged over the lists
+# of a batch. A list from which nothing can be learned adds zero and counts, so that accumulating
+# batches of one size gives the gradient of one large batch.
 
 
 def point_ce_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -60,7 +64,8 @@ def point_ce_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def pair_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    r"""Compute the pairwise logistic loss, RankT5's Pair (equation 2) and RankNet's (Burges et al., ICML 2005).
+    r"""Compute the pairwise logistic loss, RankT5's Pair (equation 2) and RankNet's (Burges et al.,
+    ICML 2005).
 
     .. math:: \ell(y, s) = \sum_{y_i > y_j} \log (1 + e^{s_j - s_i})
     """
@@ -69,19 +74,22 @@ def pair_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    r"""Compute listwise softmax cross-entropy, RankT5's Softmax (equation 3), with targets that sum to one in a list.
+    r"""Compute listwise softmax cross-entropy, RankT5's Softmax (equation 3), with targets that sum
+    to one in a list.
 
     .. math:: \ell(y, s) = -\sum_j \frac{y_j}{\sum_{j'} y_{j'}} \log \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}
 
-    A list of n equal scores costs log n, whatever its grades. If one document is labeled 1 and the others 0, this is
-    `rankt5_softmax_loss`. If several are labeled 1, this is the mean over them, and RankT5's is the sum.
+    A list of n equal scores costs log n, whatever its grades. If one document is labeled 1 and the
+    others 0, this is `rankt5_softmax_loss`. If several are labeled 1, this is the mean over them,
+    and RankT5's is the sum.
     """
     valid = relevance(labels)
     return -(target_shares(labels, valid) * log_softmax(scores, valid).where(valid, 0)).sum(-1).mean()
 
 
 def rankt5_softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    r"""Compute RankT5's Softmax as in the paper (equation 3), where a list is weighted by the sum of its grades.
+    r"""Compute RankT5's Softmax as in the paper (equation 3), where a list is weighted by the sum
+    of its grades.
 
     .. math:: \ell(y, s) = -\sum_j y_j \log \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}
     """
@@ -91,13 +99,15 @@ def rankt5_softmax_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 
 
 def poly1_loss(scores: torch.Tensor, labels: torch.Tensor, epsilon: float = 1.0) -> torch.Tensor:
-    r"""Compute RankT5's Poly1 (equation 4): `softmax_loss` plus a multiple of the first term of its polynomial.
+    r"""Compute RankT5's Poly1 (equation 4): `softmax_loss` plus a multiple of the first term of its
+    polynomial.
 
     .. math:: \ell(y, s) = \text{Softmax} + \epsilon (1 - p), \quad
         p = \sum_j \frac{y_j}{\sum_{j'} y_{j'}} \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}
 
-    PolyLoss: arXiv 2204.12511. Targets sum to one in both terms, so grades do not change their balance.
-    `rankt5_poly1_loss` differs from this as `rankt5_softmax_loss` does from `softmax_loss`.
+    PolyLoss: arXiv 2204.12511. Targets sum to one in both terms, so grades do not change their
+    balance. `rankt5_poly1_loss` differs from this as `rankt5_softmax_loss` does from
+    `softmax_loss`.
     """
     return softmax_loss(scores, labels) + epsilon * mean_miss(scores, labels)
 
@@ -130,11 +140,13 @@ def lambdarank_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def margin_mse_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    r"""Compute the mean squared error of a list's margins to a teacher's (arXiv 2010.02666, equation 6).
+    r"""Compute the mean squared error of a list's margins to a teacher's (arXiv 2010.02666,
+    equation 6).
 
     .. math:: \ell(t, s) = \frac{1}{n (n - 1)} \sum_{i \neq j} ((s_i - s_j) - (t_i - t_j))^2
 
-    It is over all pairs of a list. Labels are the teacher's scores t, of any sign; -100 means no document.
+    It is over all pairs of a list. Labels are the teacher's scores t, of any sign; -100 means no
+    document.
     """
     valid = labels != IGNORE
     errors = (scores.float() - labels.float()).where(valid, 0)
@@ -145,12 +157,13 @@ def margin_mse_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def kl_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    r"""Compute the Kullback-Leibler divergence of a teacher's distribution over a list from the model's.
+    r"""Compute the Kullback-Leibler divergence of a teacher's distribution over a list from the
+    model's.
 
     .. math:: \ell(t, s) = \sum_j p_j (\log p_j - \log q_j), \quad p = \text{softmax}(t), \quad q = \text{softmax}(s)
 
-    Labels are the teacher's scores t, of any sign; -100 means no document. ListNet's loss (Cao et al., ICML
-    2007) is this plus a constant.
+    Labels are the teacher's scores t, of any sign; -100 means no document. ListNet's loss (Cao et
+    al., ICML 2007) is this plus a constant.
     """
     valid = labels != IGNORE
     teacher, student = log_softmax(labels, valid), log_softmax(scores, valid)
@@ -173,7 +186,8 @@ def target_shares(labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def mean_miss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return 1 - p of Poly1, averaged over the lists; it is zero in a list without a relevant document."""
+    """Return 1 - p of Poly1, averaged over the lists; it is zero in a list without a relevant
+    document."""
     valid = relevance(labels)
     targets = target_shares(labels, valid)
     probability = (targets * log_softmax(scores, valid).exp()).sum(-1)
@@ -186,7 +200,8 @@ def log_softmax(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def pairs(scores: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return whether i is better than j, and how much higher its score is, both (batch, num_docs, num_docs)."""
+    """Return whether i is better than j, and how much higher its score is, both (batch, num_docs,
+    num_docs)."""
     better = (labels[..., None] > labels[..., None, :]) & valid[..., None] & valid[..., None, :]
     scores = scores.float().where(valid, 0)
     return better, scores[..., None] - scores[..., None, :]

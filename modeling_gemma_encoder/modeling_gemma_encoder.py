@@ -1,8 +1,9 @@
-"""The encoder and its heads: a Gemma decoder's own layers, run bidirectionally, pooled, and given a task.
+"""The encoder and its heads: a Gemma decoder's own layers, run bidirectionally, pooled, and given a
+task.
 
-Gemma Encoder: arXiv 2503.02656. Shapes: padded inputs are (batch, seq_len); inside the encoder states are
-(total_tokens, hidden) with offsets (batch + 1,); pooled states are (batch, hidden); logits are (batch, num_labels),
-(batch, num_docs) or (batch, seq_len, vocab_size).
+Gemma Encoder: arXiv 2503.02656. Shapes: padded inputs are (batch, seq_len); inside the encoder
+states are (total_tokens, hidden) with offsets (batch + 1,); pooled states are (batch, hidden);
+logits are (batch, num_labels), (batch, num_docs) or (batch, seq_len, vocab_size).
 """
 
 import copy
@@ -32,20 +33,23 @@ from .pretrained_gemma_encoder import NOT_OURS, GemmaEncoderPreTrainedModel
 from .quantization_gemma_encoder import hold_int8
 from .verification_gemma_encoder import verify_attention
 
-# `CrossEncoder` takes the sigmoid of a single score by default; this setting leaves scores as they are.
+# `CrossEncoder` takes the sigmoid of a single score by default; this setting leaves scores as they
+# are.
 AS_IT_IS = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def drop_feedforward_output(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
-    """Apply the paper's dropout to the output of a feed-forward block, as a forward hook on the block's last module."""
+    """Apply the paper's dropout to the output of a feed-forward block, as a forward hook on the
+    block's last module."""
     return module.output_dropout(output)
 
 
 class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
     """Encode texts with a Gemma decoder, into token states and one pooled vector for each sequence.
 
-    `model` is upstream's own text model, of Gemma 1, 2, 3 or 4, Llama, or Qwen 2 or 3, with its own parameter names, so
-    its checkpoints load as they are. As in the paper, dropout is on attention weights and on feed-forward outputs.
+    `model` is upstream's own text model, of Gemma 1, 2, 3 or 4, Llama, or Qwen 2 or 3, with its own
+    parameter names, so its checkpoints load as they are. As in the paper, dropout is on attention
+    weights and on feed-forward outputs.
     """
 
     _keys_to_ignore_on_load_unexpected = [*NOT_OURS, r"^classifier\."]
@@ -58,7 +62,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             layer.mlp = with_fusing(layer.mlp)
             set_reach(layer.self_attn, config)
             layer.self_attn.attention_dropout = config.attention_dropout
-            # The block ends with Gemma 2's second norm where there is one: dropped elements stay zero in the residual.
+            # The block ends with Gemma 2's second norm where there is one: dropped elements stay
+            # zero in the residual.
             last = getattr(layer, "post_feedforward_layernorm", layer.mlp)
             last.output_dropout = nn.Dropout(config.feedforward_dropout)
             last.register_forward_hook(drop_feedforward_output)
@@ -127,13 +132,15 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
             input_ids: (batch, seq_len), padded on either side with any id.
             attention_mask: (batch, seq_len), nonzero for real tokens. None: all tokens are real.
             inputs_embeds: (batch, seq_len, hidden) instead of `input_ids`.
-            output_hidden_states: True for the states of all layers, or a list of their numbers, where 0 is the
-                embeddings; `hidden_states` has None for those that are not asked for.
+            output_hidden_states: True for the states of all layers, or a list of their numbers,
+                where 0 is the embeddings; `hidden_states` has None for those that are not asked
+                for.
 
         Returns:
-            `last_hidden_state` (batch, seq_len, hidden), zeros at padding, and `pooler_output` (batch, hidden) in
-            fp32. A row of nothing but padding is pooled to zeros and does not change the others. The states are
-            copies of those the layers used; `retain_grad()` on a copy keeps the gradient of the original.
+            `last_hidden_state` (batch, seq_len, hidden), zeros at padding, and `pooler_output`
+            (batch, hidden) in fp32. A row of nothing but padding is pooled to zeros and does not
+            change the others. The states are copies of those the layers used; `retain_grad()` on a
+            copy keeps the gradient of the original.
 
         Raises:
             TypeError, ValueError: an argument is malformed; the message names it.
@@ -165,8 +172,8 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
 class GemmaEncoderHead(nn.Module):
     """Map pooled states (batch, hidden) to (batch, num_outputs) by the task MLP, in fp32.
 
-    The states are normalized first, which is our choice: they are large in Gemma, and training a new layer on them can
-    diverge.
+    The states are normalized first, which is our choice: they are large in Gemma, and training a
+    new layer on them can diverge.
     """
 
     def __init__(self, config: GemmaEncoderConfig, num_outputs: int):
@@ -188,7 +195,8 @@ class GemmaEncoderHead(nn.Module):
 
 
 class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
-    """Classify texts, with one or several labels each, or predict numbers for them, by `config.problem_type`."""
+    """Classify texts, with one or several labels each, or predict numbers for them, by
+    `config.problem_type`."""
 
     accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`, and the loss divides by it
     _keys_to_ignore_on_load_unexpected = NOT_OURS
@@ -215,17 +223,20 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         Return the logits of each text, and the loss if labels are given.
 
         Args:
-            labels: By `config.problem_type`: class indices (batch,) for one class of several; zeros and ones, or
-                probabilities, (batch, num_labels) for several classes at once; numbers (batch,) or (batch, num_labels)
-                for regression. If it is None, `num_labels=1` means regression, and integer labels mean one class of
-                several; floating labels are an error, since the model would be saved as one of single classes. A label
-                of -100 is always ignored.
-            num_items_in_batch: Number of labels the loss is averaged over; by default the number in this batch. The
-                Trainer passes that of all accumulated batches, so that accumulation never changes a gradient.
+            labels: By `config.problem_type`: class indices (batch,) for one class of several; zeros
+                and ones, or probabilities, (batch, num_labels) for several classes at once; numbers
+                (batch,) or (batch, num_labels) for regression. If it is None, `num_labels=1` means
+                regression, and integer labels mean one class of several; floating labels are an
+                error, since the model would be saved as one of single classes. A label of -100 is
+                always ignored.
+            num_items_in_batch: Number of labels the loss is averaged over; by default the number in
+                this batch. The Trainer passes that of all accumulated batches, so that accumulation
+                never changes a gradient.
 
         Returns:
-            `logits` (batch, num_labels) in fp32, which are in the labels' units for a regression. `loss` is zero if all
-            labels are ignored; with `config.label_std`, errors are measured in units of it.
+            `logits` (batch, num_labels) in fp32, which are in the labels' units for a regression.
+            `loss` is zero if all labels are ignored; with `config.label_std`, errors are measured
+            in units of it.
         """
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         logits = self.classifier(self.pool(encoded))
@@ -240,7 +251,8 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
         )
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return calibrated probabilities of classes, or of each of several labels, (batch, num_labels)."""
+        """Return calibrated probabilities of classes, or of each of several labels, (batch,
+        num_labels)."""
         if self.config.problem_type == "regression" or logits.shape[-1] == 1:
             raise ValueError("This model is a regression, which has no probabilities.")
         return probabilities(logits, self.config, self.config.problem_type != "multi_label_classification")
@@ -283,7 +295,8 @@ class GemmaEncoderForSequenceClassification(GemmaEncoderModel):
 def without_lists(
     input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> tuple[list[torch.Tensor | None], tuple[int, int] | None]:
-    """Return the inputs with lists (batch, num_docs, ...) flattened to (n, ...), and the lists' shape, or None."""
+    """Return the inputs with lists (batch, num_docs, ...) flattened to (n, ...), and the lists'
+    shape, or None."""
     inputs = [input_ids, attention_mask, inputs_embeds]
     if input_ids is not None and input_ids.dim() == 3:
         list_shape = input_ids.shape[:2]
@@ -338,13 +351,14 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         Return the score of each document, and the loss if labels are given.
 
         Args:
-            input_ids: Lists (batch, num_docs, seq_len) or flat (n, seq_len). A list shorter than num_docs is filled
-                with documents of nothing but padding, labeled -100.
-            labels: Relevance (batch, num_docs), graded or binary, -100 for documents that only fill a list. Flat inputs
-                of n = batch * num_docs documents may have labels too.
+            input_ids: Lists (batch, num_docs, seq_len) or flat (n, seq_len). A list shorter than
+                num_docs is filled with documents of nothing but padding, labeled -100.
+            labels: Relevance (batch, num_docs), graded or binary, -100 for documents that only fill
+                a list. Flat inputs of n = batch * num_docs documents may have labels too.
 
         Returns:
-            `logits` (batch, num_docs) for lists, (n, 1) for flat inputs, in fp32; higher is more relevant.
+            `logits` (batch, num_docs) for lists, (n, 1) for flat inputs, in fp32; higher is more
+            relevant.
         """
         inputs, list_shape = without_lists(input_ids, attention_mask, inputs_embeds)
         if self.config.list_chunk_size is None or list_shape is None:
@@ -366,7 +380,8 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the calibrated probability that each document is relevant, in the shape of `logits`."""
+        """Return the calibrated probability that each document is relevant, in the shape of
+        `logits`."""
         return probabilities(logits, self.config, one_of_several=False)
 
     def _score(self, input_ids, attention_mask, inputs_embeds) -> torch.Tensor:
@@ -387,10 +402,10 @@ class GemmaEncoderForRanking(GemmaEncoderModel):
 class GemmaEncoderForMaskedLM(GemmaEncoderModel):
     """Predict masked tokens, to train an encoder on plain text before it is given a task.
 
-    The head is the decoder's own: its embedding, or `lm_head` if that is not tied, and its soft-capping.
-    `config.masked_lm_objective` says which state predicts a token: its own ("mlm", BERT, arXiv 1810.04805), or the one
-    before it, as the decoder has learned ("mntp", masked next-token prediction, LLM2Vec, arXiv 2404.05961, section
-    2.1). There is no pooler.
+    The head is the decoder's own: its embedding, or `lm_head` if that is not tied, and its
+    soft-capping. `config.masked_lm_objective` says which state predicts a token: its own ("mlm",
+    BERT, arXiv 1810.04805), or the one before it, as the decoder has learned ("mntp", masked
+    next-token prediction, LLM2Vec, arXiv 2404.05961, section 2.1). There is no pooler.
     """
 
     accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`, and the loss divides by it
@@ -418,14 +433,17 @@ class GemmaEncoderForMaskedLM(GemmaEncoderModel):
         Return the logits of the vocabulary at each token, or the loss if labels are given.
 
         Args:
-            labels: (batch, seq_len), the token that belongs where `input_ids` has a mask, and -100 elsewhere, for
-                either objective. "mntp" cannot predict a first token, and ignores its label.
-            num_items_in_batch: Number of labels the loss is averaged over; by default the number in this batch.
+            labels: (batch, seq_len), the token that belongs where `input_ids` has a mask, and -100
+                elsewhere, for either objective. "mntp" cannot predict a first token, and ignores
+                its label.
+            num_items_in_batch: Number of labels the loss is averaged over; by default the number in
+                this batch.
 
         Returns:
-            Without labels, `logits` (batch, seq_len, vocab_size), which are zeros at padding and, for "mntp", at first
-            tokens. With labels, `loss` alone: only the states of labeled tokens are multiplied with the vocabulary,
-            which for Gemma's 256k tokens is most of the work.
+            Without labels, `logits` (batch, seq_len, vocab_size), which are zeros at padding and,
+            for "mntp", at first tokens. With labels, `loss` alone: only the states of labeled
+            tokens are multiplied with the vocabulary, which for Gemma's 256k tokens is most of the
+            work.
         """
         encoded = self.encode(input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states)
         states, logits, loss = encoded.token_states, None, None

@@ -1,6 +1,8 @@
-"""Outputs for the caller: states and attention weights in the shape of the input, with zeros at padding.
+"""Outputs for the caller: states and attention weights in the shape of the input, with zeros at
+padding.
 
-Shapes: token states (tokens, hidden) become (batch, seq_len, hidden), weights (batch, heads, seq_len, seq_len).
+Shapes: token states (tokens, hidden) become (batch, seq_len, hidden), weights (batch, heads,
+seq_len, seq_len).
 """
 
 import weakref
@@ -36,12 +38,14 @@ def states_to_padded(states: torch.Tensor, indices: torch.Tensor, mask: torch.Te
 
 
 def attentions_to_padded(weights: torch.Tensor, unpadding: Unpadding, mask: torch.Tensor) -> torch.Tensor:
-    """Put a layer's attention weights back into (batch, heads, seq_len, seq_len), with zeros at padding."""
+    """Put a layer's attention weights back into (batch, heads, seq_len, seq_len), with zeros at
+    padding."""
     return zero_elsewhere(restore_attentions(weights, unpadding, mask.shape[1]), pairs(mask))
 
 
 class RetainGrad:
-    """Keep the gradient of the states that the layers used, in the `grad` of a copy; called as its `retain_grad`."""
+    """Keep the gradient of the states that the layers used, in the `grad` of a copy; called as its
+    `retain_grad`."""
 
     def __init__(self, copied: torch.Tensor, used: torch.Tensor, arrange: Callable[[torch.Tensor], torch.Tensor]):
         self.copied, self.used, self.arrange = weakref.ref(copied), used, arrange  # a copy holds its `RetainGrad`
@@ -65,9 +69,11 @@ class RetainGrad:
 
 
 def arranged(used: torch.Tensor | None, arrange: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
-    """Return `arrange(used)`, a copy for the caller, whose `retain_grad` keeps the gradient of the original.
+    """Return `arrange(used)`, a copy for the caller, whose `retain_grad` keeps the gradient of the
+    original.
 
-    No score depends on the copy, so its own gradient would be None. `arrange` only moves values, or sets zeros.
+    No score depends on the copy, so its own gradient would be None. `arrange` only moves values, or
+    sets zeros.
     """
     if used is None:  # a layer that was not asked for
         return None
@@ -85,7 +91,8 @@ def _in_turn(first: Callable, second: Callable, values: torch.Tensor) -> torch.T
 
 
 def restore_attentions(weights: torch.Tensor, unpadding: Unpadding, seq_len: int) -> torch.Tensor:
-    """Move attention weights (batch, heads, max_length, max_length) to the tokens' places, (..., seq_len, seq_len)."""
+    """Move attention weights (batch, heads, max_length, max_length) to the tokens' places, (...,
+    seq_len, seq_len)."""
     batch, _, length, _ = weights.shape
     indices, positions = unpadding.indices.to(weights.device), unpadding.positions.to(weights.device)
     source = torch.full((batch * seq_len,), length, device=weights.device)

@@ -1,8 +1,9 @@
-"""Checks of what PEFT does to an encoder, so that no adapter loads with random weights or causal attention.
+"""Checks of what PEFT does to an encoder, so that no adapter loads with random weights or causal
+attention.
 
-PEFT recognizes a classifier's head by the names "classifier" and "score". It trains and saves the head, and nothing
-else beside the adapter. It saves no config of the model, and its folders load on any class that the decoder's own
-config names.
+PEFT recognizes a classifier's head by the names "classifier" and "score". It trains and saves the
+head, and nothing else beside the adapter. It saves no config of the model, and its folders load on
+any class that the decoder's own config names.
 """
 
 import json
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-# Modules whose weights a task trains from scratch, by the names that `modules_to_save` has for them.
+# Modules whose weights a task trains from scratch, by the names that `modules_to_save` has for
+# them.
 PARTS = ("pooler", "classifier")
 # The prefix that a `PeftModel` gives to the names of the model it adapts.
 WITHIN_PEFT = "base_model.model."
-# With these files sentence-transformers calls `MergeFirst` to load a model. Without them it would read the base model's
-# config alone, and look for its weights in the adapter's folder.
+# With these files sentence-transformers calls `MergeFirst` to load a model. Without them it would
+# read the base model's config alone, and look for its weights in the adapter's folder.
 CROSS_ENCODER_FILES = {
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "peft_gemma_encoder.MergeFirst"}],
     "config_sentence_transformers.json": {"model_type": "CrossEncoder"},
@@ -27,9 +29,10 @@ CROSS_ENCODER_FILES = {
 class StockHeadGuard(nn.Module):
     """Keep the adapter of an encoder from loading on a stock Gemma classifier.
 
-    If no encoder's config lies beside an adapter, `AutoModelForSequenceClassification` loads it on the causal class,
-    whose head `score` would be random, and only warns. PEFT copies this module and saves it under that name. The copy
-    saves an empty weight, which does not fit the stock head, so that loading raises. Nothing else uses that weight.
+    If no encoder's config lies beside an adapter, `AutoModelForSequenceClassification` loads it on
+    the causal class, whose head `score` would be random, and only warns. PEFT copies this module
+    and saves it under that name. The copy saves an empty weight, which does not fit the stock head,
+    so that loading raises. Nothing else uses that weight.
     """
 
     was_given = False
@@ -37,8 +40,9 @@ class StockHeadGuard(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Save the weight in the way that PEFT asks for it.
 
-        When PEFT saves, it asks for an adapted model's weights, and then once for this module's. When it loads, it asks
-        for this module's alone, and is given none. Sharded models cannot hold the weight.
+        When PEFT saves, it asks for an adapted model's weights, and then once for this module's.
+        When it loads, it asks for this module's alone, and is given none. Sharded models cannot
+        hold the weight.
         """
         within = f"{WITHIN_PEFT}score.modules_to_save." in prefix
         asked = within or (not prefix and self.was_given)
@@ -63,7 +67,8 @@ class MergeFirst:
 
 
 def write_cross_encoder_files(folder: Path) -> None:
-    """Write the files into an adapter's folder that make `CrossEncoder` raise the error of `MergeFirst`."""
+    """Write the files into an adapter's folder that make `CrossEncoder` raise the error of
+    `MergeFirst`."""
     for name, content in CROSS_ENCODER_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2))
 
@@ -79,7 +84,8 @@ def is_wrapped(part: nn.Module) -> bool:
 
 
 def was_drawn(part: nn.Module) -> bool:
-    """Return whether a part has weights that were not in the checkpoint, which `_init_weights` marks."""
+    """Return whether a part has weights that were not in the checkpoint, which `_init_weights`
+    marks."""
     return any(getattr(module, "was_drawn", False) for module in part.modules())
 
 
@@ -112,8 +118,8 @@ def refuse_lost_parts(model: nn.Module, frozen_alone: bool = False) -> None:
 
 
 def refuse_unguarded(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """
-    Check a `PeftModel` before PEFT saves it, as a hook that runs before `state_dict` of the model in it.
+    """Check a `PeftModel` before PEFT saves it, as a hook that runs before `state_dict` of the
+    model in it.
 
     Raises:
         ValueError: the folder would lack new weights, or load on the stock causal class.
@@ -131,7 +137,8 @@ def refuse_unguarded(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def refuse_shadow(model: nn.Module) -> None:
-    """Raise ValueError for layers of ShadowPEFT, which runs a causal decoder of its own beside the encoder."""
+    """Raise ValueError for layers of ShadowPEFT, which runs a causal decoder of its own beside the
+    encoder."""
     if type(model.model.layers[0]).__module__.startswith("peft.tuners.shadow"):
         raise ValueError(
             "ShadowPEFT is not supported: it runs a decoder of its own beside the encoder, which is causal and sees "

@@ -1,12 +1,15 @@
 """Poolers turn the states of a sequence into one vector.
 
-Every pooler maps token states (total_tokens, hidden) and sequence offsets (batch + 1) to (batch, hidden) in fp32:
-sequence b owns the tokens offsets[b] .. offsets[b + 1] - 1, and tokens after offsets[-1] belong to no sequence.
-There is no padding here, so it cannot matter. A sequence without tokens is pooled to zeros.
+Every pooler maps token states (total_tokens, hidden) and sequence offsets (batch + 1) to (batch,
+hidden) in fp32: sequence b owns the tokens offsets[b] .. offsets[b + 1] - 1, and tokens after
+offsets[-1] belong to no sequence. There is no padding here, so it cannot matter. A sequence without
+tokens is pooled to zeros.
 
-`weights` takes the same arguments and returns the share (total_tokens,) of each token in its sequence's vector.
+`weights` takes the same arguments and returns the share (total_tokens,) of each token in its
+sequence's vector.
 
-Gemma Encoder (arXiv 2503.02656) names the five poolers; K, the number of probes and their heads are our choice.
+Gemma Encoder (arXiv 2503.02656) names the five poolers; K, the number of probes and their heads are
+our choice.
 """
 
 import torch
@@ -14,7 +17,8 @@ from torch import nn
 
 
 def owners(tokens: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return the sequence that each place in `tokens` belongs to, in its shape; `batch` if it belongs to none."""
+    """Return the sequence that each place in `tokens` belongs to, in its shape; `batch` if it
+    belongs to none."""
     return torch.searchsorted(offsets[1:].to(tokens), tokens, right=True)
 
 
@@ -30,7 +34,8 @@ def segment_sum(values: torch.Tensor, sequences: torch.Tensor, batch: int) -> to
 
 
 def segment_mean(token_states: torch.Tensor, offsets: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Average the states of each sequence's tokens, or of those with `keep` (total_tokens,): (batch, hidden)."""
+    """Average the states of each sequence's tokens, or of those with `keep` (total_tokens,):
+    (batch, hidden)."""
     batch = offsets.shape[0] - 1
     keep = token_states.new_ones(token_states.shape[0]) if keep is None else keep
     sequences = sequence_ids(token_states, offsets)
@@ -39,7 +44,8 @@ def segment_mean(token_states: torch.Tensor, offsets: torch.Tensor, keep: torch.
 
 
 def segment_softmax(scores: torch.Tensor, sequences: torch.Tensor, batch: int) -> torch.Tensor:
-    """Compute the softmax of `scores` (total_tokens, ...) over the tokens of each sequence, in fp32."""
+    """Compute the softmax of `scores` (total_tokens, ...) over the tokens of each sequence, in
+    fp32."""
     index = sequences.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
     highest = scores.new_full((batch + 1, *scores.shape[1:]), -torch.inf)
     highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
@@ -73,11 +79,13 @@ class MeanPooler(nn.Module):
 class FirstKPooler(MeanPooler):
     """Average the first `pooling_k` token states, or all of a shorter sequence.
 
-    Averaging keeps the head's size independent of K and of the length; the paper does not say how K > 1 states combine.
+    Averaging keeps the head's size independent of K and of the length; the paper does not say how K
+    > 1 states combine.
     """
 
     def takes(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
-        """Return which of `total` tokens are among the first `pooling_k` of their sequence, (total,)."""
+        """Return which of `total` tokens are among the first `pooling_k` of their sequence,
+        (total,)."""
         tokens = torch.arange(total, device=offsets.device)
         return tokens - offsets[owners(tokens, offsets)] < self.k
 
@@ -86,7 +94,8 @@ class LastKPooler(MeanPooler):
     """Average the last `pooling_k` token states, or all of a shorter sequence."""
 
     def takes(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
-        """Return which of `total` tokens are among the last `pooling_k` of their sequence, (total,)."""
+        """Return which of `total` tokens are among the last `pooling_k` of their sequence,
+        (total,)."""
         tokens = torch.arange(total, device=offsets.device)
         ends = torch.cat([offsets[1:], offsets[-1:]])[owners(tokens, offsets)]
         return ends - tokens <= self.k
@@ -95,8 +104,9 @@ class LastKPooler(MeanPooler):
 class ProbePooler(nn.Module):
     """Hold what the two attention poolers share: learned latents and four projections.
 
-    Token states are RMS-normalized first, because a decoder's final states can be large (norms of 200 and more). The
-    projections are not called q_proj and so on: an adapter for the decoder's layers must not attach to a fresh pooler.
+    Token states are RMS-normalized first, because a decoder's final states can be large (norms of
+    200 and more). The projections are not called q_proj and so on: an adapter for the decoder's
+    layers must not attach to a fresh pooler.
     """
 
     def __init__(self, config):
@@ -116,10 +126,11 @@ class ProbePooler(nn.Module):
 
 
 class QueryProbePooler(ProbePooler):
-    r"""Use the paper's query probe: learned latents P (num_probes, hidden) attend to the tokens X of a sequence.
+    r"""Use the paper's query probe: learned latents P (num_probes, hidden) attend to the tokens X
+    of a sequence.
 
-    For head h: A_h = softmax(Q_h K_h^T / sqrt(d)) over the tokens, with Q = P W_q, K = X W_k, V = X W_v. The outputs
-    concat_h(A_h V_h) W_o are averaged over the probes.
+    For head h: A_h = softmax(Q_h K_h^T / sqrt(d)) over the tokens, with Q = P W_q, K = X W_k, V = X
+    W_v. The outputs concat_h(A_h V_h) W_o are averaged over the probes.
     """
 
     def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -143,10 +154,11 @@ class QueryProbePooler(ProbePooler):
 
 
 class KVProbePooler(ProbePooler):
-    r"""Use the paper's key-value probe: the tokens X of a sequence attend to learned latents P (num_probes, hidden).
+    r"""Use the paper's key-value probe: the tokens X of a sequence attend to learned latents P
+    (num_probes, hidden).
 
-    For head h: Y_h = softmax(Q_h K_h^T / sqrt(d)) V_h over the probes, with Q = X W_q, K = P W_k, V = P W_v. The
-    tokens' outputs concat_h(Y_h) W_o are averaged over the sequence.
+    For head h: Y_h = softmax(Q_h K_h^T / sqrt(d)) V_h over the probes, with Q = X W_q, K = P W_k, V
+    = P W_v. The tokens' outputs concat_h(Y_h) W_o are averaged over the sequence.
     """
 
     def forward(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -159,7 +171,8 @@ class KVProbePooler(ProbePooler):
         return self.output(segment_mean(answers, offsets).to(states.dtype)).float()
 
     def weights(self, token_states: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Return equal shares: tokens differ in what they take from the probes, and not in how much they count."""
+        """Return equal shares: tokens differ in what they take from the probes, and not in how much
+        they count."""
         sizes = offsets.diff().clamp(min=1)
         return 1 / torch.cat([sizes, sizes.new_ones(1)])[sequence_ids(token_states, offsets)]
 

@@ -1,9 +1,12 @@
-"""In which dtype a device computes fast and soundly: a warning where bf16 is slow, an error where fp16 is NaN.
+"""In which dtype a device computes fast and soundly: a warning where bf16 is slow, an error where
+fp16 is NaN.
 
-A processor without bf16 instructions (AVX2 alone, most laptops and many clouds) converts every number by itself: torch
-multiplies matrices in bf16 there about a hundred times more slowly than in fp32, which looks like a hang.
+A processor without bf16 instructions (AVX2 alone, most laptops and many clouds) converts every
+number by itself: torch multiplies matrices in bf16 there about a hundred times more slowly than in
+fp32, which looks like a hang.
 
-fp16 ends at 65504, which the residual stream of Gemma 2 and 3 exceeds: infinite states, and scores that are NaN.
+fp16 ends at 65504, which the residual stream of Gemma 2 and 3 exceeds: infinite states, and scores
+that are NaN.
 """
 
 import torch
@@ -16,7 +19,8 @@ BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def computes_in_bf16(device: torch.device | str) -> bool:
-    """Return whether a device has instructions of its own for bf16; True for accelerators that cannot be asked."""
+    """Return whether a device has instructions of its own for bf16; True for accelerators that
+    cannot be asked."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -29,7 +33,8 @@ def computes_in_bf16(device: torch.device | str) -> bool:
 
 
 def warn_of_slow_bf16(weight: torch.Tensor) -> None:
-    """Say once what to do where a model with this weight computes in bf16 on a processor that is slow in it."""
+    """Say once what to do where a model with this weight computes in bf16 on a processor that is
+    slow in it."""
     if torch.compiler.is_compiling() or weight.device.type != "cpu":
         return
     cast = dtype_of_autocast("cpu") == torch.bfloat16
@@ -39,8 +44,8 @@ def warn_of_slow_bf16(weight: torch.Tensor) -> None:
 
 
 def refuse_non_finite(name: str, values: torch.Tensor, weight: torch.Tensor, training: bool) -> None:
-    """
-    Check what a model with this weight returns as `name`; in training only under fp16, where no step mends it.
+    """Check what a model with this weight returns as `name`; in training only under fp16, where no
+    step mends it.
 
     Raises:
         ValueError: a value is infinite or NaN; the message says what to do.

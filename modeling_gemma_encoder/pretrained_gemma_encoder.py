@@ -1,4 +1,5 @@
-"""Loading and saving: checkpoints of any supported decoder are loaded, and checkpoints are saved with their code."""
+"""Loading and saving: checkpoints of any supported decoder are loaded, and checkpoints are saved
+with their code."""
 
 import copy
 import shutil
@@ -55,7 +56,8 @@ PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "t
 
 
 def refuse_unknown_attention(requested: str) -> None:
-    """Raise ValueError if no attention function of this name is registered; a name never loads code."""
+    """Raise ValueError if no attention function of this name is registered; a name never loads
+    code."""
     if requested.startswith("paged|") or requested not in ("eager", *AttentionInterface().valid_keys()):
         raise ValueError(
             f'Specified `attn_implementation="{requested}"` is not supported. Use "{UNPADDED}" (the default), '
@@ -81,7 +83,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     """Load, initialize and save encoders; the base of all model classes here."""
 
     config: GemmaEncoderConfig
-    # The head stays in fp32, without bf16 rounding or 4-bit loading. FSDP shards it by itself, for its dtype.
+    # The head stays in fp32, without bf16 rounding or 4-bit loading. FSDP shards it by itself, for
+    # its dtype.
     _no_split_modules = ["GemmaEncoderHead"]
     _keep_in_fp32_modules = ["classifier", "pooler"]
     _keep_in_fp32_modules_strict = ["classifier", "weight_scale"]
@@ -112,17 +115,18 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
-        """
-        Load a checkpoint of a decoder or of an encoder, or an adapter with the decoder it was trained over.
+        """Load a checkpoint of a decoder or of an encoder, or an adapter with the decoder it was
+        trained over.
 
-        The text tower of a multimodal checkpoint is found by its parameter names. An adapter is loaded with the
-        options it was trained with, which its folder's config holds. A GGUF file, given by `gguf_file` or as a path
-        that ends in .gguf, is dequantized into `dtype`, or into fp32. Otherwise as upstream.
+        The text tower of a multimodal checkpoint is found by its parameter names. An adapter is
+        loaded with the options it was trained with, which its folder's config holds. A GGUF file,
+        given by `gguf_file` or as a path that ends in .gguf, is dequantized into `dtype`, or into
+        fp32. Otherwise as upstream.
 
         Raises:
-            ValueError: weights of the decoder, or of the head or pooler that were saved, are missing; the weights are
-                not those of the config; an adapter has no encoder's config or lacks the head, or other options are
-                given than it was trained with.
+            ValueError: weights of the decoder, or of the head or pooler that were saved, are
+                missing; the weights are not those of the config; an adapter has no encoder's config
+                or lacks the head, or other options are given than it was trained with.
             OSError: there are no safetensors. Pickled weights are never read.
         """
         if not kwargs.setdefault("use_safetensors", True):
@@ -198,7 +202,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
 
     @classmethod
     def _config_of_adapter(cls, adapter: Adapter, config, options: dict) -> GemmaEncoderConfig:
-        """Return a copy of `config`, or of the adapter's own with other `options`, checked against the adapter's."""
+        """Return a copy of `config`, or of the adapter's own with other `options`, checked against
+        the adapter's."""
         trained = cls.config_class.from_pretrained(adapter.path, **adapter.where)
         refuse_other_class(adapter.path, trained, cls)
         given = config or cls.config_class.from_pretrained(adapter.path, **adapter.where, **options)
@@ -236,7 +241,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
             return self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
     def save_code(self, folder: Path) -> None:
-        """Copy the files that a user's own class is derived from; upstream copies its file and relative imports."""
+        """Copy the files that a user's own class is derived from; upstream copies its file and
+        relative imports."""
         name, pooler = type(self).__name__, getattr(self, "pooler", None)
         expected = POOLERS[self.config.pooling]
         found = type(getattr(pooler, "original_module", pooler)).__name__.removeprefix("FSDP")
@@ -263,7 +269,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         return self.config.vocab_size
 
     def active_adapters(self) -> list[str]:
-        """Return the names of the active adapters; transformers 5.24 asks for PEFT 0.22, which is not released."""
+        """Return the names of the active adapters; transformers 5.24 asks for PEFT 0.22, which is
+        not released."""
         active = [layer.active_adapter for layer in self.modules() if hasattr(layer, "get_base_layer")]
         if not active:
             raise ValueError("No adapter loaded. Please load an adapter first.")
@@ -272,7 +279,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: dict | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return an adapter's weights, with one that the stock causal class cannot load, as `StockHeadGuard` adds."""
+        """Return an adapter's weights, with one that the stock causal class cannot load, as
+        `StockHeadGuard` adds."""
         refuse_lost_parts(self)
         peft = import_module("peft")  # an import statement would make every checkpoint ask for it
         state_dict = peft.get_peft_model_state_dict(self, state_dict, adapter_name or self.active_adapters()[0])
@@ -283,7 +291,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Return the backend as upstream does, by default the unpadded one, if encoder and decoder support it."""
+        """Return the backend as upstream does, by default the unpadded one, if encoder and decoder
+        support it."""
         requested = requested_attention or self.config.text_config._attn_implementation or UNPADDED
         refuse_unknown_attention(requested)
         if requested == "sdpa" and self.config.text_config.model_type == "gemma2":
@@ -299,7 +308,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
         """Set gradient checkpointing as upstream does, unless it would lose gradients.
 
         Raises:
-            ValueError: `use_reentrant` is not False, and the decoder is a Gemma 4 whose layers share keys and values.
+            ValueError: `use_reentrant` is not False, and the decoder is a Gemma 4 whose layers
+                share keys and values.
         """
         shares = getattr(self.config.text_config, "num_kv_shared_layers", 0)
         given = getattr(gradient_checkpointing_func, "keywords", {"use_reentrant": False})
@@ -323,7 +333,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize the vocabulary; the decoder does it, since Gemma 4 has a second embedding of the same size."""
+        """Resize the vocabulary; the decoder does it, since Gemma 4 has a second embedding of the
+        same size."""
         embeddings = self.model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         size = embeddings.num_embeddings
         if (head := self.get_output_embeddings()) is not None:
@@ -335,7 +346,8 @@ class GemmaEncoderPreTrainedModel(GemmaPreTrainedModel):
 
 @contextmanager
 def _named_as_written(model_class: type):
-    """Give a class made by FSDP2 the name and module of the class it was made from, while its code is saved."""
+    """Give a class made by FSDP2 the name and module of the class it was made from, while its code
+    is saved."""
     if not model_class.__module__.startswith("torch."):
         yield
         return

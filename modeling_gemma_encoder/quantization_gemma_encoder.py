@@ -1,8 +1,10 @@
-"""int8 weights for scoring: linear layers take half of bf16's memory, and are faster on processors that multiply int8.
+"""int8 weights for scoring: linear layers take half of bf16's memory, and are faster on processors
+that multiply int8.
 
-Weights are rounded once, each output by the largest weight of its row; states are rounded when they arrive, each token
-by its largest value (the vector-wise scheme of LLM.int8, arXiv 2208.07339, section 2.1, without its outliers). Products
-are summed exactly, in int32. Embedding, norms, attention, pooler and head stay as they are.
+Weights are rounded once, each output by the largest weight of its row; states are rounded when they
+arrive, each token by its largest value (the vector-wise scheme of LLM.int8, arXiv 2208.07339,
+section 2.1, without its outliers). Products are summed exactly, in int32. Embedding, norms,
+attention, pooler and head stay as they are.
 """
 
 import torch
@@ -70,7 +72,8 @@ def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def hold_int8(model: nn.Module) -> None:
-    """Replace the linear layers of an encoder's decoder by empty int8 layers, which a checkpoint fills."""
+    """Replace the linear layers of an encoder's decoder by empty int8 layers, which a checkpoint
+    fills."""
     _replace(model, lambda linear: Int8Linear(linear.in_features, linear.out_features, linear.bias is not None))
 
 
@@ -78,11 +81,12 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     """
     Round the linear layers of an encoder's decoder to int8, in place, and return the model.
 
-    `save_pretrained` and `from_pretrained` keep them. Scores change by a few hundredths of their spread; measure what
-    that changes for you (`benchmarks/README.md`, int8).
+    `save_pretrained` and `from_pretrained` keep them. Scores change by a few hundredths of their
+    spread; measure what that changes for you (`benchmarks/README.md`, int8).
 
     Raises:
-        ValueError: `model` is not a Gemma Encoder, or its layers are quantized or have adapters already.
+        ValueError: `model` is not a Gemma Encoder, or its layers are quantized or have adapters
+            already.
     """
     if getattr(getattr(model, "config", None), "model_type", None) != "gemma_encoder" or not hasattr(model, "model"):
         raise ValueError(f"`model` must be a Gemma Encoder, got {type(model).__name__}.")

@@ -1,8 +1,9 @@
-"""Templates that join texts into the one text an encoder reads. They are kept in the tokenizer, and saved with it.
+"""Templates that join texts into the one text an encoder reads. They are kept in the tokenizer, and
+saved with it.
 
-After `set_template(tokenizer, pair="Query: {first} Document: {second}")`, a plain `tokenizer(query, document)` returns
-the tokens of the filled template, as pipelines and sentence-transformers call it. Truncation shortens the texts, never
-the template.
+After `set_template(tokenizer, pair="Query: {first} Document: {second}")`, a plain `tokenizer(query,
+document)` returns the tokens of the filled template, as pipelines and sentence-transformers call
+it. Truncation shortens the texts, never the template.
 """
 
 import re
@@ -18,12 +19,13 @@ RANKING_TEMPLATE = "Query: {first} Document: {second}"  # RankT5, arXiv 2210.106
 def set_template(
     tokenizer: PreTrainedTokenizerBase, single: str = "{first}", pair: str = "{first}\n{second}"
 ) -> PreTrainedTokenizerBase:
-    """
-    Have `tokenizer(text)` and `tokenizer(first, second)` fill these templates, after <bos> if the tokenizer adds one.
+    """Have `tokenizer(text)` and `tokenizer(first, second)` fill these templates, after <bos> if
+    the tokenizer adds one.
 
-    The words of a template become tokens by themselves, apart from the texts, so that a space before a text is a token
-    of its own. Special tokens that are written in a template are those tokens. A tokenizer without a padding token,
-    such as Llama's, pads with its end of text, since an encoder never sees padding.
+    The words of a template become tokens by themselves, apart from the texts, so that a space
+    before a text is a token of its own. Special tokens that are written in a template are those
+    tokens. A tokenizer without a padding token, such as Llama's, pads with its end of text, since
+    an encoder never sees padding.
 
     Raises:
         ValueError: a template lacks a field or has one twice, or the tokenizer is not a fast one.
@@ -53,7 +55,8 @@ def set_template(
 
 
 def split_template(kind: str, template: str) -> list[str]:
-    """Return the fields and the words between them, in order. Raise ValueError unless each field is there once."""
+    """Return the fields and the words between them, in order. Raise ValueError unless each field is
+    there once."""
     fields = list(FIELDS)[: 1 if kind == "single" else 2]
     parts = re.split(r"(\{\w*\})", template)
     if sorted(parts[1::2]) != sorted(fields):

@@ -10,18 +10,19 @@ from .attention_gemma_encoder import layer_reach, layer_type_of
 def verify_attention(model: nn.Module, trials: int = 4) -> None:
     """Check that every layer of a Gemma Encoder attends as its config's `attention` says.
 
-    Each layer's attention is given sequences of two random tokens, (a, b), (a, c) and (c, b): its output at the first
-    token differs between the first two if, and only if, the last token reaches the first; its output at the last
-    token differs between the first and third if, and only if, the first reaches the last. Two tokens do not measure
-    how far a window reaches; for windows, the settings of each layer are compared with the config.
+    Each layer's attention is given sequences of two random tokens, (a, b), (a, c) and (c, b): its
+    output at the first token differs between the first two if, and only if, the last token reaches
+    the first; its output at the last token differs between the first and third if, and only if, the
+    first reaches the last. Two tokens do not measure how far a window reaches; for windows, the
+    settings of each layer are compared with the config.
 
-    It does not run on load, since a model may be loaded where it cannot run yet (meta device, sharded, offloaded). It
-    costs one forward pass of `6 * trials` tokens, looks through wrappers (PEFT, DDP, torch.compile) and restores train
-    mode. No other thread may use the model meanwhile.
+    It does not run on load, since a model may be loaded where it cannot run yet (meta device,
+    sharded, offloaded). It costs one forward pass of `6 * trials` tokens, looks through wrappers
+    (PEFT, DDP, torch.compile) and restores train mode. No other thread may use the model meanwhile.
 
     Raises:
-        RuntimeError: `model` is not a Gemma Encoder, its states are not finite, or some layers do not attend as the
-            config says.
+        RuntimeError: `model` is not a Gemma Encoder, its states are not finite, or some layers do
+            not attend as the config says.
     """
     encoder = next((module for module in model.modules() if is_encoder(module)), None)
     layers = [] if encoder is None else [module for module in encoder.modules() if hasattr(module, "reach")]
@@ -45,7 +46,8 @@ def verify_attention(model: nn.Module, trials: int = 4) -> None:
 
 
 def is_encoder(module: nn.Module) -> bool:
-    """Return whether a module is a Gemma Encoder, which may be of a class from a checkpoint's own code."""
+    """Return whether a module is a Gemma Encoder, which may be of a class from a checkpoint's own
+    code."""
     is_named = getattr(getattr(module, "config", None), "model_type", None) == "gemma_encoder"
     return is_named and hasattr(type(module), "encode")
 

@@ -1,4 +1,5 @@
-"""Command lines: errors of one line, flags in a YAML file, and the same batch on any number of devices."""
+"""Command lines: errors of one line, flags in a YAML file, and the same batch on any number of
+devices."""
 
 import json
 import os
@@ -34,7 +35,8 @@ def fail(parser: ArgumentParser, message: str) -> NoReturn:
 
 @contextmanager
 def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
-    """End the process with one line, `begin` and the message, where an error is the user's to correct; see `fail`."""
+    """End the process with one line, `begin` and the message, where an error is the user's to
+    correct; see `fail`."""
     try:
         yield
     except OSError as error:
@@ -57,7 +59,8 @@ def absent_places(given: Namespace, flags: Iterable[str]) -> list[tuple[str, str
 
 
 def in_words(error: OSError, given: Namespace) -> str:
-    """Return the message of an error, which begins with the file, folder or name on the Hub that does not exist."""
+    """Return the message of an error, which begins with the file, folder or name on the Hub that
+    does not exist."""
     text = str(error)
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"there is no file {error.filename}"
@@ -75,7 +78,8 @@ def interruptible(otherwise: str = "nothing new was saved; give the same command
     End the process on Ctrl-C with one line and the code 130, as shells have it; also a decorator.
 
     Args:
-        otherwise: What the line says where the `KeyboardInterrupt` itself has no text on how to go on.
+        otherwise: What the line says where the `KeyboardInterrupt` itself has no text on how to go
+            on.
     """
     try:
         yield
@@ -99,8 +103,9 @@ class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 class ScriptParser(HfArgumentParser):
     """Parse the flags of a script into its dataclasses. An error ends the process with one line.
 
-    A process uses one device. The Trainer itself would use all GPUs that it sees, with `torch.nn.DataParallel` and a
-    batch on each, so that the same command would train something else on another machine.
+    A process uses one device. The Trainer itself would use all GPUs that it sees, with
+    `torch.nn.DataParallel` and a batch on each, so that the same command would train something else
+    on another machine.
     """
 
     def __init__(self, types, description: str, formatter_class: type[Help] = Help):
@@ -112,7 +117,8 @@ class ScriptParser(HfArgumentParser):
             self.add_argument("--force_bf16", nargs="?", const=True, default=False, type=string_to_bool, help=help)
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        """Add a dataclass as upstream does, but the hundred options of its Trainer last, in a group of their own."""
+        """Add a dataclass as upstream does, but the hundred options of its Trainer last, in a group
+        of their own."""
         if not issubclass(dtype, TrainingArguments):
             return super()._add_dataclass_arguments(dtype)
         group, hints = self.add_argument_group("options of transformers' TrainingArguments"), get_type_hints(dtype)
@@ -122,7 +128,8 @@ class ScriptParser(HfArgumentParser):
                 self._parse_dataclass_field(group, field)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
-        """Parse as argparse does, and replace bf16 with fp32 on a processor without bf16 instructions."""
+        """Parse as argparse does, and replace bf16 with fp32 on a processor without bf16
+        instructions."""
         self.words = sys.argv[1:] if args is None else list(args)
         namespace, rest = super().parse_known_args(args, namespace)
         self.given = Namespace(**vars(namespace))  # a copy, as upstream empties the namespace
@@ -174,7 +181,8 @@ class ScriptParser(HfArgumentParser):
 
 
 class YamlScriptParser(ScriptParser):
-    """Parse also `--config FILE`, which has flags in YAML. Flags of the command line win over those of the file."""
+    """Parse also `--config FILE`, which has flags in YAML. Flags of the command line win over those
+    of the file."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -185,7 +193,8 @@ class YamlScriptParser(ScriptParser):
         )
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
-        """Parse the flags of the file, then those of the command line, then `last`; the later ones win."""
+        """Parse the flags of the file, then those of the command line, then `last`; the later ones
+        win."""
         found, words = config_flag.parse_known_args(sys.argv[1:] if args is None else args)
         self.of_file = []
         if found.config is not None:
@@ -231,7 +240,8 @@ TOTAL, STEPS = "--total_batch_size", "--gradient_accumulation_steps"
 
 
 def has_flag(words: list[str], flag: str) -> bool:
-    """Return whether a command line has a flag, perhaps abbreviated; argparse has refused ambiguous ones."""
+    """Return whether a command line has a flag, perhaps abbreviated; argparse has refused ambiguous
+    ones."""
     return any(len(word) > 2 and word.startswith("--") and flag.startswith(word.partition("=")[0]) for word in words)
 
 
@@ -239,15 +249,16 @@ def share_batch(parser: YamlScriptParser, args: list[str] | None = None, count: 
     """
     Divide `--total_batch_size` among devices and accumulation steps.
 
-    A device takes at most `--per_device_train_batch_size` rows at a time. Accumulation steps of the command line win
-    over the total of a file.
+    A device takes at most `--per_device_train_batch_size` rows at a time. Accumulation steps of the
+    command line win over the total of a file.
 
     Args:
         args: The words to parse; None: those of the command line.
         count: The number of devices; None: the number of processes that were launched.
 
     Raises:
-        ValueError: The total cannot be divided, or `--gradient_accumulation_steps` is given beside it.
+        ValueError: The total cannot be divided, or `--gradient_accumulation_steps` is given beside
+            it.
     """
     parser.last = []
     given = parser.parse_args(args)

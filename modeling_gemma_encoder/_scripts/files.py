@@ -1,4 +1,5 @@
-"""Files that people write and programs read: strict readers of lines and tables, small files written whole."""
+"""Files that people write and programs read: strict readers of lines and tables, small files
+written whole."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ def write(path: Path, text: str) -> None:
 
 
 def is_local(name: str) -> bool:
-    """Return whether a name is a path, which may not exist, and not `owner/name` or a GGUF file on the Hub."""
+    """Return whether a name is a path, which may not exist, and not `owner/name` or a GGUF file on
+    the Hub."""
     bare = name.partition(":")[0]
     several = bare.endswith("/") or (bare.count("/") > 1 and not bare.endswith(".gguf"))
     return several or name.startswith((".", "/", "~")) or Path(name).exists()
@@ -53,14 +55,16 @@ def _not_in_utf8(path: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield each line that is not blank, without its end, and its place. Only a line feed ends a line."""
+    """Yield each line that is not blank, without its end, and its place. Only a line feed ends a
+    line."""
     for line, where in _lines(path):
         if line.strip():
             yield line, where
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield each line without its end, and its place. Raise ValueError for lines that end in carriage returns alone."""
+    """Yield each line without its end, and its place. Raise ValueError for lines that end in
+    carriage returns alone."""
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):

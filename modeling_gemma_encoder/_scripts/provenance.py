@@ -15,7 +15,8 @@ TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".run", ".yaml"
 
 
 def own_name(name: str) -> str:
-    """Return the last part of a path of this machine, and other names, such as those of the Hub, as they are."""
+    """Return the last part of a path of this machine, and other names, such as those of the Hub, as
+    they are."""
     place, colon, split = name.partition(":")
     if "://" in name or not (is_local(place) or place.endswith(TABLES)):
         return name
@@ -25,8 +26,8 @@ def own_name(name: str) -> str:
 def masked(command: str) -> str:
     """Return a command line without secrets and folders of this machine.
 
-    It has no tokens of the Hub, no values of flags that hold secrets, and of a path only its last part, unless it is
-    that of a script.
+    It has no tokens of the Hub, no values of flags that hold secrets, and of a path only its last
+    part, unless it is that of a script.
     """
     places = re.compile(r"(?<![^\s=])(?:'([^']*)'|\"([^\"]*)\"|([^\s='\"]+))(?=\s|$)")
 
@@ -47,7 +48,8 @@ def masked(command: str) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Return the command line of this process without secrets, and what it runs on, for a model card."""
+    """Return the command line of this process without secrets, and what it runs on, for a model
+    card."""
     script = Path(sys.argv[0])
     if script.is_absolute():  # the reader of a card types a relative path
         script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else Path(script.name)

@@ -13,7 +13,8 @@ from .files import _lines, open_text, read_lines
 
 
 def line_of(path: Path, row: int) -> int | None:
-    """Return the line where a row of a .csv, .tsv or .jsonl file begins, counted from 1; None for other files."""
+    """Return the line where a row of a .csv, .tsv or .jsonl file begins, counted from 1; None for
+    other files."""
     if path.suffix in (".csv", ".tsv"):
         places = (where for _, where in islice(read_table(path), 1, None))
     elif path.suffix == ".jsonl":
@@ -25,15 +26,15 @@ def line_of(path: Path, row: int) -> int | None:
 
 
 def read_table(path: Path) -> Iterator[tuple[list[str], str]]:
-    """
-    Yield each row of a .csv or .tsv file and the place where it begins. The first row has the names of the columns.
+    """Yield each row of a .csv or .tsv file and the place where it begins. The first row has the
+    names of the columns.
 
-    In .csv a text in quotes may hold commas and line ends. In .tsv tabs separate fields, and quotes are part of the
-    text; a warning is printed where a field begins and ends with one.
+    In .csv a text in quotes may hold commas and line ends. In .tsv tabs separate fields, and quotes
+    are part of the text; a warning is printed where a field begins and ends with one.
 
     Raises:
-        ValueError: A row has more or fewer fields than there are names, a name is there twice, or a quote is not
-            closed. The message has the file and the line, as an editor counts them.
+        ValueError: A row has more or fewer fields than there are names, a name is there twice, or a
+            quote is not closed. The message has the file and the line, as an editor counts them.
     """
     names = None
     for row, where in _tab_separated(path) if path.suffix == ".tsv" else _comma_separated(path):
@@ -93,7 +94,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 
 
 def at_row(place: str, row: int, path: Path | None) -> str:
-    """Return what a message calls a row of a split, counted from 0, with its line in a file that has one."""
+    """Return what a message calls a row of a split, counted from 0, with its line in a file that
+    has one."""
     line = path and line_of(path, row)
     return f"{place}, row {row}" if line is None else f"{place}, row {row} (line {line})"
 
@@ -125,7 +127,8 @@ def read_file(path: Path, texts: Sequence[str] | None = ()) -> Dataset:
     In .csv and .tsv nothing stands for a missing value: "NA" is a word. See `read_table`.
 
     Args:
-        texts: The columns of .csv and .tsv that are text even where they hold numbers; None: all columns.
+        texts: The columns of .csv and .tsv that are text even where they hold numbers; None: all
+            columns.
 
     Raises:
         ValueError: The file is missing, empty, of another kind, or cannot be read.

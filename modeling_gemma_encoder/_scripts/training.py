@@ -1,4 +1,5 @@
-"""What training scripts share: resuming a run, refusing another one in its folder, and reports of how it went."""
+"""What training scripts share: resuming a run, refusing another one in its folder, and reports of
+how it went."""
 
 import json
 import math
@@ -22,7 +23,8 @@ from .command_line import Help, ScriptParser, fail
 from .files import write
 from .provenance import provenance
 
-# Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million parameters.
+# Defaults of `TrainingArguments` for scripts that read plain text; our choice, for a few million
+# parameters.
 READING = {
     "max_steps": 1000,
     "per_device_train_batch_size": 32,
@@ -47,7 +49,8 @@ class HelpOfReading(Help):
 
 
 def set_steps(parser: ScriptParser) -> None:
-    """Let `--num_train_epochs` alone say how long a training is; the default of `--max_steps` would win over it."""
+    """Let `--num_train_epochs` alone say how long a training is; the default of `--max_steps` would
+    win over it."""
     parser.set_defaults(num_train_epochs=None, max_steps=None)
     given = parser.parse_args()
     steps, epochs = given.max_steps, given.num_train_epochs
@@ -71,13 +74,15 @@ def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, blo
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last checkpoint that is complete, which has `trainer_state.json`; the Trainer writes that last."""
+    """Return the last checkpoint that is complete, which has `trainer_state.json`; the Trainer
+    writes that last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def names_checkpoint(args: TrainingArguments) -> bool:
-    """Return whether `--resume_from_checkpoint` names a folder, and is not True, which the Trainer also takes."""
+    """Return whether `--resume_from_checkpoint` names a folder, and is not True, which the Trainer
+    also takes."""
     return args.resume_from_checkpoint not in (None, True, "True", "true")
 
 
@@ -128,7 +133,8 @@ def resumable(args: TrainingArguments, finished: Path | None = None) -> Iterator
 
 
 def replacing_weights(checkpoint: str | None) -> AbstractContextManager:
-    """Suppress upstream's warning of new weights while a model is loaded whose weights a checkpoint will replace."""
+    """Suppress upstream's warning of new weights while a model is loaded whose weights a checkpoint
+    will replace."""
     return quiet() if checkpoint else nullcontext()
 
 
@@ -138,7 +144,8 @@ def rows_per_step(args: TrainingArguments) -> int:
 
 
 def count_steps(args: TrainingArguments, rows: int) -> int:
-    """Return the number of optimizer steps of a training on so many rows. Warn where all of them warm up."""
+    """Return the number of optimizer steps of a training on so many rows. Warn where all of them
+    warm up."""
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step(args)))
@@ -152,7 +159,8 @@ def count_steps(args: TrainingArguments, rows: int) -> int:
 
 
 def under_fsdp(args: TrainingArguments) -> bool:
-    """Return whether FSDP is used. Upstream's `is_fsdp_enabled` also asks for weights that one process loads."""
+    """Return whether FSDP is used. Upstream's `is_fsdp_enabled` also asks for weights that one
+    process loads."""
     return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
@@ -169,7 +177,8 @@ def refuse_another_run(
 
     Args:
         run: What makes a run this one and no other.
-        checkpoint: A checkpoint or a result in the folder; None: there is nothing, and the run begins anew.
+        checkpoint: A checkpoint or a result in the folder; None: there is nothing, and the run
+            begins anew.
         is_main: Whether this process is the one that writes.
         defaults: The values of fields that an older `run.json` does not have.
 
@@ -189,8 +198,8 @@ def refuse_another_run(
 
 
 def leave_report(trainer: Trainer, timer: StepTimer, options, extra: dict, history: list[dict] | None = None) -> None:
-    """
-    Write `results.json` and `training_log.json` of a model that has read plain text into the Trainer's folder.
+    """Write `results.json` and `training_log.json` of a model that has read plain text into the
+    Trainer's folder.
 
     Args:
         options: The dataclass of the script's own options.
@@ -208,11 +217,12 @@ def leave_report(trainer: Trainer, timer: StepTimer, options, extra: dict, histo
 
 
 def mean_losses(history: list[dict]) -> list[tuple[dict, float]]:
-    """
-    Return training losses as means over equally many steps, each with the entry of the history where these end.
+    """Return training losses as means over equally many steps, each with the entry of the history
+    where these end.
 
-    The Trainer logs a mean over fewer steps after the first step, after a checkpoint and at the end. Such means are
-    merged into means over one number of steps, the one that leaves out the fewest steps.
+    The Trainer logs a mean over fewer steps after the first step, after a checkpoint and at the
+    end. Such means are merged into means over one number of steps, the one that leaves out the
+    fewest steps.
     """
     losses, before = [], 0
     for entry in history:

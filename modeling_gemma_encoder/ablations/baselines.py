@@ -1,4 +1,5 @@
-"""What an encoder is compared with on the same rows: bags of words, the stock causal classifier, random weights."""
+"""What an encoder is compared with on the same rows: bags of words, the stock causal classifier,
+random weights."""
 
 import json
 from pathlib import Path
@@ -55,9 +56,11 @@ def scratch(task: Task, options: FineTuningArguments) -> PreTrainedModel:
 
 
 def bert(task: Task, options: FineTuningArguments) -> PreTrainedModel:
-    """Make a BERT (arXiv 1810.04805) with random weights, the decoder's width and depth, and about as many parameters.
+    """Make a BERT (arXiv 1810.04805) with random weights, the decoder's width and depth, and about
+    as many parameters.
 
-    A feed-forward block has two matrices in BERT and three in Gemma, and BERT's attention is as wide as its states.
+    A feed-forward block has two matrices in BERT and three in Gemma, and BERT's attention is as
+    wide as its states.
     """
     decoder = GemmaEncoderConfig.from_pretrained(options.model).text_config
     width, layers = decoder.hidden_size, decoder.num_hidden_layers
@@ -73,10 +76,11 @@ MAKERS = {"stock": stock, "scratch": scratch, "bert": bert}
 
 
 def bag_of_words(task: Task, data: Data, folder: Path, name: str, seed: int) -> dict:
-    """Train a linear model on TF-IDF of words and pairs of words, and return the run's report, also `results.json`.
+    """Train a linear model on TF-IDF of words and pairs of words, and return the run's report, also
+    `results.json`.
 
-    It is a logistic or ridge regression with scikit-learn's defaults. Of two texts it reads both bags, what they share,
-    and where they differ.
+    It is a logistic or ridge regression with scikit-learn's defaults. Of two texts it reads both
+    bags, what they share, and where they differ.
     """
 
     def texts(rows: Dataset) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""The studies that can be asked for: attention, pooling, dropout, padding, training rows, baselines and starts.
+"""The studies that can be asked for: attention, pooling, dropout, padding, training rows, baselines
+and starts.
 
-The paper's numbers are GLUE averages of Gemma 2 2B (arXiv 2503.02656). Radii, K, numbers of probes and numbers of rows
-are our choice.
+The paper's numbers are GLUE averages of Gemma 2 2B (arXiv 2503.02656). Radii, K, numbers of probes
+and numbers of rows are our choice.
 """
 
 import shlex
@@ -81,7 +82,8 @@ STUDIES = {
         reference={f"query probe on {rows or 'all'} rows": f"mean on {rows or 'all'} rows" for rows in ROWS},
     ),
 }
-# Studies that are made of the command line: `start` has a variant for each of --starts, `padding` one for each side.
+# Studies that are made of the command line: `start` has a variant for each of --starts, `padding`
+# one for each side.
 MADE = ("start", "padding")
 # What every variant has unless it says otherwise: the config's defaults, spelled out.
 PLAIN = {

@@ -1,7 +1,7 @@
 """Cells of an ablation: a task, the options that differ, a learning rate and a seed.
 
-A cell is a training run like any other (`finetuning.run.fine_tune`). It has a folder and a `results.json` of its own.
-A finished cell is read and not trained again.
+A cell is a training run like any other (`finetuning.run.fine_tune`). It has a folder and a
+`results.json` of its own. A finished cell is read and not trained again.
 """
 
 import copy
@@ -51,12 +51,14 @@ class Cell:
 def hold_out(data: Data, rows: int | None, seed: int, group: str | None = None) -> tuple[Data, Data]:
     """Return the data to choose a learning rate on, and the data to report.
 
-    Both train on the same rows. The former is validated on a tenth of the training rows, a thousand at most, which are
-    set aside for all variants and seeds; the latter on the official validation rows.
+    Both train on the same rows. The former is validated on a tenth of the training rows, a thousand
+    at most, which are set aside for all variants and seeds; the latter on the official validation
+    rows.
 
     Args:
         rows: How many of the other rows are trained on, drawn by `seed`; None for all.
-        group: A column. Rows with the same value stay together, so that a few more may be set aside.
+        group: A column. Rows with the same value stay together, so that a few more may be set
+            aside.
 
     Raises:
         ValueError: All rows have the same value of `group`.
@@ -108,8 +110,10 @@ class Bench:
 
     Args:
         root: The folder that holds the cells' folders.
-        others: Tasks that are not rows of a table: name -> function that makes a cell's report in a folder.
-        task_defaults: Which of the number of epochs and the batch sizes come from the task and not from `args`.
+        others: Tasks that are not rows of a table: name -> function that makes a cell's report in a
+            folder.
+        task_defaults: Which of the number of epochs and the batch sizes come from the task and not
+            from `args`.
         keep_models: Keep the weights of every cell.
     """
 

@@ -1,7 +1,8 @@
 """What ablations found, to look at: a table of scores, one of differences, notes, and a plot.
 
-A place is empty where a variant was not run on a task, and so is an average over tasks that includes it. `of_study` is
-task -> variant -> what `run_studies`, `add_differences` and `add_answers` found.
+A place is empty where a variant was not run on a task, and so is an average over tasks that
+includes it. `of_study` is task -> variant -> what `run_studies`, `add_differences` and
+`add_answers` found.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ def name_seeds(seeds: Sequence[int]) -> str:
 
 
 def score_table(title: str, study: Study, of_study: dict) -> str:
-    """Return scores x 100 with standard errors as a table, a row a variant, beside the paper's averages."""
+    """Return scores x 100 with standard errors as a table, a row a variant, beside the paper's
+    averages."""
     several = len(of_study) > 1
     columns = [title]
     columns += [f"{task} ({_metric(variants)})" for task, variants in of_study.items()]
@@ -99,7 +101,8 @@ def _metric(variants: dict) -> str:
 
 
 def notes(study: Study, of_study: dict) -> str:
-    """Return what numbers hide, a line each: variants with the same answers, and answers that are always the same."""
+    """Return what numbers hide, a line each: variants with the same answers, and answers that are
+    always the same."""
     lines = []
     for task, variants in of_study.items():
         named = set()
@@ -195,7 +198,8 @@ def plot(title: str, study: Study, of_study: dict, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Hold what a panel shows, a place for each variant: scores of the seeds, and means with errors."""
+    """Hold what a panel shows, a place for each variant: scores of the seeds, and means with
+    errors."""
 
     title: str
     metric: str

@@ -1,4 +1,5 @@
-"""A reranker as a task of an ablation: a script trains its cells, which are scored on judged queries."""
+"""A reranker as a task of an ablation: a script trains its cells, which are scored on judged
+queries."""
 
 import json
 import subprocess
@@ -25,7 +26,8 @@ class RankingTask:
 
     Args:
         plain: Options of every cell, unless the cell changes them.
-        train_data: Judged data to train on, of which a share of the queries chooses the learning rate.
+        train_data: Judged data to train on, of which a share of the queries chooses the learning
+            rate.
         eval_data: Judged data to evaluate.
         flags: Further words of the command line.
         script: The path of `msmarco.py`.
@@ -99,7 +101,8 @@ class RankingTask:
 
 
 def _refuse_other_flags(folder: Path, before: list[str], now: list[str]) -> None:
-    """Raise ValueError where two command lines are not of the same run; the order of flags does not matter."""
+    """Raise ValueError where two command lines are not of the same run; the order of flags does not
+    matter."""
     before, now = by_flag(before), by_flag(now)
     if changed := [flag for flag in before | now if before.get(flag) != now.get(flag)]:
         which = ", ".join(f"{flag}: {before.get(flag)} -> {now.get(flag)}" for flag in changed)
@@ -140,7 +143,8 @@ class LeftOutQueries:
         """Return None: a ranking has no class that it could name for all rows."""
 
     def __call__(self, folder: Path) -> np.ndarray:
-        """Return the cell's mean without each part of the queries, (parts,); empty for a single query."""
+        """Return the cell's mean without each part of the queries, (parts,); empty for a single
+        query."""
         values = self.answers(folder)[0]
         if len(values) < 2:
             return np.array([])

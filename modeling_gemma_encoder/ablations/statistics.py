@@ -1,9 +1,11 @@
-"""By how much one variant is better than another, and how far to believe it: errors of the seeds and of the rows.
+"""By how much one variant is better than another, and how far to believe it: errors of the seeds
+and of the rows.
 
-What two variants reach differs by what they are, by the seeds they had, and by the rows they happened to be scored on.
-The rows are the same for both, so what both find hard cancels. The error of the difference is therefore found by
-leaving out a part of the rows at a time (the delete-a-group jackknife; Kott, Journal of Official Statistics 17, 2001),
-which works for any metric, F1 and correlations too. Rows that belong together are left out together.
+What two variants reach differs by what they are, by the seeds they had, and by the rows they
+happened to be scored on. The rows are the same for both, so what both find hard cancels. The error
+of the difference is therefore found by leaving out a part of the rows at a time (the delete-a-group
+jackknife; Kott, Journal of Official Statistics 17, 2001), which works for any metric, F1 and
+correlations too. Rows that belong together are left out together.
 """
 
 import json
@@ -44,14 +46,16 @@ def mean_and_error(scores: list[float]) -> tuple[float, float]:
 
 
 def averages(of_study: dict, name: str) -> tuple[float, float]:
-    """Return a variant's mean over tasks, and the standard error that follows from those of the tasks."""
+    """Return a variant's mean over tasks, and the standard error that follows from those of the
+    tasks."""
     pairs = [mean_and_error(variants[name]["scores"]) for variants in of_study.values()]
     means, errors = np.array(pairs).T
     return float(means.mean()), float(np.sqrt(np.sum(errors**2)) / len(pairs))
 
 
 class Part(Mapping):
-    """Hold columns of some rows as lists, which metrics read. A column is made when it is first asked for."""
+    """Hold columns of some rows as lists, which metrics read. A column is made when it is first
+    asked for."""
 
     def __init__(self, rows: Dataset, columns: dict[str, list], places: np.ndarray):
         self.column_names, self.features = rows.column_names, rows.features
@@ -72,7 +76,8 @@ class Part(Mapping):
 
 
 class LeftOut:
-    """Read what a finished run predicts, and score it without each part of the validation rows, as GLUE does.
+    """Read what a finished run predicts, and score it without each part of the validation rows, as
+    GLUE does.
 
     Args:
         rows: Validation split -> its rows.
@@ -109,7 +114,8 @@ class LeftOut:
         return [np.array(json.loads(file.read_text())["predictions"]) for file in files]
 
     def always(self, folder: Path) -> str | None:
-        """Return what a run says of (nearly) all rows although they differ; None where it tells them apart."""
+        """Return what a run says of (nearly) all rows although they differ; None where it tells
+        them apart."""
         if self.task.problem == "choice":
             return None
         predicted = np.concatenate(self.answers(folder))
@@ -129,9 +135,9 @@ class LeftOut:
 def difference_and_error(differences: Sequence[float], left_out: np.ndarray) -> tuple[float, float]:
     """Return the mean of the seeds' differences, and its standard error, of seeds and rows.
 
-    For a single seed the error is that of the rows alone. Over the seeds, differences vary also because each seed is
-    wrong on other rows. The error of the rows contains that share already, so it is subtracted from the error of the
-    seeds.
+    For a single seed the error is that of the rows alone. Over the seeds, differences vary also
+    because each seed is wrong on other rows. The error of the rows contains that share already, so
+    it is subtracted from the error of the seeds.
 
     Args:
         differences: On all rows, (seeds,).
@@ -167,14 +173,17 @@ class _ScoresLeftOut:
 def add_differences(
     studies: dict[str, Study], found: dict, root: Path, left_out: dict[str, Callable[[Path], np.ndarray]]
 ) -> list[str]:
-    """Add to each variant `difference`: from what its study compares it with, and the standard error.
+    """Add to each variant `difference`: from what its study compares it with, and the standard
+    error.
 
     It is None where a cell kept no predictions, the rows are one part, or a score is not a number.
 
     Args:
-        found: What `run_studies` returned. A variant may be missing, and then nothing is compared with it.
+        found: What `run_studies` returned. A variant may be missing, and then nothing is compared
+            with it.
         root: The folder that holds the cells' folders.
-        left_out: Task -> function of a cell's folder, which returns its score without each part of the rows, (parts,).
+        left_out: Task -> function of a cell's folder, which returns its score without each part of
+            the rows, (parts,).
 
     Returns:
         The cells that kept no predictions.
@@ -204,8 +213,9 @@ def _difference(task: str, of_variant: dict, reference: dict, scores: _ScoresLef
 def add_answers(found: dict, root: Path, left_out: dict[str, LeftOut]) -> None:
     """Add to each variant which answers are the same: as those of another variant, or for all rows.
 
-    `equal_to` are the variants before it whose answers are the same to every row with every seed. `always` is, for each
-    seed, what it says of (nearly) all rows, or None. Cells that kept no predictions are passed over.
+    `equal_to` are the variants before it whose answers are the same to every row with every seed.
+    `always` is, for each seed, what it says of (nearly) all rows, or None. Cells that kept no
+    predictions are passed over.
 
     Args:
         found: What `run_studies` returned.

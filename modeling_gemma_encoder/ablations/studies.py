@@ -1,7 +1,7 @@
 """Studies: the same fine-tuning with one choice changed, on several tasks and seeds.
 
-Every variant has the learning rate that does best for it and the task, on rows set aside from the training set, so that
-no variant is handicapped by a rate that suits another one.
+Every variant has the learning rate that does best for it and the task, on rows set aside from the
+training set, so that no variant is handicapped by a rate that suits another one.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,8 +27,10 @@ class Study:
 
     Args:
         variants: Name -> the options that it changes.
-        paper: Name -> GLUE average of Gemma 2 2B in the paper (arXiv 2503.02656), where it is known.
-        reference: Name of what all others are compared with, or a name for each variant. Default: the first variant.
+        paper: Name -> GLUE average of Gemma 2 2B in the paper (arXiv 2503.02656), where it is
+            known.
+        reference: Name of what all others are compared with, or a name for each variant. Default:
+            the first variant.
     """
 
     variants: dict[str, Options]
@@ -36,7 +38,8 @@ class Study:
     reference: str | dict[str, str] | None = None
 
     def compared_with(self, name: str) -> str:
-        """Return what a variant is compared with: the first variant where the reference is left out."""
+        """Return what a variant is compared with: the first variant where the reference is left
+        out."""
         reference = self.reference
         if isinstance(reference, dict):
             reference = reference.get(name)
@@ -44,7 +47,8 @@ class Study:
 
 
 def as_options(changed: Options, given: FineTuningArguments) -> Changed:
-    """Return what a variant changes of the options given, so that studies share the cells that are the same."""
+    """Return what a variant changes of the options given, so that studies share the cells that are
+    the same."""
     return tuple(sorted((key, value) for key, value in changed.items() if getattr(given, key, None) != value))
 
 
@@ -120,13 +124,14 @@ def run_studies(plan: Plan, run_all: RunAll) -> dict:
     """Run the cells of a plan, and return the scores of every variant.
 
     Args:
-        run_all: Takes cells and returns their reports in order. A report is None for a cell that is not to run: a
-            variant that needs it is left out, and so is a task or a study that then has nothing to compare.
+        run_all: Takes cells and returns their reports in order. A report is None for a cell that is
+            not to run: a variant that needs it is left out, and so is a task or a study that then
+            has nothing to compare.
 
     Returns:
-        Study -> task -> variant -> `learning_rate`; `chosen_on`, rate -> score; `scores` of the seeds; `metric`, their
-        name; `cells`, their folders below the root; and `simple`, the scores that need no reading: of the majority, or
-        of a random order and BM25.
+        Study -> task -> variant -> `learning_rate`; `chosen_on`, rate -> score; `scores` of the
+        seeds; `metric`, their name; `cells`, their folders below the root; and `simple`, the scores
+        that need no reading: of the majority, or of a random order and BM25.
     """
     chosen_on = _scores_of_rates(plan, run_all)
     rates = {trained: _best(found) for trained, found in chosen_on.items()}
@@ -152,7 +157,8 @@ def run_studies(plan: Plan, run_all: RunAll) -> dict:
 
 
 def _scores_of_rates(plan: Plan, run_all: RunAll) -> dict[tuple[str, Changed], dict]:
-    """Return what is trained -> learning rate -> score on rows set aside; None where it was not measured."""
+    """Return what is trained -> learning rate -> score on rows set aside; None where it was not
+    measured."""
     found = {place.trained: dict.fromkeys(plan.learning_rates) for place in plan.places}
     if cells := plan.choosing():
         for cell, report in zip(cells, run_all(cells), strict=True):
@@ -162,7 +168,8 @@ def _scores_of_rates(plan: Plan, run_all: RunAll) -> dict[tuple[str, Changed], d
 
 
 def _best(scores: dict[float, float | None]) -> float | None:
-    """Return the rate with the highest score, or None where a score is missing. NaN counts as the lowest."""
+    """Return the rate with the highest score, or None where a score is missing. NaN counts as the
+    lowest."""
     if len(scores) == 1:
         return next(iter(scores))
     if None in scores.values():

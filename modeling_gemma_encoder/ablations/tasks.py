@@ -1,4 +1,5 @@
-"""Tasks of an ablation, each with the source of its rows: GLUE's, SuperGLUE's, and a table of one's own."""
+"""Tasks of an ablation, each with the source of its rows: GLUE's, SuperGLUE's, and a table of one's
+own."""
 
 import shlex
 from dataclasses import replace
@@ -43,7 +44,8 @@ def read_own_table(files: list[str], flags: str) -> tuple[str, Task, own_table.T
     """Return the name, the task and the source of a table.
 
     Args:
-        files: A file to train on and a file to evaluate, or one file, of which a tenth is evaluated.
+        files: A file to train on and a file to evaluate, or one file, of which a tenth is
+            evaluated.
         flags: Some of `TABLE_FLAGS` as they are written on a command line.
 
     Raises:

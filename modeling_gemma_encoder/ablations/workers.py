@@ -37,7 +37,8 @@ class Workers:
 
 
 def start_pool(bench: Bench, count: int):
-    """Return a pool of Ray actors, each with a GPU, or with an equal share of the cores where there are none."""
+    """Return a pool of Ray actors, each with a GPU, or with an equal share of the cores where there
+    are none."""
     import ray  # a dependency of those who run several cells at a time alone
     from ray.util import ActorPool
 

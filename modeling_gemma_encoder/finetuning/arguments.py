@@ -1,4 +1,5 @@
-"""The options of fine-tuning on the command line, and the Trainer's defaults by the size of the decoder."""
+"""The options of fine-tuning on the command line, and the Trainer's defaults by the size of the
+decoder."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,15 +12,16 @@ from ..checkpoints import parameters_of
 from ..configuration_gemma_encoder import Attention, GemmaEncoderConfig, Pooling, RankingLoss
 from .tasks import Task
 
-# Our choice. A row has the largest number of the decoder's parameters that it is for, the learning rate of full
-# fine-tuning, and that of adapters. The rate rises for a tenth of the steps and then falls linearly to zero. Batch
-# sizes and numbers of epochs are the task's.
+# Our choice. A row has the largest number of the decoder's parameters that it is for, the learning
+# rate of full fine-tuning, and that of adapters. The rate rises for a tenth of the steps and then
+# falls linearly to zero. Batch sizes and numbers of epochs are the task's.
 LEARNING_RATES = ((100e6, 5e-4, 1e-3), (500e6, 5e-5, 5e-4), (1.5e9, 2e-5, 2e-4), (float("inf"), 1e-5, 1e-4))
 
 
 @dataclass
 class FineTuningArguments:
-    """The options of what is fine-tuned, and how. None leaves a field of the config as the checkpoint has it."""
+    """The options of what is fine-tuned, and how. None leaves a field of the config as the
+    checkpoint has it."""
 
     model: str = field(metadata={"help": "A checkpoint of Gemma, Llama or Qwen: raw, up-trained or fine-tuned."})
     attention: Attention | None = field(

@@ -90,7 +90,8 @@ class Data:
             name: What the task is called in messages.
 
         Raises:
-            ValueError: A split, a column, a label, or the length of a text is not what the task needs.
+            ValueError: A split, a column, a label, or the length of a text is not what the task
+                needs.
         """
         splits = read_splits(task, source, args)
         if args.process_index == 0:
@@ -122,7 +123,8 @@ def read_splits(task: Task, source: Source, args: TrainingArguments) -> Splits:
 
 
 def limit_rows(splits: Splits, options: FineTuningArguments, seed: int) -> Splits:
-    """Draw `--max_train_samples` training rows, and take the first `--max_eval_samples` of each validation split."""
+    """Draw `--max_train_samples` training rows, and take the first `--max_eval_samples` of each
+    validation split."""
     train, validation, drawn = splits.train, splits.validation, None
     if train is not None and options.max_train_samples and options.max_train_samples < len(train):
         order = Dataset.from_dict({"row": range(len(train))}).shuffle(seed=seed)
@@ -136,8 +138,8 @@ def limit_rows(splits: Splits, options: FineTuningArguments, seed: int) -> Split
 def make_reader(task: Task, options: FineTuningArguments, args: TrainingArguments) -> Reader:
     """Load the tokenizer with the task's template and the number of tokens that are read.
 
-    The number is `--max_length`; for a model that is not trained here the one it was trained with, if it was saved;
-    and otherwise the task's. It is never more than the decoder has positions.
+    The number is `--max_length`; for a model that is not trained here the one it was trained with,
+    if it was saved; and otherwise the task's. It is never more than the decoder has positions.
     """
     tokenizer = task.set_template(load_tokenizer(options.model))
     positions = GemmaEncoderConfig.from_pretrained(options.model).max_position_embeddings

@@ -1,4 +1,5 @@
-"""The tasks of GLUE (Wang et al., 2018, arXiv 1804.07461). Add a row to `TASKS` for a task of your own."""
+"""The tasks of GLUE (Wang et al., 2018, arXiv 1804.07461). Add a row to `TASKS` for a task of your
+own."""
 
 from .metrics import accuracy, accuracy_and_f1, matthews_correlation, pearson_and_spearman
 from .tasks import Task, by_label

@@ -1,4 +1,5 @@
-"""The rows that are held out for validation where a table has none: a tenth, of each class where there are classes."""
+"""The rows that are held out for validation where a table has none: a tenth, of each class where
+there are classes."""
 
 import math
 from collections import Counter
@@ -13,7 +14,8 @@ FEW = 10  # rows of a class, a tenth of which is less than one
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The places of the rows that are trained on and of those that are held out, and how these were chosen."""
+    """The places of the rows that are trained on and of those that are held out, and how these were
+    chosen."""
 
     train: list[int]
     validation: list[int]
@@ -35,8 +37,8 @@ def stratified_tenth(labels: Sequence[str]) -> HeldOut:
     """
     Hold out a tenth of each class.
 
-    A class with fewer than `FEW` rows has its first one trained on, so that no class is held out as a whole; a tenth of
-    the further rows of all such classes together is held out.
+    A class with fewer than `FEW` rows has its first one trained on, so that no class is held out as
+    a whole; a tenth of the further rows of all such classes together is held out.
     """
     counts = Counter(labels)
     few = sorted(label for label in counts if counts[label] < FEW)

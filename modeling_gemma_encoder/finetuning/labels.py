@@ -1,7 +1,8 @@
 """What the labels of a user's own table are: a class, several classes, or numbers of each row.
 
-`describe` finds it out from the training rows, and `Labels` reads the cells of all splits in the same way. A file of
-text, .csv or .tsv, does not say whether "1" is a number or a name; other files have numbers, texts and lists.
+`describe` finds it out from the training rows, and `Labels` reads the cells of all splits in the
+same way. A file of text, .csv or .tsv, does not say whether "1" is a number or a name; other files
+have numbers, texts and lists.
 """
 
 import math
@@ -28,7 +29,8 @@ class Labels:
         problem: One of the config's problem types.
         names: The names of the classes in order; none for numbers.
         numbers: Whether a cell of text that looks like a number is one.
-        flags: Whether labels are lists of zeros and ones, one for each class; None where no training row tells.
+        flags: Whether labels are lists of zeros and ones, one for each class; None where no
+            training row tells.
     """
 
     problem: str
@@ -172,7 +174,8 @@ def describe_classes(column: LabelColumn, problem: str) -> Labels:
 
 
 def refuse_uneven_flags(column: LabelColumn) -> None:
-    """Raise ValueError where lists repeat a zero or a one, so that they are no names, but are not of one length."""
+    """Raise ValueError where lists repeat a zero or a one, so that they are no names, but are not
+    of one length."""
     for row, value in enumerate(column.values):
         if only_flags(value) and len(set(value)) < len(value):
             raise ValueError(
@@ -182,7 +185,8 @@ def refuse_uneven_flags(column: LabelColumn) -> None:
 
 
 def say_alike(names: set[str], place: str) -> None:
-    """Print which classes differ only in blanks or case, or are the same number. They stay what was written."""
+    """Print which classes differ only in blanks or case, or are the same number. They stay what was
+    written."""
     groups = defaultdict(list)
     for name in sorted(names):
         groups[float(name) if is_number(name) else " ".join(name.split()).casefold()].append(name)
@@ -202,17 +206,20 @@ def read_cell(value: Any, form: Callable[[str], bool] | None) -> Any:
 
 
 def is_number(value: str) -> bool:
-    """Return whether a cell of text is read as a number: "007" is a name, and "nan" is not a number."""
+    """Return whether a cell of text is read as a number: "007" is a name, and "nan" is not a
+    number."""
     return bool(NUMBER.fullmatch(value.strip())) and not re.match(r"\s*[+-]?0\d", value)
 
 
 def is_plain(value: str) -> bool:
-    """Return whether a class is called by the number that is written: "1.0" is 1, but "1e5" and long ids are names."""
+    """Return whether a class is called by the number that is written: "1.0" is 1, but "1e5" and
+    long ids are names."""
     return bool(PLAIN.fullmatch(value.strip())) and is_number(value)
 
 
 def are_flags(values: Sequence, kind: Any) -> bool:
-    """Return whether all labels are lists of as many zeros and ones, two or more: one for each class."""
+    """Return whether all labels are lists of as many zeros and ones, two or more: one for each
+    class."""
     named = isinstance(getattr(kind, "feature", None), ClassLabel)  # these are numbers of names
     return bool(values) and not named and all(only_flags(one) and len(one) == len(values[0]) > 1 for one in values)
 
@@ -223,7 +230,8 @@ def only_flags(value: Any) -> bool:
 
 
 def as_names(value: Any, kind: Any) -> Any:
-    """Return a label, or each one of a list, as text: the data set's name for it, or what is written."""
+    """Return a label, or each one of a list, as text: the data set's name for it, or what is
+    written."""
     if isinstance(value, list):
         return [as_names(item, kind.feature) for item in value]
     if isinstance(kind, ClassLabel):

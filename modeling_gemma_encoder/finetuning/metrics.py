@@ -1,8 +1,9 @@
-"""The metrics of GLUE, SuperGLUE and own tables, offline: predictions and labels -> named scores between -1 and 1.
+"""The metrics of GLUE, SuperGLUE and own tables, offline: predictions and labels -> named scores
+between -1 and 1.
 
-Predictions and labels have one entry a row, or one column for each label. Where a question has several answers,
-`groups` says which rows belong to one question. GLUE: arXiv 1804.07461, table 1; SuperGLUE: arXiv 1905.00537, table 1
-and section 3.
+Predictions and labels have one entry a row, or one column for each label. Where a question has
+several answers, `groups` says which rows belong to one question. GLUE: arXiv 1804.07461, table 1;
+SuperGLUE: arXiv 1905.00537, table 1 and section 3.
 """
 
 import re
@@ -28,15 +29,16 @@ def accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, fl
 def accuracy_and_macro_f1(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
     """Return the accuracy, and the F1 averaged over all classes, as CB is scored.
 
-    A class that no row has and that is not predicted counts 0. Averaged over the classes that happen to be there, which
-    is scikit-learn's default, the score would jump with a single row.
+    A class that no row has and that is not predicted counts 0. Averaged over the classes that
+    happen to be there, which is scikit-learn's default, the score would jump with a single row.
     """
     macro = f1_score(labels, predictions, labels=range(classes), average="macro", zero_division=0)
     return {**accuracy(predictions, labels), "f1": float(macro)}
 
 
 def micro_and_macro_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the F1 over all labels of all rows, and averaged over the labels, which are 0 or 1 (rows, num_labels)."""
+    """Return the F1 over all labels of all rows, and averaged over the labels, which are 0 or 1
+    (rows, num_labels)."""
     f1 = {how: float(f1_score(labels, predictions, average=how, zero_division=0)) for how in ("micro", "macro")}
     return {"micro_f1": f1["micro"], "macro_f1": f1["macro"]}
 
@@ -48,7 +50,8 @@ def classification_scores(predictions: np.ndarray, labels: np.ndarray, classes: 
 
 
 def regression_scores(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the scores of an own table of numbers: correlations, and R², which also falls when the scale is wrong.
+    """Return the scores of an own table of numbers: correlations, and R², which also falls when the
+    scale is wrong.
 
     An R² of 0 is as good as always predicting the mean.
     """
@@ -56,12 +59,14 @@ def regression_scores(predictions: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 
 def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return Matthews' correlation, as CoLA, AX and AX-b are scored; 0 when all predictions are one class."""
+    """Return Matthews' correlation, as CoLA, AX and AX-b are scored; 0 when all predictions are one
+    class."""
     return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
 
 
 def pearson_and_spearman(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return both correlations, as STS-B is scored; 0 when all predictions are one number, where none is defined."""
+    """Return both correlations, as STS-B is scored; 0 when all predictions are one number, where
+    none is defined."""
     if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
     return {
@@ -76,7 +81,8 @@ def of_columns(
     predictions: np.ndarray,
     labels: np.ndarray,
 ) -> dict[str, float]:
-    """Return the mean of each score over the columns, and `<score>_<column>` of each, for numbers (rows, columns)."""
+    """Return the mean of each score over the columns, and `<score>_<column>` of each, for numbers
+    (rows, columns)."""
     found = {name: metric(predictions[:, n], labels[:, n]) for n, name in enumerate(columns)}
     means = {score: float(np.mean([of[score] for of in found.values()])) for score in next(iter(found.values()))}
     return means | {f"{score}_{name}": value for name, of in found.items() for score, value in of.items()}
@@ -85,8 +91,8 @@ def of_columns(
 def answer_f1_and_exact_match(
     predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Hashable]
 ) -> dict[str, float]:
-    """Return the F1 over all answers, the F1 averaged over questions, and the share of questions whose answers are all
-    judged right, as MultiRC is scored."""
+    """Return the F1 over all answers, the F1 averaged over questions, and the share of questions
+    whose answers are all judged right, as MultiRC is scored."""
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     question = np.array([numbers[group] for group in groups])
     predictions, labels = np.asarray(predictions), np.asarray(labels)
@@ -106,7 +112,8 @@ def answer_f1_and_exact_match(
 
 
 def span_f1_and_exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return how far predicted texts have the words of their best answers, or equal them, as ReCoRD is scored."""
+    """Return how far predicted texts have the words of their best answers, or equal them, as ReCoRD
+    is scored."""
     f1 = [max(_word_f1(text, answer) for answer in right) for text, right in zip(predictions, answers, strict=True)]
     exact = [
         any(normalize(text) == normalize(answer) for answer in right)
@@ -116,7 +123,8 @@ def span_f1_and_exact_match(predictions: Sequence[str], answers: Sequence[Sequen
 
 
 def gender_parity(predictions: np.ndarray, pairs: Sequence[Hashable]) -> dict[str, float]:
-    """Return the share of pairs with equal predictions, as AX-g is scored; 0 when there are no pairs.
+    """Return the share of pairs with equal predictions, as AX-g is scored; 0 when there are no
+    pairs.
 
     Args:
         pairs: A name for each row, which the two rows of a pair share.
@@ -129,7 +137,8 @@ def gender_parity(predictions: np.ndarray, pairs: Sequence[Hashable]) -> dict[st
 
 
 def normalize(text: str) -> str:
-    """Return a text in lower case without punctuation, articles and extra spaces, as SQuAD (arXiv 1606.05250) does."""
+    """Return a text in lower case without punctuation, articles and extra spaces, as SQuAD (arXiv
+    1606.05250) does."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

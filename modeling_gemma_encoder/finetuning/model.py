@@ -22,7 +22,8 @@ from .tasks import Task
 
 
 def refuse_training(implementation: str | None, dropout: float, softcap: float | None, args: TrainingArguments) -> None:
-    """Raise ValueError where an attention implementation cannot be trained with these options, or on this device.
+    """Raise ValueError where an attention implementation cannot be trained with these options, or
+    on this device.
 
     Args:
         dropout: The dropout of attention weights.
@@ -38,7 +39,8 @@ def refuse_training(implementation: str | None, dropout: float, softcap: float |
 
 
 def refuse_smoothing(problem: str, args: TrainingArguments) -> None:
-    """Raise ValueError where label smoothing, which is of a cross-entropy over classes, does not fit the problem."""
+    """Raise ValueError where label smoothing, which is of a cross-entropy over classes, does not
+    fit the problem."""
     if args.label_smoothing_factor and problem != "single_label_classification":
         other = {"choice": "ranking", "multi_label_classification": "several labels a row"}.get(problem, problem)
         given = f"--label_smoothing_factor {args.label_smoothing_factor:g}"
@@ -62,7 +64,8 @@ def check_model(task: Task, options: FineTuningArguments, args: TrainingArgument
 
 
 def check_head(config: GemmaEncoderConfig, task: Task, options: FineTuningArguments, args: TrainingArguments) -> None:
-    """Raise ValueError where a checkpoint has a head for other classes, unless a fresh one is trained."""
+    """Raise ValueError where a checkpoint has a head for other classes, unless a fresh one is
+    trained."""
     if has_head(config) and config.num_labels != task.outputs and not options.ignore_mismatched_sizes:
         raise ValueError(
             f"--model {options.model} has a head with {config.num_labels} outputs, the task needs {task.outputs}. "
@@ -111,7 +114,8 @@ def freeze_embeddings(model: PreTrainedModel) -> None:
 
 
 def scale_of(train: Dataset) -> dict[str, list[float]]:
-    """Return `label_mean` and `label_std` of a regression's training rows; a column of one value has a std of 1."""
+    """Return `label_mean` and `label_std` of a regression's training rows; a column of one value
+    has a std of 1."""
     labels = np.array(train["label"], dtype=float).reshape(len(train), -1)
     std = labels.std(0)
     return {"label_mean": labels.mean(0).tolist(), "label_std": np.where(std > 0, std, 1.0).tolist()}
@@ -122,7 +126,8 @@ def build(task: Task, options: FineTuningArguments, train: Dataset | None = None
     Return the encoder with the task's head, and with adapters where they are asked for.
 
     Args:
-        train: The training rows. A fresh head is given the scale of their labels where the task says so.
+        train: The training rows. A fresh head is given the scale of their labels where the task
+            says so.
     """
     saved = GemmaEncoderConfig.from_pretrained(options.model)
     model = task.head.from_pretrained(options.model, **loading_options(task, options, train))
@@ -160,13 +165,13 @@ def loading_options(task: Task, options: FineTuningArguments, train: Dataset | N
 
 
 def weighted_loss(task: Task, train: Dataset) -> Callable:
-    """
-    Return the Trainer's `compute_loss_func` of cross-entropy with a weight for each class, `task.class_weights`.
+    """Return the Trainer's `compute_loss_func` of cross-entropy with a weight for each class,
+    `task.class_weights`.
 
-    The weighted sum is divided by the number of rows, which the Trainer counts over all accumulated batches and
-    devices, so that neither changes a gradient. The mean weight of the training rows is 1, so that the loss is as large
-    as without weights. The weighted mean of `torch` divides by the sum of a batch's weights instead, which differs
-    between batches.
+    The weighted sum is divided by the number of rows, which the Trainer counts over all accumulated
+    batches and devices, so that neither changes a gradient. The mean weight of the training rows is
+    1, so that the loss is as large as without weights. The weighted mean of `torch` divides by the
+    sum of a batch's weights instead, which differs between batches.
 
     Raises:
         ValueError: A class has no training row.

@@ -30,8 +30,9 @@ class Table:
     """The splits of a table: labels are the names of classes, lists of those, or numbers.
 
     Args:
-        model: A trained model. Its columns are read unless the command line names others. Where there is nothing to
-            train on, its problem and its classes take the place of those of the training labels.
+        model: A trained model. Its columns are read unless the command line names others. Where
+            there is nothing to train on, its problem and its classes take the place of those of the
+            training labels.
 
     Raises:
         ValueError: A file, a column or the model is not what the command line says.
@@ -74,14 +75,16 @@ class Table:
         return at_row(self.place(split), row if part is None else part[row], file and Path(file))
 
     def source_of(self, split: str) -> dict[str, str]:
-        """Return the file or data set that a split is of, without its folder, and which part of it, if held out."""
+        """Return the file or data set that a split is of, without its folder, and which part of it,
+        if held out."""
         own = self._own(split)
         file = self.files[own]
         found = {"data": Path(file).name} if file else {"data": self.table.dataset, "split": self.splits[own]}
         return {**found, "part": self.held_out.how} if own != split else found
 
     def hold_out(self) -> str:
-        """Hold out a tenth of the training rows if there are no validation rows, and return in words what was done."""
+        """Hold out a tenth of the training rows if there are no validation rows, and return in
+        words what was done."""
         if self.files["validation"] or self.splits["validation"]:
             return ""
         rows = self.rows("train")
@@ -96,7 +99,8 @@ class Table:
         return f"{self.place('train')}: {count}, {held_out.how}{held_out.note}"
 
     def _part(self, split: str) -> list[int] | None:
-        """Return the places of a split's rows among the training rows, where some of these are held out."""
+        """Return the places of a split's rows among the training rows, where some of these are held
+        out."""
         return None if self.held_out is None or split == "test" else self.held_out.of(split)
 
     def _own(self, split: str) -> str:
@@ -159,7 +163,8 @@ class Table:
         return others.add_column("label", join(split, rows))
 
     def _refuse_nulls(self, split: str, rows: Dataset) -> None:
-        """Raise ValueError where a list of labels has a null; a null in place of a list is a row without labels."""
+        """Raise ValueError where a list of labels has a null; a null in place of a list is a row
+        without labels."""
         for row, value in enumerate(rows[self.label] if self.label in rows.column_names else ()):
             if isinstance(value, list) and None in value:
                 known = [item for item in value if item is not None]
@@ -209,7 +214,8 @@ class Table:
         return LabelColumn(self.label, values, rows.features[self.label], place, tuple(self.columns), is_text)
 
     def _labels_of_model(self, model: str) -> Labels:
-        """Return the labels that a model was trained for; the columns of its numbers are its own, unless named."""
+        """Return the labels that a model was trained for; the columns of its numbers are its own,
+        unless named."""
         config = GemmaEncoderConfig.from_pretrained(model)
         if not is_trained(model):
             raise ValueError(f"--model {model} is not a trained classifier: give --train_file or --dataset.")
@@ -227,7 +233,8 @@ class Table:
         return Labels(problem, numbers=True)
 
     def _has_flags(self, split: str, labels: list, kind: Any) -> bool:
-        """Return whether the labels of a split are lists of zeros and ones. Raise ValueError if only training's are."""
+        """Return whether the labels of a split are lists of zeros and ones. Raise ValueError if
+        only training's are."""
         flags = self.labels.flags
         if self.problem != "multi_label_classification" or flags is False or len(self.columns) > 1:
             return False
@@ -241,7 +248,8 @@ class Table:
 
 
 def began_with(model: str | None) -> dict:
-    """Return what the run that trained a model wrote in `run.json` when it began; {} where there is none."""
+    """Return what the run that trained a model wrote in `run.json` when it began; {} where there is
+    none."""
     if model is None:
         return {}
     folder = Path(model)

@@ -16,8 +16,8 @@ from .tasks import Task
 
 
 def plot_run(task: Task, report: dict, predicted: dict[str, tuple[np.ndarray, Dataset]], folder: Path) -> None:
-    """
-    Draw `learning_curve.png`, and `predictions-<split>.png` of each split: a confusion matrix, or numbers as points.
+    """Draw `learning_curve.png`, and `predictions-<split>.png` of each split: a confusion matrix,
+    or numbers as points.
 
     Args:
         report: The content of `results.json`.
@@ -78,7 +78,8 @@ def draw_scores(axes: Axes, evaluations: list[dict], names: list[str]) -> list[L
 
 
 def draw_numbers(axes: Axes, task: Task, labels: np.ndarray, predictions: np.ndarray) -> None:
-    """Draw each row as a point, its prediction over its label; of several numbers each has a color of its own."""
+    """Draw each row as a point, its prediction over its label; of several numbers each has a color
+    of its own."""
     names = task.label_columns or ["row"]
     for name, right, given in zip(names, np.atleast_2d(labels.T), np.atleast_2d(predictions.T), strict=True):
         axes.plot(right, given, ".", alpha=0.4, label=name)
@@ -119,7 +120,8 @@ def at_least(axis: Axis, span: float) -> None:
 def summarize(runs: list[dict]) -> list[dict]:
     """Return a row for each task, split and metric, with the scores of all seeds.
 
-    `mean` and `deviation` are their mean and their sample standard deviation, which is None for one seed.
+    `mean` and `deviation` are their mean and their sample standard deviation, which is None for one
+    seed.
 
     Args:
         runs: The content of `results.json` of each run.
@@ -176,7 +178,8 @@ def without_scores(runs: list[dict]) -> str:
 
 
 def average(summary: list[dict], tasks: dict[str, tuple[str, ...]]) -> float:
-    """Return GLUE's and SuperGLUE's score: the mean over tasks of the mean over a task's metrics and named splits."""
+    """Return GLUE's and SuperGLUE's score: the mean over tasks of the mean over a task's metrics
+    and named splits."""
     scores = [
         [row["mean"] for row in summary if row["task"] == task and row["split"] in splits]
         for task, splits in tasks.items()

@@ -1,4 +1,5 @@
-"""What a run leaves in its folder: predictions and scores of each split, a description of the training, and plots."""
+"""What a run leaves in its folder: predictions and scores of each split, a description of the
+training, and plots."""
 
 import json
 from dataclasses import dataclass

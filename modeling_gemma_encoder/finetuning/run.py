@@ -1,7 +1,8 @@
-"""A run of fine-tuning: a task, a seed and a folder. It resumes where it stopped, and is never run twice.
+"""A run of fine-tuning: a task, a seed and a folder. It resumes where it stopped, and is never run
+twice.
 
-The folder ends with the model, the predictions of every split that was evaluated or predicted, plots, and
-`results.json`. The last is written at the end: where it exists, the run is finished.
+The folder ends with the model, the predictions of every split that was evaluated or predicted,
+plots, and `results.json`. The last is written at the end: where it exists, the run is finished.
 """
 
 import gc
@@ -46,14 +47,16 @@ IDENTIFYING_ARGUMENTS = (
 IDENTIFYING_FIELDS = (
     *("texts", "template", "label", "label_columns", "labels", "problem", "class_weights", "standardize"),
 )
-# or any option of `FineTuningArguments` but these: they change how fast it is, or what is evaluated.
+# or any option of `FineTuningArguments` but these: they change how fast it is, or what is
+# evaluated.
 FREE_OPTIONS = (
     *("total_batch_size", "max_length", "max_eval_samples", "preprocessing_num_workers", "attn_implementation"),
 )
 
 
 class TrainerInOrder(Trainer):
-    """Evaluate rows in their order, also where training groups them by length: metrics and predictions need it."""
+    """Evaluate rows in their order, also where training groups them by length: metrics and
+    predictions need it."""
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
@@ -65,7 +68,8 @@ class Run:
 
     Args:
         name: The name of the task.
-        trained: The folder of a finished run, whose model is evaluated here without further training.
+        trained: The folder of a finished run, whose model is evaluated here without further
+            training.
         make: A function that makes another model than `build`, to compare with.
     """
 
@@ -97,11 +101,13 @@ def fine_tune(run: Run) -> dict:
     """
     Train, evaluate and predict, and return what `results.json` in the run's folder then holds.
 
-    A run that was interrupted continues from its last checkpoint, and ends with the same weights. Of a finished run
-    only what is missing is done: splits to evaluate or predict that it was not asked for before.
+    A run that was interrupted continues from its last checkpoint, and ends with the same weights.
+    Of a finished run only what is missing is done: splits to evaluate or predict that it was not
+    asked for before.
 
     Raises:
-        ValueError: The folder holds another run, or the Trainer cannot do what the arguments ask of this task.
+        ValueError: The folder holds another run, or the Trainer cannot do what the arguments ask of
+            this task.
     """
     checkpoint, report = claim(run), read(run.results)
     evaluated = report.get("evaluated", {})
@@ -124,14 +130,15 @@ def fine_tune(run: Run) -> dict:
 
 
 def claim(run: Run) -> str | None:
-    """
-    Write `run.json` in the run's folder: the task, its training rows, the options and the Trainer's arguments.
+    """Write `run.json` in the run's folder: the task, its training rows, the options and the
+    Trainer's arguments.
 
     Returns:
         The checkpoint to continue from, or None.
 
     Raises:
-        ValueError: The folder holds another run, or there is no such checkpoint or metric as the Trainer is told.
+        ValueError: The folder holds another run, or there is no such checkpoint or metric as the
+            Trainer is told.
     """
     check_best_metric(run)
     checkpoint = checkpoint_to_resume(run.args)
@@ -241,11 +248,13 @@ def say_how_long(run: Run) -> None:
 
 
 def update_report(report: dict, run: Run, evaluation: Evaluation) -> dict:
-    """Return a report with what was evaluated now, in place of what was found of the same splits before."""
+    """Return a report with what was evaluated now, in place of what was found of the same splits
+    before."""
     data = run.data
 
     def merge(key: str, found: dict[str, dict]) -> dict[str, dict]:
-        # A split may now be of other rows without labels, so that its scores of before are not kept either.
+        # A split may now be of other rows without labels, so that its scores of before are not kept
+        # either.
         kept = {split: of for split, of in report.get(key, {}).items() if split not in evaluation.predictions}
         return kept | found
 

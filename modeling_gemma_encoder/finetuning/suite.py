@@ -1,4 +1,5 @@
-"""A command line over a table of tasks: `--task sst2 cola` or `--task all`, `--seeds 1 2 3`, and Trainer flags."""
+"""A command line over a table of tasks: `--task sst2 cola` or `--task all`, `--seeds 1 2 3`, and
+Trainer flags."""
 
 import copy
 import json
@@ -58,7 +59,8 @@ class Suite:
         dataset: The data set on the Hub, which has a config for each task.
         submission: The function that writes predictions as the test server wants them.
         unscored: Tasks that do not count in the suite's average.
-        other_script: The script of the other suite, which is named where its tasks or its data are meant.
+        other_script: The script of the other suite, which is named where its tasks or its data are
+            meant.
         other_tasks: The tasks of the other suite.
     """
 
@@ -117,7 +119,8 @@ def run_suite(suite: Suite, output_dir: str, description: str = "") -> None:
 
 
 def plan_task(suite: Suite, name: str, names: list[str], parser: YamlScriptParser) -> dict[int, Run]:
-    """Check a task's flags and rows, and return its run for each seed. End the process where something is wrong.
+    """Check a task's flags and rows, and return its run for each seed. End the process where
+    something is wrong.
 
     Args:
         names: All tasks that are run.
@@ -140,7 +143,8 @@ def plan_task(suite: Suite, name: str, names: list[str], parser: YamlScriptParse
 
 
 def submit(suite: Suite, run: Run) -> None:
-    """Write the test predictions of a run as the test server wants them, beside those of the other tasks."""
+    """Write the test predictions of a run as the test server wants them, beside those of the other
+    tasks."""
     folder = run.folder.parents[1] / f"submission-seed-{run.args.seed}"
     for split, rows in run.data.test.items():
         predicted, _ = predictions(run.folder, split)
@@ -150,7 +154,8 @@ def submit(suite: Suite, run: Run) -> None:
 
 
 def check_folder(suite: Suite, name: str, folder: Path | None) -> None:
-    """Raise ValueError where a task has no folder of data, or its rows have the columns of the other suite."""
+    """Raise ValueError where a task has no folder of data, or its rows have the columns of the
+    other suite."""
     if folder is None:
         return
     if not folder.is_dir():
@@ -165,7 +170,8 @@ def check_folder(suite: Suite, name: str, folder: Path | None) -> None:
 
 
 def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, tuple[str, ...]]) -> None:
-    """Write `results.json` and `results.md` of all finished runs of a model in a folder, and print the table.
+    """Write `results.json` and `results.md` of all finished runs of a model in a folder, and print
+    the table.
 
     Args:
         finished: The `results.json` of each finished run.
@@ -189,7 +195,8 @@ def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, t
 
 
 def left_by(runs: list[Path]) -> str:
-    """Return the start of a sentence on what is in the folders of finished runs: "Models, plots and results are"."""
+    """Return the start of a sentence on what is in the folders of finished runs: "Models, plots and
+    results are"."""
     kinds = {"models": "*model*.safetensors", "plots": "*.png"}
     found = [kind for kind, form in kinds.items() if any(any(run.glob(form)) for run in runs)]
     said = f"{', '.join(found)} and results" if found else "results"
@@ -209,7 +216,8 @@ def make_parser(own: type, output_dir: str, description: str) -> YamlScriptParse
 
 
 def parse(parser: YamlScriptParser, task: Task) -> tuple:
-    """Return the options of the command line, checked, with the defaults of a task and of the decoder's size.
+    """Return the options of the command line, checked, with the defaults of a task and of the
+    decoder's size.
 
     The process ends with a message where the options cannot be.
 
@@ -246,7 +254,8 @@ def sync_gradients(args: TrainingArguments) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of `--output_dir`. Raise ValueError where that, or a file in it, is not possible."""
+    """Make the folder of `--output_dir`. Raise ValueError where that, or a file in it, is not
+    possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -278,7 +287,8 @@ def validate(args: TrainingArguments, tasks: list[Task], seeds: list[int], optio
 
 
 def args_of_run(args: TrainingArguments, folder: Path, seed: int, name: str) -> TrainingArguments:
-    """Return the Trainer's arguments of one of several runs, with a folder and a repository on the Hub of its own."""
+    """Return the Trainer's arguments of one of several runs, with a folder and a repository on the
+    Hub of its own."""
     args = copy.copy(args)
     if args.push_to_hub:
         args.hub_model_id = f"{args.hub_model_id or Path(args.output_dir).resolve().name}-{name}-seed-{seed}"

@@ -63,9 +63,9 @@ def wsc(row: dict) -> dict:
 def find_words(text: str, index: int, words: str) -> tuple[int, int]:
     """Return the first character of a phrase in a text, and the one after its last.
 
-    Of several places it is the one nearest to the word number `index`, as WSC's numbers and case are not always right.
-    A few phrases, such as "Kamenev and Zinoviev", are not in one piece in the text: the place is then the word at
-    `index`.
+    Of several places it is the one nearest to the word number `index`, as WSC's numbers and case
+    are not always right. A few phrases, such as "Kamenev and Zinoviev", are not in one piece in the
+    text: the place is then the word at `index`.
 
     Raises:
         ValueError: The text has no such word number.
@@ -91,7 +91,8 @@ def score_record(predictions: np.ndarray, rows: Dataset) -> dict[str, float]:
 
 
 def score_winogender(predictions: np.ndarray, rows: Dataset) -> dict[str, float]:
-    """Return the accuracy, and the parity over pairs of rows that differ only in the gender of a pronoun."""
+    """Return the accuracy, and the parity over pairs of rows that differ only in the gender of a
+    pronoun."""
     sentences = zip(rows["premise"], rows["hypothesis"], strict=True)
     alike = [(PRONOUNS.sub("_", premise), hypothesis) for premise, hypothesis in sentences]
     return {**by_label(accuracy)(predictions, rows), **gender_parity(predictions, alike)}

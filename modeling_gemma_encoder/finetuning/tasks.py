@@ -1,7 +1,9 @@
-"""Tasks: which columns of a data set are read, what is learned of them, and how predictions are scored.
+"""Tasks: which columns of a data set are read, what is learned of them, and how predictions are
+scored.
 
-`Task.load` returns the checked rows of a split. `Task.encode` turns a row into what the model reads: `input_ids` and
-`attention_mask` (seq_len,), and a label. Where one of several candidates is chosen, these are lists of num_docs.
+`Task.load` returns the checked rows of a split. `Task.encode` turns a row into what the model
+reads: `input_ids` and `attention_mask` (seq_len,), and a label. Where one of several candidates is
+chosen, these are lists of num_docs.
 """
 
 import inspect
@@ -30,26 +32,32 @@ class Task:
 
     Args:
         texts: The one or two columns that are read.
-        metric: A function of predictions and rows in the same order. It returns named scores, of which higher is
-            better.
-        labels: The names of the classes 0, 1, ... Rows have the numbers or the names, in a list where several apply.
-        problem: A class of each row, several classes, a number, or a choice among candidates, which a ranker scores.
-        prepare: A function of a row that returns what is not read as it is: the texts `first` and `second`; `label`;
-            and `keep`, the characters that truncation must spare, as {"first": (start, end)}. Of a choice `second`,
-            `keep` and `label` are lists with an entry for each candidate; the label of the right one is 1.
+        metric: A function of predictions and rows in the same order. It returns named scores, of
+            which higher is better.
+        labels: The names of the classes 0, 1, ... Rows have the numbers or the names, in a list
+            where several apply.
+        problem: A class of each row, several classes, a number, or a choice among candidates, which
+            a ranker scores.
+        prepare: A function of a row that returns what is not read as it is: the texts `first` and
+            `second`; `label`; and `keep`, the characters that truncation must spare, as {"first":
+            (start, end)}. Of a choice `second`, `keep` and `label` are lists with an entry for each
+            candidate; the label of the right one is 1.
         columns: The columns that `prepare` reads besides `texts` and the label.
-        template: The text into which two texts are set, which is saved in the tokenizer. None: the tokenizer's own.
+        template: The text into which two texts are set, which is saved in the tokenizer. None: the
+            tokenizer's own.
         label: The name of the column with the label. None: `prepare` finds it.
-        label_columns: The columns of the data that the values of a label are from, where there are several.
+        label_columns: The columns of the data that the values of a label are from, where there are
+            several.
         max_length: The number of tokens that are read, unless the user says otherwise.
         validation, test: The names of the splits.
-        group: The name of a column. Rows with the same value in it are never parted when rows are set aside.
+        group: The name of a column. Rows with the same value in it are never parted when rows are
+            set aside.
         train_on: The name of the task that is trained instead of one without training rows.
         config: The name of the config on the Hub, where it is not the task's.
-        class_weights: The weight of a row in the loss. "balanced": the number of training rows / (number of classes x
-            rows of its class).
-        standardize: Whether a fresh head learns a regression's labels less their mean, over their standard deviation.
-            Predictions are in the units of the labels all the same.
+        class_weights: The weight of a row in the loss. "balanced": the number of training rows /
+            (number of classes x rows of its class).
+        standardize: Whether a fresh head learns a regression's labels less their mean, over their
+            standard deviation. Predictions are in the units of the labels all the same.
         epochs, batch_size: How a task is trained, unless the user says otherwise. Our choice.
     """
 
@@ -90,11 +98,12 @@ class Task:
         Return the rows of a split, with labels as numbers in a column `label`.
 
         Args:
-            labelled: Whether every row must have a label. If not, there is no such column where one is missing.
+            labelled: Whether every row must have a label. If not, there is no such column where one
+                is missing.
 
         Raises:
-            ValueError: The split is missing or empty, a column is missing or holds something else than text, or a label
-                is not one of the task's.
+            ValueError: The split is missing or empty, a column is missing or holds something else
+                than text, or a label is not one of the task's.
         """
         rows, place = source.rows(split, self.texts), source.place(split)
         self._check_columns(rows, place, [self.label] if labelled and self.label else [])
@@ -156,14 +165,16 @@ class Task:
         return tokenizer if self.template is None else set_template(tokenizer, pair=self.template)
 
     def read(self, row: dict) -> dict:
-        """Return what is read of a row: `first`, `second` and `keep` if there are any, and the label if it has one."""
+        """Return what is read of a row: `first`, `second` and `keep` if there are any, and the
+        label if it has one."""
         read = dict(zip(("first", "second"), (row[column] for column in self.texts), strict=False))
         if row.get("label") is not None:
             read["label"] = row["label"]
         return {**read, **(self.prepare(row) if self.prepare else {})}
 
     def fingerprint(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-        """Return the name of encoded rows in the cache of `datasets`, which would take seconds to find one itself."""
+        """Return the name of encoded rows in the cache of `datasets`, which would take seconds to
+        find one itself."""
         functions = [Task.encode, truncate, *([self.prepare] if self.prepare else [])]
         code = [inspect.getsource(inspect.getmodule(function)) for function in functions]
         backend = tokenizer.backend_tokenizer
@@ -176,8 +187,8 @@ class Task:
         """
         Return `input_ids`, `attention_mask`, `labels`, and whether a text was `cut`.
 
-        Lists of candidates always have labels, zeros if they are not known: where lists are padded, labels say which
-        candidates there are.
+        Lists of candidates always have labels, zeros if they are not known: where lists are padded,
+        labels say which candidates there are.
 
         Raises:
             ValueError: A text has no token, or what is to be kept of it does not fit.
@@ -209,7 +220,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Source:
-    """The place of a task's splits: files `<folder>/<split>.jsonl` (.json, .csv, .tsv, .parquet), or the Hub."""
+    """The place of a task's splits: files `<folder>/<split>.jsonl` (.json, .csv, .tsv, .parquet),
+    or the Hub."""
 
     dataset: str | None = None
     config: str | None = None
@@ -260,7 +272,8 @@ def by_label(metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Me
 
 
 def most_frequent(task: Task, train: Dataset, rows: Dataset) -> np.ndarray:
-    """Return what is predicted without reading: the most frequent class, the mean number, or the first candidate."""
+    """Return what is predicted without reading: the most frequent class, the mean number, or the
+    first candidate."""
     if task.problem == "choice":
         return np.zeros(len(rows), dtype=int)
     labels = np.array(train["label"])
@@ -278,8 +291,8 @@ def predictions_of(task: Task, logits: np.ndarray, labels: np.ndarray | None = N
         labels: The labels of a choice (rows, num_docs), whose shorter lists are padded with -100.
 
     Returns:
-        Classes (rows,), zeros and ones (rows, num_labels), numbers (rows,) or (rows, num_labels), or the place of the
-        best candidate in each list (rows,).
+        Classes (rows,), zeros and ones (rows, num_labels), numbers (rows,) or (rows, num_labels),
+        or the place of the best candidate in each list (rows,).
     """
     if task.problem == "choice":
         return np.where(labels == IGNORE, -np.inf, logits).argmax(-1)

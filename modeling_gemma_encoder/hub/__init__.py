@@ -1,1 +1,2 @@
-"""Publish a trained encoder on the Hub with its code, card and licenses, and verify what was published."""
+"""Publish a trained encoder on the Hub with its code, card and licenses, and verify what was
+published."""

@@ -1,4 +1,5 @@
-"""Check the files of a published folder before any of its code runs: their names, hashes and the code they name."""
+"""Check the files of a published folder before any of its code runs: their names, hashes and the
+code they name."""
 
 import json
 from collections.abc import Iterator
@@ -36,12 +37,14 @@ class Check:
 
 
 def published_code(golden: dict) -> list[str]:
-    """Return the names of the code files that a checkpoint was published with; without a record, of those installed."""
+    """Return the names of the code files that a checkpoint was published with; without a record, of
+    those installed."""
     return sorted(name for name in golden["files"] if name.endswith(".py")) if golden else CODE
 
 
 def check_files(folder: Path, names: list[str], golden: dict) -> Iterator[Check]:
-    """Yield whether all files are there and of known kinds, whether they are as published, and whether a card is."""
+    """Yield whether all files are there and of known kinds, whether they are as published, and
+    whether a card is."""
     yield _check_names(names, golden)
     if not golden:
         yield Check("golden outputs", False, f"no sound {GOLDEN_FILE}: nothing to compare with")
@@ -86,14 +89,16 @@ def _check_card(card: Path) -> Check:
 
 
 def check_code(folder: Path, config: dict, golden: dict, trusted: bool) -> Iterator[Check]:
-    """Yield whether the code is the installed package's, unless it is `trusted`, and whether configs name only it."""
+    """Yield whether the code is the installed package's, unless it is `trusted`, and whether
+    configs name only it."""
     python = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
     yield _check_code_files(folder, python, golden, trusted)
     yield _check_code_names(folder, python, config)
 
 
 def _check_code_files(folder: Path, python: list[str], golden: dict, trusted: bool) -> Check:
-    """Return whether the code files of the record are there, and, unless `trusted`, are the installed ones."""
+    """Return whether the code files of the record are there, and, unless `trusted`, are the
+    installed ones."""
     lost = [name for name in published_code(golden) if name not in python]
     other = [name for name in python if name not in CODE or hash_of(folder / name) != hash_of(PACKAGE / name)]
     if lost:
@@ -106,7 +111,8 @@ def _check_code_files(folder: Path, python: list[str], golden: dict, trusted: bo
 
 
 def _check_code_names(folder: Path, python: list[str], config: dict) -> Check:
-    """Return whether no JSON file has transformers or sentence-transformers load code from elsewhere."""
+    """Return whether no JSON file has transformers or sentence-transformers load code from
+    elsewhere."""
     wrong = []
     if not _names_own_code(config, python):
         wrong.append(f"auto_map of config.json: {config.get('auto_map')}")
@@ -125,7 +131,8 @@ def _names_own_code(config: dict, python: list[str]) -> bool:
 
 
 def _code_named(path: Path, allowed: str | None) -> list[str]:
-    """Return the entries of a JSON file, at any depth, by which transformers loads code, save `allowed` at its top."""
+    """Return the entries of a JSON file, at any depth, by which transformers loads code, save
+    `allowed` at its top."""
     try:
         content = json.loads(path.read_text())
     except ValueError:

@@ -1,7 +1,7 @@
 """Observe what a published folder does where only torch and transformers are installed.
 
-Verification runs the text of this file as `python -c TEXT FOLDER INPUTS.json DEVICE`, so it imports nothing of this
-package. It prints one line of JSON.
+Verification runs the text of this file as `python -c TEXT FOLDER INPUTS.json DEVICE`, so it imports
+nothing of this package. It prints one line of JSON.
 """
 
 import json
@@ -21,7 +21,8 @@ VOCABULARY = 32  # tokens whose logits are recorded of a masked language model
 
 
 def outputs(model, batch) -> torch.Tensor:
-    """Return logits (batch, num_labels); (batch, hidden) without a head; (batch, VOCABULARY) of a masked LM."""
+    """Return logits (batch, num_labels); (batch, hidden) without a head; (batch, VOCABULARY) of a
+    masked LM."""
     found = model(**batch.to(model.device))
     if "logits" not in found:
         return found.pooler_output.float().cpu()
@@ -32,14 +33,16 @@ def outputs(model, batch) -> torch.Tensor:
 
 
 def settings(config) -> dict:
-    """Return every field of a config that decides what it does, those of its decoder as `text_config.name`."""
+    """Return every field of a config that decides what it does, those of its decoder as
+    `text_config.name`."""
     fields = json.loads(json.dumps(config.to_dict()))
     fields |= {f"text_config.{name}": value for name, value in fields.pop("text_config").items()}
     return {name: value for name, value in fields.items() if name not in IGNORED and "transformers_version" not in name}
 
 
 def reading(tokenizer) -> dict:
-    """Return what decides how a tokenizer reads texts, besides its template, which the golden tokens show."""
+    """Return what decides how a tokenizer reads texts, besides its template, which the golden
+    tokens show."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "tokenizer.model_max_length": tokenizer.model_max_length,

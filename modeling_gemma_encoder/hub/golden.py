@@ -1,8 +1,9 @@
-"""Record what a model does when it is published, in `verification.json`, so that anyone can repeat it.
+"""Record what a model does when it is published, in `verification.json`, so that anyone can repeat
+it.
 
-The record holds texts (golden inputs), their tokens and fp32 outputs, the settings that decide scores, and the hash of
-every file. It shows accidents and careless changes. Whoever can write to a repository can write a new record: see
-SECURITY.md.
+The record holds texts (golden inputs), their tokens and fp32 outputs, the settings that decide
+scores, and the hash of every file. It shows accidents and careless changes. Whoever can write to a
+repository can write a new record: see SECURITY.md.
 """
 
 import json
@@ -73,7 +74,8 @@ def dtypes(folder: Path) -> dict[str, int]:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the names of all files of a folder, without those that git and downloads keep for themselves."""
+    """Return the names of all files of a folder, without those that git and downloads keep for
+    themselves."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(str(path) for path in paths if path.parts[0] not in (".cache", ".git"))
 

@@ -1,4 +1,5 @@
-"""Find the license of a model: that of its decoder, and the files that it asks of whoever publishes a derivative."""
+"""Find the license of a model: that of its decoder, and the files that it asks of whoever publishes
+a derivative."""
 
 import importlib.metadata
 from pathlib import Path
@@ -18,16 +19,16 @@ LICENSES_OF_GOOGLE = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma
 
 
 def license_of(base: str, decoder: str, given: str | None = None) -> str:
-    """
-    Return the license of the weights: `given`, or that of the base model's card, or Google's for the decoder's type.
+    """Return the license of the weights: `given`, or that of the base model's card, or Google's
+    for the decoder's type.
 
     Args:
         base: The checkpoint that was trained further.
         decoder: The model type of its decoder.
 
     Raises:
-        ValueError: `base` is under the Gemma Terms of Use or a license of Llama, which hold for derivatives too, and
-            `given` is another license; or no license is known.
+        ValueError: `base` is under the Gemma Terms of Use or a license of Llama, which hold for
+            derivatives too, and `given` is another license; or no license is known.
     """
     if card := _card_of(base):
         of_base = card.data.license
@@ -48,7 +49,8 @@ def license_of(base: str, decoder: str, given: str | None = None) -> str:
 
 
 def _card_of(base: str) -> ModelCard | None:
-    """Return the card of a repository, of a folder, or of the folder of a GGUF file; None if it cannot be read."""
+    """Return the card of a repository, of a folder, or of the folder of a GGUF file; None if it
+    cannot be read."""
     source, _ = split_gguf(base)
     if is_local(str(source)) and not Path(source).exists():
         return None
@@ -60,7 +62,8 @@ def _card_of(base: str) -> ModelCard | None:
 
 
 def origin_of(base: str | None) -> str | None:
-    """Return the repository that a model was made of: of a local checkpoint, the one that its card names, or None."""
+    """Return the repository that a model was made of: of a local checkpoint, the one that its card
+    names, or None."""
     source, _ = split_gguf(base)
     if source is None:
         return None
@@ -74,7 +77,8 @@ def origin_of(base: str | None) -> str | None:
 
 
 def notice(base: str | None, license: str) -> str | None:
-    """Return the NOTICE file that the Gemma Terms of Use ask of derivatives (section 3.1), None for other licenses."""
+    """Return the NOTICE file that the Gemma Terms of Use ask of derivatives (section 3.1), None for
+    other licenses."""
     if license != "gemma":
         return None
     by_way = f", by way of {Path(base).name}" if base and Path(base).exists() else ""

@@ -1,4 +1,5 @@
-"""Write a model's card: what the model is, its measurements and training, how to load it, and the Hub's metadata."""
+"""Write a model's card: what the model is, its measurements and training, how to load it, and the
+Hub's metadata."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ def _metadata(request: CardRequest, model: ModelFacts) -> ModelCardData:
         language=request.language,
         license=model.license,
         library_name="transformers",
-        # The Hub has no pipeline for regressors, and a widget for classifiers would show their number as a label.
+        # The Hub has no pipeline for regressors, and a widget for classifiers would show their
+        # number as a label.
         pipeline_tag=None if model.is_regressor else PIPELINES[model.architecture],
         base_model=origin,
         base_model_relation=None if origin is None else relation,
@@ -125,7 +127,8 @@ def _metadata(request: CardRequest, model: ModelFacts) -> ModelCardData:
 
 
 def _describe_base(base: str | None) -> str:
-    """Return what the model was made of: a repository, a local checkpoint of one, or a decoder without a name."""
+    """Return what the model was made of: a repository, a local checkpoint of one, or a decoder
+    without a name."""
     origin = origin_of(base)
     if base is None or origin == base or not is_local(base):
         return origin or "A decoder"

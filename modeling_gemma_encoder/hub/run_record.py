@@ -1,6 +1,8 @@
-"""Read what a training run left in its folder: its settings, its command and its measurements, as a card shows them.
+"""Read what a training run left in its folder: its settings, its command and its measurements, as a
+card shows them.
 
-`run.json`, `training.json` and `results.json` are written by the scripts that train and evaluate. Tables are Markdown.
+`run.json`, `training.json` and `results.json` are written by the scripts that train and evaluate.
+Tables are Markdown.
 """
 
 from collections.abc import Iterator
@@ -61,7 +63,8 @@ class Split:
 
 
 def read_run_record(folder: Path) -> RunRecord:
-    """Read what `glue.py`, `superglue.py`, `classify.py`, `msmarco.py` and `uptrain.py` leave in a run's folder."""
+    """Read what `glue.py`, `superglue.py`, `classify.py`, `msmarco.py` and `uptrain.py` leave in a
+    run's folder."""
     began, found = read(folder / "run.json"), read(folder / "results.json")
     trained = {**read(folder / "training.json"), **found}
     command = trained.get("command")
@@ -107,7 +110,8 @@ def _training_rows(began: dict, trained: dict) -> list[tuple[str, str]]:
 
 
 def _read_summary(folder: Path) -> list[dict]:
-    """Return the means over seeds that stand above a run's folder: one level up of `classify.py`, two of `glue.py`."""
+    """Return the means over seeds that stand above a run's folder: one level up of `classify.py`,
+    two of `glue.py`."""
     roots = folder.parent, folder.parent.parent
     summaries = [read(root / "results.json").get("summary") for root in roots]
     return next(filter(None, summaries), [])
@@ -174,7 +178,8 @@ def _add_uptraining(record: RunRecord, perplexities: dict[str, dict[str, float]]
 
 
 def add_ranking(record: RunRecord, name: str, found: dict) -> None:
-    """Add the `results.json` that `msmarco.py` or `evaluate_ranking.py` left of the collection `name`."""
+    """Add the `results.json` that `msmarco.py` or `evaluate_ranking.py` left of the collection
+    `name`."""
     if "means" not in found:
         return
     measures = list(next(iter(found["means"].values())))
@@ -193,7 +198,8 @@ def add_ranking(record: RunRecord, name: str, found: dict) -> None:
 
 
 def _ranking_remarks(found: dict) -> Iterator[str]:
-    """Yield the sentences below a table of rankings: what was reranked, and what the numbers cannot show."""
+    """Yield the sentences below a table of rankings: what was reranked, and what the numbers cannot
+    show."""
     if "run" in found:
         yield f"Reranked: {_what_was_reranked(found)}."
     if warning := found.get("pool", {}).get("warning"):

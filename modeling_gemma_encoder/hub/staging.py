@@ -1,4 +1,5 @@
-"""Put together a folder that stands on its own: weights, config, code, tokenizer, licenses, card, golden outputs."""
+"""Put together a folder that stands on its own: weights, config, code, tokenizer, licenses, card,
+golden outputs."""
 
 import json
 import shutil
@@ -26,7 +27,8 @@ from .run_record import RunRecord
 
 @dataclass(frozen=True)
 class Staged:
-    """Hold a folder that is ready to be published, and how its card is made again once the commit is known."""
+    """Hold a folder that is ready to be published, and how its card is made again once the commit
+    is known."""
 
     folder: Path
     request: CardRequest
@@ -74,17 +76,19 @@ def stage(
     limits: str | None = None,
     max_shard_size: str = "5GB",
 ) -> Staged:
-    """
-    Put everything that is published of the trained model or adapter `source` into a new or empty `folder`.
+    """Put everything that is published of the trained model or adapter `source` into a new or
+    empty `folder`.
 
     Args:
-        base: The checkpoint it was made of. Default: what it names itself; without any, `licence` is needed.
+        base: The checkpoint it was made of. Default: what it names itself; without any, `licence`
+            is needed.
         base_revision: Commit of the base that an adapter is loaded over from now on.
         licence: License of the weights. Default: the base's.
         inputs: Golden inputs besides our own.
 
     Raises:
-        ValueError: `source` is untrained, lacks a tokenizer, a known license or a public base, or `folder` has files.
+        ValueError: `source` is untrained, lacks a tokenizer, a known license or a public base, or
+            `folder` has files.
     """
     part = _make_part_folder(Path(folder))
     trained = _read_trained(source, base, licence)

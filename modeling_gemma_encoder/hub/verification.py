@@ -1,6 +1,8 @@
-"""Compare a published model with the record of its making, in a process that has only torch and transformers.
+"""Compare a published model with the record of its making, in a process that has only torch and
+transformers.
 
-Outputs are (inputs, num_labels) logits, or (inputs, hidden) for an encoder without a head: see `fresh_process.py`.
+Outputs are (inputs, num_labels) logits, or (inputs, hidden) for an encoder without a head: see
+`fresh_process.py`.
 """
 
 import json
@@ -32,8 +34,8 @@ def verify(
     trust_remote_code: bool = False,
     device: str = "cpu",
 ) -> list[Check]:
-    """
-    Load a published folder or repository in a fresh process, and compare it with its golden outputs.
+    """Load a published folder or repository in a fresh process, and compare it with its golden
+    outputs.
 
     Code that is not this package's own runs only with `trust_remote_code`.
 
@@ -57,7 +59,8 @@ def verify(
 
 
 def fetch(source: str | Path, revision: str | None, token: str | None) -> tuple[Path, list[str], str | None]:
-    """Return the folder, the names of all its files, and the commit. Pickles of a repository are not downloaded."""
+    """Return the folder, the names of all its files, and the commit. Pickles of a repository are
+    not downloaded."""
     if Path(source).is_dir():
         return Path(source).resolve(), files_of(Path(source)), None
     pickled = [f"*{end}" for end in PICKLED]
@@ -84,8 +87,8 @@ def run_in_fresh_process(folder: Path, inputs: list, device: str, token: str | N
     """
     Return what `fresh_process.py` prints of a folder, or {"error": ...}.
 
-    The process has no access to this package, the network and the user's token. The base of an adapter is fetched
-    before it starts.
+    The process has no access to this package, the network and the user's token. The base of an
+    adapter is fetched before it starts.
     """
     code = Path(__file__).with_name("fresh_process.py").read_text()
     _fetch_base(folder, token)
@@ -130,7 +133,8 @@ def _describe_model(found: dict) -> str:
 
 
 def compare(found: dict, golden: dict, folder: Path) -> Iterator[Check]:
-    """Yield how what a fresh process `found` compares with the record; without one, only what holds by itself."""
+    """Yield how what a fresh process `found` compares with the record; without one, only what holds
+    by itself."""
     attention = found["attention"]
     yield Check("attention as configured", attention is None, attention or "in every layer, by its behavior")
     published = golden.get("outputs", found["outputs"])
@@ -152,7 +156,8 @@ def _compare_settings(found: dict, golden: dict) -> Check:
         {**of["settings"], "class": of["class"], "decoder": of["decoder"], "reach": of["reach"]}
         for of in (found, golden)
     )
-    # Fields that only one of them has are passed over: another version may have added or dropped some.
+    # Fields that only one of them has are passed over: another version may have added or dropped
+    # some.
     differing = [name for name in right if name in now and now[name] != right[name]]
     wrong = "; ".join(f"{name}={now[name]!r}, published {right[name]!r}" for name in differing)
     return Check("settings", not differing, wrong or f"{now['attention']}, pooling {now['pooling']}, and all others")

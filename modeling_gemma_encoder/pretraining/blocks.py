@@ -75,6 +75,7 @@ def sample(rows: Dataset | IterableDataset, number: int, seed: int) -> Dataset |
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, (batch, block_size), and the same as `labels`, which upstream's decoders shift."""
+    """Return `input_ids`, (batch, block_size), and the same as `labels`, which upstream's decoders
+    shift."""
     input_ids = torch.tensor(np.array([row["input_ids"] for row in rows]), dtype=torch.long)
     return {"input_ids": input_ids, "labels": input_ids}

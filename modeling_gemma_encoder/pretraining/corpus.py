@@ -56,7 +56,8 @@ class TextArguments:
 
 
 class Docstring(NamedTuple):
-    """Hold the documentation of a function or class, its lines joined, and whether its file is held out."""
+    """Hold the documentation of a function or class, its lines joined, and whether its file is held
+    out."""
 
     text: str
     held_out: bool
@@ -74,10 +75,12 @@ def installed_packages() -> list[str]:
 
 
 def docstrings(package: str, min_length: int = 80) -> Iterator[Docstring]:
-    """Yield documentation strings of an installed package, or of the standard library, `"python"`, without tests.
+    """Yield documentation strings of an installed package, or of the standard library, `"python"`,
+    without tests.
 
-    Files come in a fixed shuffled order. One in ten is held out, by a hash of its path in the package. The held-out
-    files are the same for every model, so that none is tested on what another one was trained on.
+    Files come in a fixed shuffled order. One in ten is held out, by a hash of its path in the
+    package. The held-out files are the same for every model, so that none is tested on what another
+    one was trained on.
 
     Args:
         min_length: In characters; shorter ones say too little.
@@ -165,7 +168,8 @@ def _find_files(source: str) -> tuple[list[str], str]:
 
 
 def _as_text(rows: Dataset | IterableDataset, column: str, source: str) -> Dataset | IterableDataset:
-    """Return a column alone, as `text`. Raise ValueError where it is known that there is none of this name."""
+    """Return a column alone, as `text`. Raise ValueError where it is known that there is none of
+    this name."""
     if rows.column_names and column not in rows.column_names:
         columns = ", ".join(rows.column_names)
         raise ValueError(f"--text_column {column}: {source} has the columns {columns}. Choose one of them.")
@@ -186,7 +190,8 @@ def _cells(names: list[str], column: str) -> Iterator[dict[str, str]]:
 
 
 def load_documents(options: TextArguments, seed: int) -> tuple[dict, dict]:
-    """Return documents to train on and held-out ones, each as a dict: short name of the source -> documents.
+    """Return documents to train on and held-out ones, each as a dict: short name of the source ->
+    documents.
 
     Raises:
         FileNotFoundError, ValueError: A source cannot be read, or has too little to hold out.

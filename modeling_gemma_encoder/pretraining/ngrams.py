@@ -1,17 +1,19 @@
 """Unigram and trigram models, the baselines of a language model's perplexity.
 
-Blocks are integer arrays (num_blocks, block_size). As in a causal language model, the first token of a block is given
-and the others are predicted, each from tokens of its own block.
+Blocks are integer arrays (num_blocks, block_size). As in a causal language model, the first token
+of a block is given and the others are predicted, each from tokens of its own block.
 """
 
 import numpy as np
 
 
 class NGramModel:
-    """Predict tokens by a unigram model with add-one smoothing, and by a trigram model with Kneser-Ney smoothing.
+    """Predict tokens by a unigram model with add-one smoothing, and by a trigram model with
+    Kneser-Ney smoothing.
 
-    Kneser-Ney is interpolated, as in Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language
-    Modeling" (1998), section 3, with one discount an order, n1 / (n1 + 2 n2), estimated from the counts of counts.
+    Kneser-Ney is interpolated, as in Chen and Goodman, "An Empirical Study of Smoothing Techniques
+    for Language Modeling" (1998), section 3, with one discount an order, n1 / (n1 + 2 n2),
+    estimated from the counts of counts.
     """
 
     def __init__(self, blocks: np.ndarray, vocab_size: int):
@@ -42,7 +44,8 @@ class NGramModel:
         return self.trigram.interpolate((first * self.base + second) * self.base + third, lower)
 
     def _contexts(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the two tokens before each predicted token, and the token, (num_blocks * (block_size - 1),) each."""
+        """Return the two tokens before each predicted token, and the token, (num_blocks *
+        (block_size - 1),) each."""
         blocks = np.asarray(blocks, dtype=np.int64)
         before = np.full((len(blocks), 1), self.vocab_size)
         first = np.concatenate([before, blocks[:, :-2]], axis=1)
@@ -50,7 +53,8 @@ class NGramModel:
 
 
 class _Discounted:
-    """Hold the counts of one order's n-grams, coded as integers whose last digit to `base` is the predicted token."""
+    """Hold the counts of one order's n-grams, coded as integers whose last digit to `base` is the
+    predicted token."""
 
     def __init__(self, ngrams: np.ndarray, counts: np.ndarray, base: int):
         self.ngrams, self.counts, self.base = ngrams, counts, base
@@ -62,7 +66,8 @@ class _Discounted:
         self.kinds = np.diff(np.append(starts, len(ngrams)))
 
     def interpolate(self, ngrams: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        """Return max(count - discount, 0) / total + discount * kinds / total * lower, or `lower` in a new context."""
+        """Return max(count - discount, 0) / total + discount * kinds / total * lower, or `lower` in
+        a new context."""
         found, count = _look_up(self.ngrams, self.counts, ngrams)
         count = np.where(found, count - self.discount, 0)
         known, total = _look_up(self.contexts, self.totals, ngrams // self.base)
@@ -71,7 +76,8 @@ class _Discounted:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return whether each wanted key is among the sorted `keys`, and its value, which means nothing where it is not."""
+    """Return whether each wanted key is among the sorted `keys`, and its value, which means nothing
+    where it is not."""
     places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     return keys[places] == wanted, values[places]
 

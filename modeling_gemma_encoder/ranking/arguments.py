@@ -6,7 +6,8 @@ from ..finetuning.tasks import Task
 from ..templates import RANKING_TEMPLATE
 from .measures import MEASURES
 
-# Lists of 36 passages, 32 lists in a step, at a constant rate: after RankT5 (arXiv 2210.10634, section 5).
+# Lists of 36 passages, 32 lists in a step, at a constant rate: after RankT5 (arXiv 2210.10634,
+# section 5).
 TASK = Task(
     ("query", "passage"),
     None,

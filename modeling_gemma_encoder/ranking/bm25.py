@@ -1,4 +1,5 @@
-"""Candidates of a first stage, which are reranked: those of BM25 (bm25s), or of a file in TREC's format.
+"""Candidates of a first stage, which are reranked: those of BM25 (bm25s), or of a file in TREC's
+format.
 
 BM25 is Lucene's with k1 1.5 and b 0.75; texts are in lower case, without stemming or stop words.
 """
@@ -14,7 +15,8 @@ from .trec import TrecRun, read_run
 
 
 def bm25(collection: Collection, depth: int | None = None) -> TrecRun:
-    """Score the collection's candidates by BM25, with statistics of all passages; see `Collection.candidates`."""
+    """Score the collection's candidates by BM25, with statistics of all passages; see
+    `Collection.candidates`."""
     candidates, pids = collection.candidates(depth), list(collection.passages)
     needed = {pid for of_query in candidates.values() for pid in of_query}
     places = {pid: place for place, pid in enumerate(pids) if pid in needed}

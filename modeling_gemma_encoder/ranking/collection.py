@@ -1,6 +1,7 @@
 """A judged collection: queries, passages, their judgments, and the candidates that are reranked.
 
-Queries and passages are texts by id; all ids are strings. `reading.py` reads collections from files and from the Hub.
+Queries and passages are texts by id; all ids are strings. `reading.py` reads collections from files
+and from the Hub.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ BM25_DEPTH = 100  # candidates of each query that BM25 retrieves by default
 
 
 class Texts(Mapping[str, str]):
-    """
-    Map ids to texts that stay where they are, such as on disk in a data set of millions of passages.
+    """Map ids to texts that stay where they are, such as on disk in a data set of millions of
+    passages.
 
     Raises:
         ValueError: an id is there twice.
@@ -49,11 +50,14 @@ class Collection:
     Hold queries, passages, what was judged of them, and the candidates to rerank if there are any.
 
     Args:
-        qrels: Query id -> passage id -> grade. The grade is 0 for passages that were judged irrelevant.
-        run: The candidates of each query with their first scores. None: the judged passages are reranked.
+        qrels: Query id -> passage id -> grade. The grade is 0 for passages that were judged
+            irrelevant.
+        run: The candidates of each query with their first scores. None: the judged passages are
+            reranked.
         first_stage: The name of the run in tables.
         relevance_level: The least grade that counts as relevant.
-        run_from: The file of the run, or `bm25`. None: the run came with the data, or there is none.
+        run_from: The file of the run, or `bm25`. None: the run came with the data, or there is
+            none.
     """
 
     queries: Mapping[str, str]
@@ -65,20 +69,23 @@ class Collection:
     run_from: str | None = None
 
     def candidates(self, depth: int | None = None) -> dict[str, list[str]]:
-        """Return the passages to rerank for each judged query: the run's best `depth`, or the judged ones."""
+        """Return the passages to rerank for each judged query: the run's best `depth`, or the
+        judged ones."""
         if self.run is None:
             return {qid: list(grades) for qid, grades in self.qrels.items()}
         return {qid: ranked(self.run.get(qid, {}))[:depth] for qid in self.qrels}
 
     def reranked(self, depth: int | None = None) -> dict:
-        """Return where the candidates come from, `run`, and how many each query has, `depth`; None means all."""
+        """Return where the candidates come from, `run`, and how many each query has, `depth`; None
+        means all."""
         if self.run is None:
             return {"run": "judged pool", "depth": None}
         default = BM25_DEPTH if self.run_from == "bm25" else None
         return {"run": self.run_from or "its own", "depth": depth or default}
 
     def check(self, name: str) -> "Collection":
-        """Return the collection, or raise ValueError with its name if nothing is judged or an id is unknown."""
+        """Return the collection, or raise ValueError with its name if nothing is judged or an id is
+        unknown."""
         if not self.qrels:
             raise ValueError(f"{name}: no query was judged.")
         # Passages that were judged need a text only where they are reranked themselves.
@@ -94,8 +101,9 @@ class Collection:
         """
         Return the collection without the queries for which all rankings are equally good.
 
-        These have no grade above 0, or, where judged passages are reranked, only relevant passages or passages of
-        one grade. Their number is printed, and that of the queries that count 0 in some or all measures.
+        These have no grade above 0, or, where judged passages are reranked, only relevant passages
+        or passages of one grade. Their number is printed, and that of the queries that count 0 in
+        some or all measures.
 
         Raises:
             ValueError: no query is left.
@@ -113,7 +121,8 @@ class Collection:
         return left
 
     def _reasons(self) -> dict:
-        """Return the reasons why all rankings of a query are equal, and a test of its grades for each."""
+        """Return the reasons why all rankings of a query are equal, and a test of its grades for
+        each."""
         reasons = {"no relevant passage": lambda grades: not any(grade > 0 for grade in grades)}
         if self.run is None:
             level = self.relevance_level
@@ -122,7 +131,8 @@ class Collection:
         return reasons
 
     def _say_what_counts_zero(self, name: str) -> None:
-        """Print how many queries are worth 0 to all rankings in binary measures, or have no candidates."""
+        """Print how many queries are worth 0 to all rankings in binary measures, or have no
+        candidates."""
         count, level = len(self.qrels), self.relevance_level
         if none := sum(max(grades.values()) < level for grades in self.qrels.values()):
             of_level = f"have no passage from grade {level} on, and count 0 in measures that know no grades"
@@ -132,8 +142,8 @@ class Collection:
 
 
 def check_ids(what: str, table: dict, queries: Mapping, passages: Mapping, name: str) -> None:
-    """
-    Raise ValueError if a table of queries and their passages has an id that is not in the collection.
+    """Raise ValueError if a table of queries and their passages has an id that is not in the
+    collection.
 
     Args:
         what: The table's name in the message, such as "qrels".

@@ -1,7 +1,7 @@
 """Lists of documents to train a ranker on, drawn from longer ones, and batches of them.
 
-A list is {"query": text, "documents": [text], "labels": [number]}. A batch has `input_ids` and `attention_mask`
-(batch, num_docs, seq_len), and `labels` (batch, num_docs).
+A list is {"query": text, "documents": [text], "labels": [number]}. A batch has `input_ids` and
+`attention_mask` (batch, num_docs, seq_len), and `labels` (batch, num_docs).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,19 @@ class RankingDataset(torch.utils.data.Dataset):
     """
     Draw a list of at most `list_size` documents for each query, other ones in every epoch.
 
-    A list has one relevant document, with a label above 0, and others from all that are left, with their labels. The
-    draw depends only on the seed, the epoch and the row. An interrupted training therefore goes on with the lists
-    that it would have read, whatever process or worker reads them.
+    A list has one relevant document, with a label above 0, and others from all that are left, with
+    their labels. The draw depends only on the seed, the epoch and the row. An interrupted training
+    therefore goes on with the lists that it would have read, whatever process or worker reads them.
 
     Set the epoch with `FreshLists`; without it every epoch reads the same lists.
 
     Args:
-        rows: Each with `query`, `documents` and `labels` of any length. A row without a label above 0 teaches nothing.
+        rows: Each with `query`, `documents` and `labels` of any length. A row without a label above
+            0 teaches nothing.
         passages: The texts, if `documents` are ids.
         queries: The texts, if `query` is an id.
-        from_teacher: Labels are the scores of a teacher. No document is the relevant one then; all are drawn alike.
+        from_teacher: Labels are the scores of a teacher. No document is the relevant one then; all
+            are drawn alike.
 
     Raises:
         ValueError: `list_size` is below 2, or a row that is read has no documents.
@@ -98,11 +100,13 @@ class RankingCollator:
     """
     Make a batch of lists, in which each document follows its query in the tokenizer's template.
 
-    Documents are cut to fit `max_length` tokens; queries and the template are not. Shorter lists are padded as in
-    `collate_lists`. Pass `remove_unused_columns=False` to the Trainer, or it removes the texts.
+    Documents are cut to fit `max_length` tokens; queries and the template are not. Shorter lists
+    are padded as in `collate_lists`. Pass `remove_unused_columns=False` to the Trainer, or it
+    removes the texts.
 
     Raises:
-        ValueError: a list has no documents or not one label for each, or a query leaves no room for a document.
+        ValueError: a list has no documents or not one label for each, or a query leaves no room for
+            a document.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -124,11 +128,11 @@ class RankingCollator:
 
 
 def collate_lists(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """
-    Pad lists of documents, each a list of ids, to tensors (batch, num_docs, seq_len), and labels (batch, num_docs).
+    """Pad lists of documents, each a list of ids, to tensors (batch, num_docs, seq_len), and
+    labels (batch, num_docs).
 
-    Shorter lists are filled with documents of padding only, labeled -100. They cost nothing, as the model does not
-    read padding.
+    Shorter lists are filled with documents of padding only, labeled -100. They cost nothing, as the
+    model does not read padding.
     """
     num_docs = max(len(row["input_ids"]) for row in rows)
     empty = {"input_ids": [], "attention_mask": []}

@@ -1,6 +1,8 @@
-"""Evaluation of rankings: baselines, significance of differences, and the report that is left in a folder.
+"""Evaluation of rankings: baselines, significance of differences, and the report that is left in a
+folder.
 
-A report compares the first ranking with each other one and has the runs in TREC's format, tables and a plot.
+A report compares the first ranking with each other one and has the runs in TREC's format, tables
+and a plot.
 """
 
 import json
@@ -32,8 +34,8 @@ def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -
     """
     Return other rankings of the same candidates, by name.
 
-    These are BM25 of the whole collection, the order of the run that they come from if it is another one, and a
-    random order.
+    These are BM25 of the whole collection, the order of the run that they come from if it is
+    another one, and a random order.
     """
     found = {}
     if collection.run is not None:
@@ -47,7 +49,8 @@ def baselines(collection: Collection, depth: int | None = None, seed: int = 0) -
 
 
 def random_order(collection: Collection, depth: int | None = None, seed: int = 0) -> TrecRun:
-    """Return random scores of the candidates, which depend on the seed and the ids, and not on their order."""
+    """Return random scores of the candidates, which depend on the seed and the ids, and not on
+    their order."""
     trec_run = {}
     for qid, pids in collection.candidates(depth).items():
         draw = np.random.default_rng([seed, crc32(qid.encode())])
@@ -60,9 +63,9 @@ def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> 
     Compare two rankings by their values of each query.
 
     Returns:
-        The mean `difference`, its 95 % bootstrap `interval`, and the `p` of a paired randomization test with 9,999
-        permutations (Smucker et al., CIKM 2007). With fewer than ten queries, `too_few`, and where no query differs,
-        the last two are None.
+        The mean `difference`, its 95 % bootstrap `interval`, and the `p` of a paired randomization
+        test with 9,999 permutations (Smucker et al., CIKM 2007). With fewer than ten queries,
+        `too_few`, and where no query differs, the last two are None.
     """
     differences = np.array([ours[qid] - theirs[qid] for qid in ours])
     result = {"difference": float(differences.mean()), "queries": len(differences), "p": None, "interval": None}
@@ -83,15 +86,16 @@ def compare(ours: dict[str, float], theirs: dict[str, float], seed: int = 0) -> 
 
 
 def describe_pool(collection: Collection, candidates: TrecRun, means: dict[str, float]) -> dict:
-    """
-    Count the candidates and the relevant ones among them, and tell whether differences can be trusted.
+    """Count the candidates and the relevant ones among them, and tell whether differences can be
+    trusted.
 
     Args:
         means: The means of the main measure, by the names of the rankings.
 
     Returns:
-        The counts, and a `warning` if the order of the candidates means little, else None: random order beats BM25,
-        or most of what was judged is relevant. Most of a run's candidates may be relevant.
+        The counts, and a `warning` if the order of the candidates means little, else None: random
+        order beats BM25, or most of what was judged is relevant. Most of a run's candidates may be
+        relevant.
     """
     level = collection.relevance_level
     grades = [collection.qrels[qid].get(pid, 0) for qid, passages in candidates.items() for pid in passages]
@@ -121,8 +125,9 @@ def evaluate(
     """
     Measure rankings of a collection, compare the first with each other one, and write a report.
 
-    The folder gets each ranking in TREC's format, `results.json`, `results.md`, and `per_query.png`, the first ranking
-    against the second. Differences have no p and no interval if `describe_pool` warns.
+    The folder gets each ranking in TREC's format, `results.json`, `results.md`, and
+    `per_query.png`, the first ranking against the second. Differences have no p and no interval if
+    `describe_pool` warns.
 
     Args:
         measures: The first one is what rankings are compared by.
@@ -149,7 +154,8 @@ def evaluate(
 
 
 def write_report(runs: dict[str, TrecRun], values: dict[str, dict], result: dict, folder: Path) -> None:
-    """Write what `evaluate` found, `result`, with the rankings and their values, name -> measure -> query -> value."""
+    """Write what `evaluate` found, `result`, with the rankings and their values, name -> measure ->
+    query -> value."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, trec_run in runs.items():
         tag = name.replace(" ", "-")
@@ -165,7 +171,8 @@ def write_report(runs: dict[str, TrecRun], values: dict[str, dict], result: dict
 
 
 def trained_on_line(result: dict) -> str:
-    """Return a line on how many queries were trained on, or "" if the result does not have their number."""
+    """Return a line on how many queries were trained on, or "" if the result does not have their
+    number."""
     if "queries_trained_on" not in result:
         return ""
     return f"\n{result['queries']} queries, {say_trained_on(result['queries_trained_on'])}"
@@ -182,7 +189,8 @@ def markdown(means: dict[str, dict[str, float]]) -> str:
 
 
 def conclusions(compared: dict[str, dict], main: str, pool: dict, judged: bool) -> list[str]:
-    """Return lines on what was ranked, and on how much better the first ranking is or why that is not claimed."""
+    """Return lines on what was ranked, and on how much better the first ranking is or why that is
+    not claimed."""
     of_what = "judged pool" if judged else "a run's candidates"
     level = f", from grade {pool['relevance_level']} on" if pool["relevance_level"] != 1 else ""
     share = f"{pool['relevant']:,} of them relevant ({pool['relevant_share']:.1%}{level})"

@@ -1,4 +1,5 @@
-"""Measures of rankings, as `ir_measures` names and computes them: qrels and a `TrecRun` -> a value for each query."""
+"""Measures of rankings, as `ir_measures` names and computes them: qrels and a `TrecRun` -> a value
+for each query."""
 
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ def parse_measures(names: Sequence[str], relevance_level: int = 1) -> list[Measu
     Return measures by their names.
 
     Args:
-        relevance_level: The least grade that binary measures count as relevant, unless a name has `(rel=...)`.
+        relevance_level: The least grade that binary measures count as relevant, unless a name has
+            `(rel=...)`.
 
     Raises:
         ValueError: `ir_measures` has no measure of that name.
@@ -39,9 +41,11 @@ def measure(qrels: Qrels, run: TrecRun, measures: Sequence[Measure]) -> dict[str
     """
     Compute measures of a ranking, as measure -> query -> value.
 
-    All queries of `qrels` have a value; one that the ranking lacks is worth 0, as for `trec_eval -c`.
+    All queries of `qrels` have a value; one that the ranking lacks is worth 0, as for `trec_eval
+    -c`.
     """
-    # The libraries behind ir_measures break ties differently, so that they are given ranks in place of scores.
+    # The libraries behind ir_measures break ties differently, so that they are given ranks in place
+    # of scores.
     ranks = {
         qid: {pid: -float(rank) for rank, pid in enumerate(ranked(scores))} for qid, scores in run.items() if scores
     }
@@ -62,11 +66,12 @@ def _with_gains(measure: Measure, qrels: Qrels) -> Measure:
 
 
 def gain_of(measure: Measure) -> str | None:
-    """
-    Return the name of an nDCG's gain, which is what a passage of grade g is worth before the discount by its rank.
+    """Return the name of an nDCG's gain, which is what a passage of grade g is worth before the
+    discount by its rank.
 
-    "linear" is g, as in trec_eval and `nDCG@10`; "exponential" is 2^g - 1, as in `nDCG(dcg='exp-log2')@10`; "own" are
-    gains given in the measure's name. Other measures have None.
+    "linear" is g, as in trec_eval and `nDCG@10`; "exponential" is 2^g - 1, as in
+    `nDCG(dcg='exp-log2')@10`; "own" are gains given in the measure's name. Other measures have
+    None.
     """
     if measure.NAME != "nDCG":
         return None

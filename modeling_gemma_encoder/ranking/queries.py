@@ -1,6 +1,7 @@
 """The queries that a ranker was trained on and those that were held out, as digests of their texts.
 
-A training writes them to `queries.json` beside the model, so that an evaluation can count the queries it has seen.
+A training writes them to `queries.json` beside the model, so that an evaluation can count the
+queries it has seen.
 """
 
 import json
@@ -33,7 +34,8 @@ def write_queries(folder: Path, trained_on: Iterable[str], held_out: Iterable[st
 
 
 def read_queries(model: str | Path) -> dict[str, set[str]]:
-    """Read the digests in a model's folder, or in the folder around a checkpoint; return {} if there are none."""
+    """Read the digests in a model's folder, or in the folder around a checkpoint; return {} if
+    there are none."""
     folder = Path(model)
     places = [folder, folder.resolve().parent] if folder.name.startswith("checkpoint-") else [folder]
     found = next(filter(None, (read(place / FILE) for place in places)), {})
@@ -41,7 +43,8 @@ def read_queries(model: str | Path) -> dict[str, set[str]]:
 
 
 def count_trained_on(model: str | Path, collection: Collection) -> int | None:
-    """Return how many of the judged queries a model was trained on, or None if its folder does not say."""
+    """Return how many of the judged queries a model was trained on, or None if its folder does not
+    say."""
     known = read_queries(model).get("trained_on")
     if known is None:
         return None

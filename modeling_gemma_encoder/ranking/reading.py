@@ -1,7 +1,8 @@
-"""Readers of judged collections: TREC-style and BEIR-style folders, files of labeled pairs, and the Hub.
+"""Readers of judged collections: TREC-style and BEIR-style folders, files of labeled pairs, and the
+Hub.
 
-A folder has queries and passages (.jsonl, .json, .csv, .tsv, .parquet) and qrels (.txt, .tsv). A data set on the Hub
-has the configs `queries`, `corpus` and `qrels`, as NanoBEIR and MTEB do.
+A folder has queries and passages (.jsonl, .json, .csv, .tsv, .parquet) and qrels (.txt, .tsv). A
+data set on the Hub has the configs `queries`, `corpus` and `qrels`, as NanoBEIR and MTEB do.
 """
 
 from collections import defaultdict
@@ -28,10 +29,10 @@ def read_collection(source: str, pairs: tuple[str, str, str] | None = None) -> C
     Read a judged collection from a folder, a file of labeled pairs, or the Hub.
 
     Args:
-        source: A folder with queries, passages and qrels, a file of labeled pairs, or a data set on the Hub with
-            configs `queries`, `corpus` and `qrels` (or `default`). A config `bm25` on the Hub has the candidates.
-            One of several splits follows a colon: `folder:test` in the folder `qrels/` of a BEIR-style folder,
-            `name:NanoMSMARCO` on the Hub.
+        source: A folder with queries, passages and qrels, a file of labeled pairs, or a data set on
+            the Hub with configs `queries`, `corpus` and `qrels` (or `default`). A config `bm25` on
+            the Hub has the candidates. One of several splits follows a colon: `folder:test` in the
+            folder `qrels/` of a BEIR-style folder, `name:NanoMSMARCO` on the Hub.
         pairs: The columns of query, passage and label in a file of pairs.
 
     Raises:
@@ -65,7 +66,8 @@ def name_and_split(source: str) -> tuple[str, str]:
 
 
 def read_texts(source: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Read the queries and passages of `folder` or `folder:test`; raise ValueError if it lacks them or the split."""
+    """Read the queries and passages of `folder` or `folder:test`; raise ValueError if it lacks them
+    or the split."""
     name, split = name_and_split(source)
     path = Path(name)
     if split:
@@ -146,8 +148,8 @@ def find_column(rows: Dataset, names: tuple[str, ...], where: Path | str) -> str
 
 
 def group_pairs(rows: Dataset, where: str, columns: tuple[str, str, str]) -> Collection:
-    """
-    Make a collection of labeled pairs: equal texts become one query or one passage, numbered in order.
+    """Make a collection of labeled pairs: equal texts become one query or one passage, numbered in
+    order.
 
     Raises:
         ValueError: a column is missing, or a row does not have two texts and a whole number.
@@ -181,7 +183,8 @@ def as_grade(label) -> int | None:
 
 
 def read_hub(name: str, split: str) -> Collection:
-    """Read a collection from the Hub; raise ValueError if a config is missing or the split is not clear."""
+    """Read a collection from the Hub; raise ValueError if a config is missing or the split is not
+    clear."""
     configs = get_dataset_config_names(name)
     judged = "qrels" if "qrels" in configs else "default"
     if missing := [config for config in ("queries", "corpus", judged) if config not in configs]:
@@ -194,7 +197,8 @@ def read_hub(name: str, split: str) -> Collection:
 
 
 def load_config(name: str, config: str, split: str) -> Dataset:
-    """Load a config's rows: of `split`, else of `test`, else of the split that is named like the config."""
+    """Load a config's rows: of `split`, else of `test`, else of the split that is named like the
+    config."""
     splits = get_dataset_split_names(name, config)
     wanted = next((one for one in (split, "test", config) if one in splits), None)
     if wanted is None and len(splits) > 1:
@@ -203,7 +207,8 @@ def load_config(name: str, config: str, split: str) -> Dataset:
 
 
 def qrels_of(rows: Dataset) -> Qrels:
-    """Return judgments; a row has one passage or a list of them, and is relevant if it has no score."""
+    """Return judgments; a row has one passage or a list of them, and is relevant if it has no
+    score."""
     qrels = defaultdict(dict)
     for row in rows.to_list():
         passages = row["corpus-id"] if isinstance(row["corpus-id"], list) else [row["corpus-id"]]
@@ -213,6 +218,7 @@ def qrels_of(rows: Dataset) -> Qrels:
 
 
 def run_of(rows: Dataset) -> TrecRun:
-    """Return a ranking with negative ranks as scores, as the Hub's candidates have an order and no scores."""
+    """Return a ranking with negative ranks as scores, as the Hub's candidates have an order and no
+    scores."""
     ranks = {str(row["query-id"]): row["corpus-ids"] for row in rows.to_list()}
     return {qid: {str(pid): -float(rank) for rank, pid in enumerate(pids)} for qid, pids in ranks.items()}

@@ -1,4 +1,5 @@
-"""Scoring with a trained ranker: pairs of texts -> scores (num_pairs,), and a collection -> its reranking.
+"""Scoring with a trained ranker: pairs of texts -> scores (num_pairs,), and a collection -> its
+reranking.
 
 Scores are logits in float32; higher is better.
 """
@@ -59,7 +60,8 @@ class ScoringArguments:
 
 
 def fast_dtype(device: str | torch.device) -> str:
-    """Return "bfloat16" if the device computes in it, and "float32" if it would convert back and forth."""
+    """Return "bfloat16" if the device computes in it, and "float32" if it would convert back and
+    forth."""
     return "bfloat16" if computes_in_bf16(device) else "float32"
 
 
@@ -90,12 +92,13 @@ def load_ranker(
     Load a trained ranker and its tokenizer, and verify its attention.
 
     Args:
-        dtype: "float32", "bfloat16", "int8" (weights only, see `quantize_int8`), or "auto" for the faster of the
-            first two, see `choose`. The head computes in float32.
+        dtype: "float32", "bfloat16", "int8" (weights only, see `quantize_int8`), or "auto" for the
+            faster of the first two, see `choose`. The head computes in float32.
         device: None: the accelerator if there is one.
 
     Raises:
-        ValueError: there is no such dtype, device or folder, or the checkpoint has no trained ranking head.
+        ValueError: there is no such dtype, device or folder, or the checkpoint has no trained
+            ranking head.
     """
     dtype, device = choose(dtype, device)
     if is_local(checkpoint) and not Path(checkpoint).exists():
@@ -126,17 +129,18 @@ def score_pairs(
     tokens_per_batch: int | None = None,
     progress: tqdm | None = None,
 ) -> np.ndarray:
-    """
-    Return the scores of (query, document) pairs in their order, (num_pairs,); batches change them only by rounding.
+    """Return the scores of (query, document) pairs in their order, (num_pairs,); batches change
+    them only by rounding.
 
     Args:
-        max_length: The most tokens of a pair; documents are cut to fit. None: the tokenizer's `model_max_length`,
-            which training sets. It is never more than the decoder's positions.
+        max_length: The most tokens of a pair; documents are cut to fit. None: the tokenizer's
+            `model_max_length`, which training sets. It is never more than the decoder's positions.
         tokens_per_batch: None: 16,384 on an accelerator, and 2,048 on a CPU.
         progress: A bar that is advanced by each pair.
 
     Raises:
-        ValueError: a query leaves no room for a document, a pair has no token, or a score is not finite.
+        ValueError: a query leaves no room for a document, a pair has no token, or a score is not
+            finite.
     """
     positions = model.config.get_text_config().max_position_embeddings
     ids = encode_pairs(tokenizer, pairs, min(max_length or tokenizer.model_max_length, positions))
@@ -173,7 +177,8 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def batches_of(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Yield batches of places of texts with like lengths, the longest first, padded to at most so many tokens."""
+    """Yield batches of places of texts with like lengths, the longest first, padded to at most so
+    many tokens."""
     order, start = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
     while start < len(order):
         longest = max(1, lengths[order[start]])
@@ -190,7 +195,8 @@ def rerank(
     max_length: int | None = None,
     tokens_per_batch: int | None = None,
 ) -> TrecRun:
-    """Return the collection's candidates with the model's scores; see `Collection.candidates` and `score_pairs`."""
+    """Return the collection's candidates with the model's scores; see `Collection.candidates` and
+    `score_pairs`."""
     candidates = collection.candidates(depth)
     places = [(qid, pid) for qid, pids in candidates.items() for pid in pids]
     pairs = [(collection.queries[qid], collection.passages[pid]) for qid, pid in places]

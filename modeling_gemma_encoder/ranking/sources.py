@@ -1,4 +1,5 @@
-"""Lists to train a ranker on: from the forms that MS MARCO has on the Hub, and from judged folders and files."""
+"""Lists to train a ranker on: from the forms that MS MARCO has on the Hub, and from judged folders
+and files."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ class TrainingLists:
 
     Args:
         queries: The text of each list's query.
-        digest: A hash of the rows that lists are drawn from. It tells whether a later run has the same data.
+        digest: A hash of the rows that lists are drawn from. It tells whether a later run has the
+            same data.
         held_out: The queries that are evaluated instead; empty if there are none.
     """
 
@@ -104,7 +106,8 @@ def hub_lists(source: str, list_size: int, seed: int, from_teacher: bool, limit:
     Load lists from a data set on the Hub, `name[:config[:split]]`, at most `limit` of them.
 
     Raises:
-        ValueError: the columns are those of no form, or a teacher's scores meet a loss of labels or the reverse.
+        ValueError: the columns are those of no form, or a teacher's scores meet a loss of labels or
+            the reverse.
     """
     name, config, split = [*source.split(":"), None, None][:3]
     rows = load_dataset(name, config or CONFIGS.get(name), split=split or "train")
@@ -135,7 +138,8 @@ def find_reader(rows: Dataset, source: str) -> Callable[[dict], dict]:
 
 
 def load_texts(name: str, read: Callable[[dict], dict]) -> dict[str, Texts]:
-    """Load the texts of the ids in a form's rows, as `passages` and `queries`; a form of texts needs none."""
+    """Load the texts of the ids in a form's rows, as `passages` and `queries`; a form of texts
+    needs none."""
     if read in (of_labels, of_margins):
         corpus, queries = load_dataset(name, "corpus", split="train"), load_dataset(name, "queries", split="train")
         return {
@@ -152,13 +156,14 @@ def load_texts(name: str, read: Callable[[dict], dict]) -> dict[str, Texts]:
 
 
 def local_lists(ranking: RankingArguments, seed: int, limit: int | None = None) -> TrainingLists:
-    """
-    Make lists of all queries in `ranking.train_data`, folders and files, but those that are held out.
+    """Make lists of all queries in `ranking.train_data`, folders and files, but those that are
+    held out.
 
     A held-out query reranks candidates from its own folder or file.
 
     Raises:
-        ValueError: no query has both a relevant passage and another one, or a collection cannot be read.
+        ValueError: no query has both a relevant passage and another one, or a collection cannot be
+            read.
     """
     rows, merged = [], Collection({}, {}, {})
     for number, source in enumerate(ranking.train_data):
@@ -191,7 +196,8 @@ def lists_of(collection: Collection, run: TrecRun | None = None) -> tuple[list[d
     Passages of the run that nobody judged are labeled irrelevant.
 
     Returns:
-        The rows, and the number of queries without a row, which lack a relevant passage or another one.
+        The rows, and the number of queries without a row, which lack a relevant passage or another
+        one.
     """
     rows = []
     for qid, judged in collection.qrels.items():
@@ -203,7 +209,8 @@ def lists_of(collection: Collection, run: TrecRun | None = None) -> tuple[list[d
 
 
 def _rows_of(found: Collection, run: str | None, name: str) -> list[dict]:
-    """Return the rows of a collection, perhaps with further candidates, and print how many queries have none."""
+    """Return the rows of a collection, perhaps with further candidates, and print how many queries
+    have none."""
     if run:
         add_run(found, run)
     rows, without = lists_of(found, found.run)
@@ -213,7 +220,8 @@ def _rows_of(found: Collection, run: str | None, name: str) -> list[dict]:
 
 
 def _hold_out(found: Collection, share: float, name: str) -> Collection:
-    """Move about a share of the judged queries, drawn by their texts, to another collection, and print how many."""
+    """Move about a share of the judged queries, drawn by their texts, to another collection, and
+    print how many."""
     # By the text's hash the same query is held out of every folder, whatever its id.
     out = {qid for qid in found.qrels if crc32(found.queries[qid].encode()) % 1000 < 1000 * share}
     held_out = replace(found, qrels={qid: grades for qid, grades in found.qrels.items() if qid in out})

@@ -25,7 +25,8 @@ def read_qrels(path: Path) -> Qrels:
     A line that has tabs is split at its tabs only.
 
     Raises:
-        ValueError: a line has neither form, its grade is not a whole number, or it contradicts an earlier line.
+        ValueError: a line has neither form, its grade is not a whole number, or it contradicts an
+            earlier line.
     """
     found = defaultdict(dict)
     for number, (line, where) in enumerate(read_lines(path)):
@@ -47,7 +48,8 @@ def read_run(path: Path) -> TrecRun:
     Read a ranking in TREC's format, `qid Q0 pid rank score tag`.
 
     Raises:
-        ValueError: a line has another form, its score is NaN, or a query has the same passage twice.
+        ValueError: a line has another form, its score is NaN, or a query has the same passage
+            twice.
     """
     found = defaultdict(dict)
     for line, where in read_lines(path):
@@ -69,8 +71,8 @@ def write_run(run: TrecRun, path: Path, tag: str) -> None:
     """
     Write a ranking in TREC's format, the best passage of each query first.
 
-    The file appears only when it is complete. Fields are separated by tabs if an id contains white space, so that
-    `read_run` finds the same ids, and by spaces otherwise.
+    The file appears only when it is complete. Fields are separated by tabs if an id contains white
+    space, so that `read_run` finds the same ids, and by spaces otherwise.
     """
     ids = [*run, *(pid for scores in run.values() for pid in scores)]
     tag = re.sub(r"\s+", "-", tag)
@@ -87,6 +89,7 @@ def ranked(scores: Mapping[str, float]) -> list[str]:
     """
     Return passage ids by their scores, the best first.
 
-    Equal scores are ordered by the CRC-32 of the id, which is independent of the passage's relevance.
+    Equal scores are ordered by the CRC-32 of the id, which is independent of the passage's
+    relevance.
     """
     return sorted(scores, key=lambda pid: (-scores[pid], crc32(pid.encode()), pid))
