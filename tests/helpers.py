@@ -110,3 +110,11 @@ def set_backend(model, backend: str):
 def jsonl(path: Path, rows: list[dict]):
     """Write rows as a .jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_collection(folder: Path) -> Path:
+    """Write the judged collection as TREC-style files, and return their folder."""
+    jsonl(folder / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in QUERIES.items()])
+    jsonl(folder / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in PASSAGES.items()])
+    (folder / "qrels.txt").write_text(QRELS)
+    return folder

@@ -130,7 +130,9 @@ def build(task: Task, options: FineTuningArguments, train: Dataset | None = None
             says so.
     """
     saved = GemmaEncoderConfig.from_pretrained(options.model)
-    model = task.head.from_pretrained(options.model, **loading_options(task, options, train))
+    fresh_head = options.ignore_mismatched_sizes or not has_head(saved)
+    rows = train if fresh_head and task.standardize else None
+    model = task.head.from_pretrained(options.model, **loading_options(task, options, fresh_head, rows))
     if options.ignore_mismatched_sizes and other_classes(saved, task):
         model.classifier = GemmaEncoderHead(model.config, model.config.num_labels).to(model.device)
         model.classifier.apply(model._init_weights)
@@ -143,8 +145,12 @@ def build(task: Task, options: FineTuningArguments, train: Dataset | None = None
     return model
 
 
-def loading_options(task: Task, options: FineTuningArguments, train: Dataset | None) -> dict:
-    """Return the arguments of `from_pretrained`: fields of the config, and how weights are loaded."""
+def loading_options(task: Task, options: FineTuningArguments, fresh_head: bool, rows: Dataset | None) -> dict:
+    """Return the arguments of `from_pretrained`: fields of the config, and how weights are loaded.
+
+    Args:
+        rows: Training rows, whose labels' scale a fresh head is given; None for no scale.
+    """
     found = {**encoder_options(options), "dtype": getattr(torch, options.dtype)}
     found["attn_implementation"] = options.attn_implementation
     found |= {"calibration_temperature": None, "calibration_bias": 0.0}  # those of the checkpoint fit other weights
@@ -152,9 +158,8 @@ def loading_options(task: Task, options: FineTuningArguments, train: Dataset | N
         names = task.labels or task.label_columns or (task.label,)
         found |= {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
         found["problem_type"] = task.problem
-        if options.ignore_mismatched_sizes or not has_head(GemmaEncoderConfig.from_pretrained(options.model)):
-            found |= {"label_mean": None, "label_std": None}
-            found |= scale_of(train) if task.standardize and train is not None else {}
+        if fresh_head:
+            found |= {"label_mean": None, "label_std": None} if rows is None else scale_of(rows)
     if options.load_in_4bit:
         from ..adapters import four_bit
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from evaluate_ranking import main as evaluate_main
-from helpers import PASSAGES, QRELS, QUERIES, jsonl
+from helpers import PASSAGES, jsonl, write_collection
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking
@@ -88,10 +88,7 @@ def test_other_columns_are_named(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    jsonl(tmp_path / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in QUERIES.items()])
-    jsonl(tmp_path / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in PASSAGES.items()])
-    (tmp_path / "qrels.txt").write_text(QRELS)
-    return tmp_path
+    return write_collection(tmp_path)
 
 
 def command(monkeypatch, main, *flags):

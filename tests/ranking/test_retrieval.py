@@ -4,7 +4,7 @@ from math import log
 
 import pytest
 from datasets import Dataset
-from helpers import PASSAGES, QRELS, QUERIES, jsonl
+from helpers import PASSAGES, QRELS, QUERIES, jsonl, write_collection
 
 from modeling_gemma_encoder.ranking import reading
 from modeling_gemma_encoder.ranking.bm25 import add_run, bm25, retrieve
@@ -16,10 +16,7 @@ from modeling_gemma_encoder.ranking.trec import ranked, read_run, write_run
 
 @pytest.fixture
 def folder(tmp_path):
-    jsonl(tmp_path / "queries.jsonl", [{"qid": qid, "text": text} for qid, text in QUERIES.items()])
-    jsonl(tmp_path / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in PASSAGES.items()])
-    (tmp_path / "qrels.txt").write_text(QRELS)
-    return tmp_path
+    return write_collection(tmp_path)
 
 
 def test_folders_of_trec_msmarco_and_beir_are_one_collection(folder, tmp_path_factory):
