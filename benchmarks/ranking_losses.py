@@ -1,4 +1,4 @@
-"""Train a reranker with each ranking loss on the same lists, and compare them in one table.
+r"""Train a reranker with each ranking loss on the same lists, and compare them in one table.
 
     python benchmarks/ranking_losses.py --seeds 1 2 3 --output_dir runs/losses \
         --model examples/nano --train_data trecqa/train.jsonl --eval_data trecqa/test.jsonl \

@@ -1,4 +1,4 @@
-"""Measure how fast an encoder scores and trains, beside stock transformers with the same weights.
+r"""Measure how fast an encoder scores and trains, beside stock transformers with the same weights.
 
     python benchmarks/speed.py                              # 270M-shaped layers: table, JSON, plot
     python benchmarks/speed.py --quick                      # Gemma 2 alone, fewer layers and pairs

@@ -1,4 +1,4 @@
-"""Fine-tune a Gemma Encoder on your own table: CSV, TSV, JSONL, JSON or Parquet, or a data set on
+r"""Fine-tune a Gemma Encoder on your own table: CSV, TSV, JSONL, JSON or Parquet, or a data set on
 the Hub.
 
     python examples/classify.py --model google/gemma-3-270m --train_file train.csv --validation_file dev.csv \\

@@ -1,4 +1,4 @@
-"""Train a reranker on lists of passages for each query, and evaluate it on judged collections.
+r"""Train a reranker on lists of passages for each query, and evaluate it on judged collections.
 
     # MS MARCO from the Hub
     python examples/msmarco.py --model google/gemma-3-270m --bf16
@@ -42,14 +42,15 @@ from modeling_gemma_encoder._scripts.files import is_local, write
 from modeling_gemma_encoder._scripts.provenance import provenance
 from modeling_gemma_encoder._scripts.tables import FORMATS
 from modeling_gemma_encoder._scripts.training import (
+    check_warmup,
     checkpoint_to_resume,
-    count_steps,
     defaults_of,
     plot_losses,
     refuse_another_run,
     replacing_weights,
     resumable,
     rows_per_step,
+    say_steps,
     train_from,
 )
 from modeling_gemma_encoder.callbacks import StepTimer
@@ -231,8 +232,8 @@ def check_lengths(data: Data) -> None:
 
 
 def claim(command: Command, data: Data, checkpoint: str | None) -> None:
-    """Write run.json, or raise ValueError if the folder has another run or there is no trained
-    ranker."""
+    """Write run.json, or raise ValueError if the folder has another run, all steps would warm up, or
+    there is no trained ranker."""
     ranking, options, args = command.ranking, command.options, command.args
     run = {**asdict(ranking), **asdict(options), **{key: getattr(args, key) for key in IDENTIFYING_ARGUMENTS}}
     run = {key: value for key, value in run.items() if not key.startswith("eval_") and key not in FREE}
@@ -240,6 +241,8 @@ def claim(command: Command, data: Data, checkpoint: str | None) -> None:
     run |= {"lists": data.lists.digest, "max_length": data.max_length}
     if args.do_train:
         done = str(command.report) if command.report.exists() else checkpoint
+        if not done:
+            check_warmup(args, len(data.lists.dataset))
         defaults = {**defaults_of(ranking), **defaults_of(options)}
         refuse_another_run(run, command.folder, done, command.is_main, defaults)
     elif not command.report.exists():
@@ -260,7 +263,7 @@ def note_queries(command: Command, data: Data) -> dict[str, int | None]:
 def print_plan(command: Command, data: Data, trained_on: dict[str, int | None]) -> None:
     """Print what is trained on and evaluated, with a warning for queries that are both."""
     ranking, number = command.ranking, len(data.lists.dataset)
-    steps = f"{count_steps(command.args, number):,} steps, " if command.trains else ""
+    steps = f"{say_steps(command.args, number)}, " if command.trains else ""
     evaluated = ", ".join(data.collections) or "nothing"
     if ranking.held_out and not data.lists.held_out.qrels:
         evaluated += f" (--held_out {ranking.held_out} of so few queries is none)"

@@ -1,4 +1,4 @@
-"""Pretrain a Gemma decoder as a causal language model, from a config or further from a checkpoint.
+r"""Pretrain a Gemma decoder as a causal language model, from a config or further from a checkpoint.
 
 This command made `nano/` in this folder, from books, one in each row, and from the documentation of
 installed packages:
@@ -252,8 +252,8 @@ def pretrain(parser: ScriptParser, options: PretrainingArguments, args: Training
     """Pretrain, save and report, as the command line says."""
     with failing(parser):
         found = prepare(options, args)
-    if args.process_index == 0:
-        say_how_long(args, found.train, options.block_size)
+        if args.process_index == 0:
+            say_how_long(args, found.train, options.block_size)
         beside = found.parameters_beside_embedding
         print(f"{found.parameters:,} parameters, {beside:,} of them beside the embedding", flush=True)
     timer = StepTimer()

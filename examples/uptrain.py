@@ -1,4 +1,4 @@
-"""Up-train a Gemma decoder as a bidirectional encoder on plain text, before it is fine-tuned on a
+r"""Up-train a Gemma decoder as a bidirectional encoder on plain text, before it is fine-tuned on a
 task.
 
     python examples/uptrain.py --model examples/nano --objective mntp --text docstrings --output_dir runs/nano-mntp
@@ -314,8 +314,8 @@ def uptrain(parser: YamlScriptParser, options: UptrainingArguments, args: Traini
     """Up-train, save and report, as the command line says."""
     with failing(parser):
         found = prepare(options, args)
-    if args.process_index == 0:
-        say_how_long(args, found.train, options.block_size)
+        if args.process_index == 0:
+            say_how_long(args, found.train, options.block_size)
     timer = StepTimer()
     trainer = Trainer(
         found.encoder.trained,

@@ -23,7 +23,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 from ..precision_gemma_encoder import computes_in_bf16
-from .files import is_local
+from .files import is_local, is_missing
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +50,11 @@ def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
 # Flags of all scripts that name a folder or a repository on the Hub.
 CHECKPOINTS = ("model", "starts", "tokenizer")
 
+WITHOUT_LOGIN = (
+    " Google's checkpoints need a login: accept the license on the model's page, and run `hf auth login`. Without one, "
+    "`make gemma` writes Gemma 3 270M to gemma-3-270m."
+)
+
 
 def absent_places(given: Namespace, flags: Iterable[str]) -> list[tuple[str, str]]:
     """Return each flag with the file or folder that it names, of those that do not exist."""
@@ -68,7 +73,8 @@ def in_words(error: OSError, given: Namespace) -> str:
     missing = [name for _, name in absent_places(given, CHECKPOINTS)]
     if data or (missing and "huggingface.co" in text):
         names = data[1] if data else " and no ".join(missing)
-        return f"there is no folder {names} here, and from the Hub: {text.splitlines()[0]}"
+        hint = WITHOUT_LOGIN if any(name.startswith("google/gemma") for name in missing) else ""
+        return f"there is no folder {names} here, and from the Hub: {text.splitlines()[0]}{hint}"
     return text
 
 
@@ -151,7 +157,9 @@ class ScriptParser(HfArgumentParser):
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest)}")
         for flag, name in absent_places(namespace, (*CHECKPOINTS, "data_dir")):
-            if flag == "data_dir" or is_local(name):
+            # A tokenizer may have the name of an old repository without an owner, such as gpt2.
+            missing = is_local(name) if flag == "tokenizer" else is_missing(name)
+            if flag == "data_dir" or missing:
                 fail(self, f"--{flag}: there is no {'file' if name.endswith('.gguf') else 'folder'} {name}")
         return namespace
 

@@ -23,6 +23,12 @@ def is_local(name: str) -> bool:
     return several or name.startswith((".", "/", "~")) or Path(name).exists()
 
 
+def is_missing(checkpoint: str) -> bool:
+    """Return whether a name is that of a folder or file which does not exist. Decoders and rankers on
+    the Hub all have an owner, as in `owner/name`."""
+    return not Path(checkpoint).expanduser().exists() and (is_local(checkpoint) or "/" not in checkpoint)
+
+
 def read(path: Path) -> dict:
     """Return the content of a JSON file; {} where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -61,3 +61,9 @@ def provenance() -> dict[str, str]:
     else:
         hardware = f"{processes * torch.get_num_threads()} CPU threads ({platform.machine()})"
     return {"command": masked(" ".join([command[0], *map(shlex.quote, command[1:])])), "hardware": hardware}
+
+
+def describe_rows(source: dict[str, str]) -> str:
+    """Return the file or data set that rows are from, and which part of it was held out."""
+    data = f"{source['data']}, split {source['split']!r}" if "split" in source else source["data"]
+    return f"{source['part']} of {data}, held out" if "part" in source else data

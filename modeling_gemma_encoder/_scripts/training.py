@@ -65,9 +65,10 @@ def say_how_long(args: TrainingArguments, blocks: Dataset | IterableDataset, blo
     """Print how many tokens a training reads, and how often it reads the text."""
     batch = rows_per_step(args)
     there = None if isinstance(blocks, IterableDataset) else len(blocks)
-    steps = count_steps(args, there or 0)
+    check_warmup(args, there or 0)
     blocks_read = args.max_steps * batch if args.max_steps > 0 else args.num_train_epochs * there
-    line = f"{steps:,} steps of {batch} blocks of {block_size} tokens: {blocks_read * block_size:,.0f} tokens"
+    steps = say_steps(args, there or 0)
+    line = f"{steps} of {batch} blocks of {block_size} tokens: {blocks_read * block_size:,.0f} tokens"
     if there:
         line += f"; the text has {there * block_size:,}, to be read {blocks_read / there:.2g} times"
     print(line, flush=True)
@@ -144,18 +145,36 @@ def rows_per_step(args: TrainingArguments) -> int:
 
 
 def count_steps(args: TrainingArguments, rows: int) -> int:
-    """Return the number of optimizer steps of a training on so many rows. Warn where all of them
-    warm up."""
-    steps = args.max_steps
-    if steps <= 0:
-        steps = math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step(args)))
-    if 0 < steps <= args.get_warmup_steps(steps):
-        print(
-            f"WARNING: all {steps} steps warm up, the first with a learning rate of 0, so that little or nothing is "
-            "learned: give more --num_train_epochs, or --warmup_steps 0",
-            flush=True,
-        )
-    return steps
+    """Return the number of optimizer steps of a training on so many rows."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * math.ceil(rows / rows_per_step(args)))
+
+
+def say_steps(args: TrainingArguments, rows: int) -> str:
+    """Return the number of steps in words."""
+    steps = count_steps(args, rows)
+    return "1 step" if steps == 1 else f"{steps:,} steps"
+
+
+def check_warmup(args: TrainingArguments, rows: int) -> None:
+    """
+    Warn where all of the `--max_steps` warm up, from a learning rate of 0.
+
+    Raises:
+        ValueError: All steps of `--num_train_epochs` do, which nobody asked for.
+    """
+    steps = count_steps(args, rows)
+    if not 0 < steps <= args.get_warmup_steps(steps):
+        return
+    which = "the only step warms up: its learning rate is 0" if steps == 1 else f"all {steps} steps warm up"
+    if args.max_steps > 0:
+        print(f"WARNING: {which}. Give --warmup_steps 0, or more --max_steps.", flush=True)
+        return
+    raise ValueError(
+        f"--num_train_epochs {args.num_train_epochs:g}: {which}. A step reads {rows_per_step(args)} of the {rows} "
+        "training rows. Give --warmup_steps 0, more epochs, or fewer rows a step by --per_device_train_batch_size."
+    )
 
 
 def under_fsdp(args: TrainingArguments) -> bool:

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
+from .._scripts.provenance import describe_rows
 from .._scripts.training import mean_losses
 from .tasks import Task
 
@@ -148,8 +149,13 @@ def summarize(runs: list[dict]) -> list[dict]:
     ]
 
 
-def markdown(summary: list[dict]) -> str:
-    """Return a summary as a table, with scores times 100."""
+def markdown(summary: list[dict], sources: dict[tuple[str, str], dict[str, str]] | None = None) -> str:
+    """
+    Return a summary as a table, with scores times 100.
+
+    Args:
+        sources: Where the rows of a task's split are from, see `describe_rows`; None: not said.
+    """
     seeds = ", ".join(map(str, dict.fromkeys(seed for row in summary for seed in row["seeds"])))
     guesses = {"training mean" if row["problem"] == "regression" else "majority" for row in summary}
     lines = [
@@ -159,8 +165,10 @@ def markdown(summary: list[dict]) -> str:
     for row in summary:
         spread = "" if row["deviation"] is None else f" ± {row['deviation'] * 100:.1f}"
         majority = "" if row["majority"] is None else f"{row['majority'] * 100:.1f}"
+        source = (sources or {}).get((row["task"], row["split"]))
+        split = f"{row['split']}: {describe_rows(source)}" if source else row["split"]
         lines.append(
-            f"| {row['task']} | {row['split']} | {row['metric'].replace('_', ' ')} | {majority} "
+            f"| {row['task']} | {split} | {row['metric'].replace('_', ' ')} | {majority} "
             f"| {row['mean'] * 100:.1f}{spread} |"
         )
     return "\n".join(lines)

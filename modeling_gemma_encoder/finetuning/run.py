@@ -17,13 +17,14 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 
 from .._scripts.files import read
 from .._scripts.training import (
+    check_warmup,
     checkpoint_to_resume,
-    count_steps,
     defaults_of,
     refuse_another_run,
     replacing_weights,
     resumable,
     rows_per_step,
+    say_steps,
     train_from,
     under_fsdp,
 )
@@ -137,12 +138,14 @@ def claim(run: Run) -> str | None:
         The checkpoint to continue from, or None.
 
     Raises:
-        ValueError: The folder holds another run, or there is no such checkpoint or metric as the
-            Trainer is told.
+        ValueError: The folder holds another run, there is no such checkpoint or metric as the
+            Trainer is told, or all steps would warm up.
     """
     check_best_metric(run)
     checkpoint = checkpoint_to_resume(run.args)
     began_with = str(run.results) if run.results.exists() else checkpoint
+    if run.trains and not began_with:
+        check_warmup(run.args, len(run.data.train))
     # A run.json that was written before there were these fields means their defaults.
     defaults = {"class_weights": None, "standardize": False, **defaults_of(run.options)}
     refuse_another_run(identity(run), run.folder, began_with, run.args.process_index == 0, defaults)
@@ -239,7 +242,7 @@ def make_trainer(run: Run, model: PreTrainedModel, timer: StepTimer) -> TrainerI
 def say_how_long(run: Run) -> None:
     """Print how much a run reads, and how fast it learns."""
     args, rows = run.args, len(run.data.train)
-    steps = f"{count_steps(args, rows):,} steps"
+    steps = say_steps(args, rows)
     if args.max_steps <= 0:
         steps += f" in {args.num_train_epochs:g} epochs"
     rate = f"learning rate {args.learning_rate:g}, up to {run.data.max_length} tokens"

@@ -183,7 +183,8 @@ def conclude(folder: Path, finished: list[Path], model: str, scored: dict[str, t
         if began["model"] == model:
             runs.append({**read(path), "problem": began.get("problem")})
     summary = summarize(runs)
-    table = markdown(summary) if summary else without_scores(runs)
+    sources = {(run["task"], split): of for run in runs for split, of in run.get("sources", {}).items()}
+    table = markdown(summary, sources) if summary else without_scores(runs)
     scored = {task: splits for task, splits in scored.items() if any(row["task"] == task for row in summary)}
     if len(scored) > 1:
         table += f"\n\nAverage of {len(scored)} tasks' validation scores: {average(summary, scored) * 100:.1f}"

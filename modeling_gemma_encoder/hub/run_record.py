@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from .._scripts.files import read
-from .._scripts.provenance import masked, own_name
+from .._scripts.provenance import describe_rows, masked, own_name
 
 # The Hub's names of metrics, where they differ from the names in `results.json`.
 HUB_METRICS = {"nDCG@10": "ndcg_at_10", "RR@10": "mrr_at_10", "AP": "map", "R@100": "recall_at_100"}
@@ -50,7 +50,7 @@ class Split:
     @property
     def title(self) -> str:
         """Return the first cell of the split's table."""
-        of = f"{self.name}: {_describe_rows(self.source)}" if self.source else f"{self.task}, {self.name}"
+        of = f"{self.name}: {describe_rows(self.source)}" if self.source else f"{self.task}, {self.name}"
         rows = f", {self.num_rows:,} rows" if self.num_rows else ""
         return f"{of}{rows}, x 100"
 
@@ -58,7 +58,7 @@ class Split:
         """Return the scores as the metadata of a card has them."""
         source = self.source or {"data": self.task}
         split = self.name if "part" in source else source.get("split", self.name)
-        data = source["data"], _describe_rows(source)
+        data = source["data"], describe_rows(source)
         return [EvalResult(kind, *data, metric, value, dataset_split=split) for metric, value in self.scores.items()]
 
 
@@ -151,12 +151,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table; all columns but the first hold numbers and are aligned to the right."""
     line = "| --- |" + " ---: |" * (len(head) - 1)
     return "\n".join([f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _describe_rows(source: dict[str, str]) -> str:
-    """Return the file or data set that rows are from, and which part of it was held out."""
-    data = f"{source['data']}, split {source['split']!r}" if "split" in source else source["data"]
-    return f"{source['part']} of {data}, held out" if "part" in source else data
 
 
 def _over_seeds(row: dict | None) -> str:

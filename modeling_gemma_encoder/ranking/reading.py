@@ -140,7 +140,8 @@ def find_column(rows: Dataset, names: tuple[str, ...], where: Path | str) -> str
     """Return the first of the names that is a column; raise ValueError if none is."""
     column = next((name for name in names if name in rows.column_names), None)
     if column is None:
-        raise ValueError(f"{where} has the columns {', '.join(rows.column_names)}, none of {', '.join(names)}.")
+        there, wanted = ", ".join(rows.column_names), ", ".join(names)
+        raise ValueError(f"{where} has the columns {there}. It needs one of these: {wanted}.")
     return column
 
 

@@ -7,7 +7,6 @@ Scores are logits in float32; higher is better.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .._scripts.files import is_local
+from .._scripts.files import is_missing
 from ..configuration_gemma_encoder import GemmaEncoderConfig
 from ..modeling_gemma_encoder import GemmaEncoderForRanking
 from ..precision_gemma_encoder import computes_in_bf16
@@ -101,8 +100,8 @@ def load_ranker(
             ranking head.
     """
     dtype, device = choose(dtype, device)
-    if is_local(checkpoint) and not Path(checkpoint).exists():
-        raise ValueError(f"There is no folder {checkpoint}.")
+    if is_missing(checkpoint):
+        raise ValueError(f"There is no folder {checkpoint}. Repositories on the Hub have names like owner/name.")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of 'auto', {', '.join(map(repr, DTYPES))}; got {dtype!r}.")
     config = GemmaEncoderConfig.from_pretrained(checkpoint)

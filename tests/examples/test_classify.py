@@ -50,6 +50,19 @@ def table(folder: Path, labels: list, **options) -> own_table.Table:
     return own_table.Table(own_table.TableArguments(train_file=str(file), **options))
 
 
+def test_a_training_that_would_only_warm_up_is_refused(run, tmp_path, capsys):
+    file = write_csv(tmp_path / "train.csv", {"text": ["good", "bad"] * 4, "label": ["a", "b"] * 4})
+    flags = ("--train_file", file, "--output_dir", tmp_path / "out", "--max_steps", -1, "--num_train_epochs", 1)
+    flags += ("--per_device_train_batch_size", 8, "--do_eval", "False")
+    with pytest.raises(SystemExit):
+        run(*flags)
+    assert "--num_train_epochs 1: the only step warms up" in (error := capsys.readouterr().err)
+    assert "A step reads 8 of the 7 training rows. Give --warmup_steps 0" in error  # one of 8 is held out
+    run(*flags, "--warmup_steps", 0)  # in the same folder
+    run(*flags[:-4], "--do_eval", "False", "--max_steps", 1, "--output_dir", tmp_path / "one")
+    assert "WARNING: the only step warms up" in capsys.readouterr().out  # of steps that were asked for
+
+
 @pytest.mark.parametrize(
     ("labels", "problem", "names"),
     [

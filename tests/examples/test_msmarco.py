@@ -96,6 +96,21 @@ def command(monkeypatch, main, *flags):
     main()
 
 
+def test_a_training_that_would_only_warm_up_is_refused_before_it_claims_its_folder(
+    folder, decoder, tmp_path_factory, monkeypatch, capsys
+):
+    output = tmp_path_factory.mktemp("runs") / "ranker"
+    flags = ["--model", decoder, "--train_data", folder, "--list_size", 2, "--max_length", 32, "--use_cpu"]
+    flags += ["--num_train_epochs", 1, "--output_dir", output]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, msmarco.main, *flags)
+    assert "--num_train_epochs 1: the only step warms up: its learning rate is 0." in capsys.readouterr().err
+    assert not (output / "run.json").exists()
+    command(monkeypatch, msmarco.main, *flags, "--warmup_steps", 0)
+    assert "2 queries to train on, 1 step, lists" in capsys.readouterr().out
+    assert (output / "model.safetensors").exists()
+
+
 def test_a_reranker_is_trained_measured_resumed_and_loaded(folder, decoder, tmp_path_factory, monkeypatch, capsys):
     runs = tmp_path_factory.mktemp("runs")
     pairs = runs / "pairs.jsonl"

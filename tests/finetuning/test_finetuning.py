@@ -379,6 +379,8 @@ def test_the_summary_is_that_of_a_calculator():
     assert summary[2]["deviation"] is None
     assert average(summary, {"a": ("validation",), "b": ("validation",)}) == pytest.approx((0.7 + 0.4) / 2)
     assert "| b | validation | accuracy | 30.0 | 40.0 |" in markdown(summary)
+    sources = {("b", "validation"): {"data": "other.csv"}}
+    assert "| b | validation: other.csv | accuracy | 30.0 | 40.0 |" in markdown(summary, sources)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +503,7 @@ def test_label_smoothing_of_rankings_is_refused(run, tmp_path, capsys, script):
 
 
 def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path, capsys, monkeypatch):
-    for name in (tmp_path / "nowhere", "runs/glue/sst2/seed-1", "nowhere/"):
+    for name in (tmp_path / "nowhere", "runs/glue/sst2/seed-1", "nowhere/", "my-encodr"):
         with pytest.raises(SystemExit):
             run(run_glue, "--task", "sst2", "--data_dir", tmp_path, model=name)
         assert capsys.readouterr().err.endswith(f"error: --model: there is no folder {name}\n")
@@ -512,6 +514,9 @@ def test_a_checkpoint_that_is_not_there_is_named(run, tmp_path, capsys, monkeypa
             main()
         said = capsys.readouterr().err
         assert "there is no folder runs/nothing here, and from the Hub: " in said and said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        run(run_glue, "--task", "sst2", model="google/gemma-3-270m")
+    assert capsys.readouterr().err.endswith("`make gemma` writes Gemma 3 270M to gemma-3-270m.\n")
 
 
 def test_a_data_folder_that_is_not_there_is_named(run, tmp_path, capsys):

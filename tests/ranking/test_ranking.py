@@ -60,6 +60,8 @@ def test_what_is_no_ranker_is_refused(decoder, tmp_path):
         load_ranker(str(decoder))
     with pytest.raises(ValueError, match=r"There is no folder \./not/there"):
         load_ranker("./not/there")
+    with pytest.raises(ValueError, match=r"There is no folder my-rankr\. Repositories"):
+        load_ranker("my-rankr")
 
 
 def test_texts_are_cut_as_the_tokenizer_was_saved_to(ranker):
