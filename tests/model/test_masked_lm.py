@@ -73,8 +73,12 @@ def test_the_loss_is_the_cross_entropy_of_the_labelled_tokens(objective):
     torch.testing.assert_close(outputs.loss, expected)
 
 
+# Flex attention is compiled for each family, which takes long; the encoder's own laws have it in all of them.
+CASES = [case for case in FAMILY_BACKENDS if case[1] != "flex_attention" or case[0] == "gemma2"]
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("family", "backend"), FAMILY_BACKENDS)
+@pytest.mark.parametrize(("family", "backend"), CASES)
 def test_padding_never_changes_a_prediction(family, backend, objective):
     model = build(GemmaEncoderForMaskedLM, encoder_config(family, masked_lm_objective=objective))
     with torch.no_grad():
