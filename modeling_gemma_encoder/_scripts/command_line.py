@@ -18,8 +18,7 @@ import yaml
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 from transformers.utils import logging
 
 from ..precision_gemma_encoder import computes_in_bf16
@@ -95,6 +94,11 @@ def interruptible(otherwise: str = "nothing new was saved; give the same command
         raise SystemExit(130) from None
 
 
+def is_of_trainer(kind: type) -> bool:
+    """Return whether a dataclass is `TrainingArguments`, whose import takes seconds, or derived from it."""
+    return any(base.__module__ == "transformers.training_args" for base in kind.__mro__)
+
+
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Help with a script's description as it is written, and the defaults of all flags."""
 
@@ -118,14 +122,14 @@ class ScriptParser(HfArgumentParser):
         usage = "%(prog)s [flags, which --help lists]"
         super().__init__(types, usage=usage, description=description, formatter_class=formatter_class)
 
-        if any(issubclass(kind, TrainingArguments) for kind in self.dataclass_types):
+        if any(map(is_of_trainer, self.dataclass_types)):
             help = "Train in bf16 also where the processor has no instructions for it, many times more slowly."
             self.add_argument("--force_bf16", nargs="?", const=True, default=False, type=string_to_bool, help=help)
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         """Add a dataclass as upstream does, but the hundred options of its Trainer last, in a group
         of their own."""
-        if not issubclass(dtype, TrainingArguments):
+        if not is_of_trainer(dtype):
             return super()._add_dataclass_arguments(dtype)
         group, hints = self.add_argument_group("options of transformers' TrainingArguments"), get_type_hints(dtype)
         for field in fields(dtype):
@@ -182,7 +186,7 @@ class ScriptParser(HfArgumentParser):
         self.parse_args(args)  # ends with one line, where upstream raises a ValueError
         parsed = super().parse_args_into_dataclasses(args, **options)
         for found in parsed:
-            if isinstance(found, TrainingArguments) and found.n_gpu > 1:
+            if is_of_trainer(type(found)) and found.n_gpu > 1:
                 logger.warning_once(f"There are {found.n_gpu} GPUs and one is used: `accelerate launch` uses them all.")
                 found._n_gpu = 1
         return parsed
