@@ -25,6 +25,7 @@ from .encoding_gemma_encoder import Encoded, for_caller, in_chunks, previous_sta
 from .feedforward_gemma_encoder import with_fusing
 from .inputs_gemma_encoder import check_inputs, check_labels, refuse_rows_without_tokens
 from .losses_gemma_encoder import CLASSIFICATION_LOSSES, IGNORE, RANKING_LOSSES, mean_over, single_label_loss
+from .norm_gemma_encoder import with_scaling
 from .outputs_gemma_encoder import arranged, to_padded
 from .peft_gemma_encoder import StockHeadGuard, refuse_lost_parts, refuse_shadow, refuse_unguarded
 from .pooling_gemma_encoder import POOLERS
@@ -58,6 +59,7 @@ class GemmaEncoderModel(GemmaEncoderPreTrainedModel):
         super().__init__(config, **unknown)
         config.text_config._attn_implementation = config._attn_implementation
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
+        with_scaling(self.model)
         for layer in self.model.layers:
             layer.mlp = with_fusing(layer.mlp)
             set_reach(layer.self_attn, config)
