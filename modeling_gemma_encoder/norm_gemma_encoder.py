@@ -2,8 +2,8 @@
 CPU.
 
 A layer of Gemma 3 has six norms. Each is x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32.
-Upstream's formula makes four tensors of the size of the states on the way. Without a gradient two
-passes are enough: one for the norms of the vectors, one that scales them, in place from then on.
+Upstream's formula makes three tensors of the size of the states. Without a gradient one is enough:
+the norms of the vectors are found first, and then the states are scaled, in place from then on.
 """
 
 import torch

@@ -12,6 +12,7 @@ import pytest
 import ranking_losses
 import speed
 from helpers import NANO, decoder_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 
@@ -105,10 +106,18 @@ def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, caps
     if family != "gemma2":  # compiling takes long, and once is enough
         monkeypatch.setattr(speed.shutil, "which", lambda name: None)
     monkeypatch.setattr(speed, "COMMON", {**speed.COMMON, "head_dim": 16, "query_pre_attn_scalar": 16})
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    peers = {name: (kind, {**fields, **small}) for name, (kind, fields) in speed.PEERS.items()}
+    monkeypatch.setattr(speed, "PEERS", peers)
     command = ["speed.py", "--layers", "2", "--rounds", "1", "--pairs", "8", "--vocab_size", "8192", "--quick"]
     dtypes = ["float32", "bfloat16"] if family == "gemma2" and computes_in_bf16("cpu") else ["float32"]
-    given = [] if family == "gemma2" else ["--dtypes", *dtypes]
-    words = ["--families", family, *given, "--output_dir", str(tmp_path)]
+    given = ["--families", family]
+    if family != "gemma2":  # by a checkpoint, with its own weights and tokenizer
+        config = decoder_config(family, vocab_size=8192, max_position_embeddings=512)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
+        AutoTokenizer.from_pretrained(NANO).save_pretrained(tmp_path / "gemma3")
+        given = ["--model", str(tmp_path / "gemma3"), "--dtypes", *dtypes]
+    words = [*given, "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*command, *words])
     speed.main()
     found = json.loads((tmp_path / "results.json").read_text())
@@ -117,8 +126,10 @@ def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, caps
         assert row["largest difference of scores"] < close
         assert row["x stock sorted"] > 0 and row["x stock unsorted"] > 0 and row["int8 x ours"] > 0
         assert row["correlation of int8"] > 0.95
+        assert family != "gemma2" or (row["ModernBERT-base / ours"] > 0 and row["BERT-base / ours"] > 0)
     (row,) = found["others"]
     assert row["largest difference of scores"] < 0.1 and row["x stock"] > 0 and row["x LM head"] > 0
-    assert [row["dtype"] for row in found["training"]] == dtypes
+    assert [row["dtype"] for row in found["training"]] == [row["dtype"] for row in found["short"]] == dtypes
+    assert all(row["ours / least"] > 0 for row in found["short"])
     assert found["growth"]["tokens"] == sorted(found["growth"]["tokens"])
     assert (tmp_path / "growth.png").exists() and "| x stock sorted |" in capsys.readouterr().out

@@ -432,7 +432,7 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
             ["--study", "attention", "--tasks", "cola", "--data_dir", "nowhere"],
             "--data_dir: there is no folder nowhere",
         ),
-        (["--study", "start", "--tasks", "cola", "--starts", "a", "./b"], "--starts: there is no folder ./b"),
+        (["--study", "start", "--tasks", "cola", "--starts", "me/a", "./b"], "--starts: there is no folder ./b"),
         (["--study", "attention", "--tasks", "cola", "--workers", "0"], "at least 1; got 0"),
         (["--study", "attention", "--tasks", "cola", "--do_predict"], "are for glue.py"),
         (["--study", "baselines", "--tasks", "cola", "--lora_r", "4"], "trains all weights"),

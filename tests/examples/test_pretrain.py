@@ -153,7 +153,7 @@ def test_tokens_stay_within_words_and_any_text_comes_back(nano_tokenizer):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "somewhere"], "either --config"),
+        (["--model", "me/somewhere"], "either --config"),
         (["--block_size", "2"], "--block_size must be at least 3"),
     ],
 )

@@ -217,4 +217,6 @@ def test_how_long_it_trains_is_said_as_the_trainer_counts(epochs, steps, tokens,
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=12, num_train_epochs=epochs, use_cpu=True)
     say_how_long(args, Dataset.from_dict({"input_ids": [[1] * 32] * 16}), 32)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{steps} steps of 12 blocks of 32 tokens: {tokens:,} tokens; the text has 512,")
+    assert printed.startswith(
+        f"{steps} step{'s' * (steps > 1)} of 12 blocks of 32 tokens: {tokens:,} tokens; the text has 512,"
+    )

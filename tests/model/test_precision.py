@@ -53,7 +53,7 @@ def test_a_processor_computes_in_bf16_where_it_has_instructions_for_it(processor
 def test_training_is_in_fp32_where_bf16_is_slow_and_says_so(processor, parser_class, tmp_path):
     flags = [
         "--model",
-        "x",
+        "me/x",
         "--output_dir",
         str(tmp_path),
         "--bf16",
