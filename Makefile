@@ -41,7 +41,7 @@ test: $(TESTABLE) lint ## Set up, check the style, and run all tests but those o
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gemma"
 
 # What `slow` means, and which tests are, stands in tests/slow_tests.py.
-test-fast: $(TESTABLE) ## Run the tests that take seconds, in about two minutes: for every change.
+test-fast: $(TESTABLE) ## Run the tests that take seconds: for every change.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gemma"
 
 # The log has the peak memory of each test.

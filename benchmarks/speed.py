@@ -26,8 +26,9 @@ growth: the time of scoring more and more passages.
 
 The yardstick ("products") is the time of the matrix products of the layers' weights over the real
 tokens, and of nothing else. Scores are compared before anything is timed, with last-token pooling,
-which is stock's. All variants run in turn in each round, and ratios are medians over the rounds.
-Let nothing else run at the same time.
+which is stock's. All variants run in turn in each round, except in "short", where the yardstick
+runs after the steps, because both would hold gradients. Ratios are medians over the rounds. Let
+nothing else run at the same time.
 """
 
 import argparse

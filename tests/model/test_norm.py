@@ -1,4 +1,4 @@
-"""Laws of the norm: upstream's own, in one pass or not."""
+"""Laws of the norm: upstream's own, with fewer tensors or not."""
 
 import copy
 
