@@ -53,7 +53,7 @@ from modeling_gemma_encoder._scripts.training import (
     say_steps,
     train_from,
 )
-from modeling_gemma_encoder.callbacks import StepTimer
+from modeling_gemma_encoder.callbacks import KeepMemory, StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.finetuning.model import build
@@ -299,7 +299,7 @@ def train(command: Command, data: Data, checkpoint: str | None) -> PreTrainedMod
         data_collator=RankingCollator(data.tokenizer, data.max_length),
         processing_class=data.tokenizer,
         compute_metrics=measure,
-        callbacks=[FreshLists(data.lists.dataset), timer],
+        callbacks=[FreshLists(data.lists.dataset), timer, KeepMemory()],
     )
     train_from(trainer, checkpoint)
     trainer.save_model()

@@ -64,7 +64,7 @@ from modeling_gemma_encoder._scripts.training import (
     set_steps,
     train_from,
 )
-from modeling_gemma_encoder.callbacks import StepTimer
+from modeling_gemma_encoder.callbacks import KeepMemory, StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer, load_upstream
 from modeling_gemma_encoder.pretraining.blocks import collate_blocks, load_blocks, mix, sample
 from modeling_gemma_encoder.pretraining.corpus import TextArguments, join_lines, load_documents
@@ -264,7 +264,7 @@ def pretrain(parser: ScriptParser, options: PretrainingArguments, args: Training
         eval_dataset=found.held_out,
         data_collator=collate_blocks,
         processing_class=found.tokenizer,
-        callbacks=[timer],
+        callbacks=[timer, KeepMemory()],
     )
     train_from(trainer, found.checkpoint)
 

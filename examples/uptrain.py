@@ -57,7 +57,7 @@ from modeling_gemma_encoder._scripts.training import (
 )
 from modeling_gemma_encoder.adapter_gemma_encoder import find_adapter
 from modeling_gemma_encoder.adapters import add_lora_alone
-from modeling_gemma_encoder.callbacks import StepTimer
+from modeling_gemma_encoder.callbacks import KeepMemory, StepTimer
 from modeling_gemma_encoder.checkpoints import load_tokenizer
 from modeling_gemma_encoder.configuration_gemma_encoder import Attention, MaskedLMObjective
 from modeling_gemma_encoder.finetuning.model import refuse_training
@@ -324,7 +324,7 @@ def uptrain(parser: YamlScriptParser, options: UptrainingArguments, args: Traini
         eval_dataset=found.held_out,
         data_collator=found.masking,
         processing_class=found.tokenizer,
-        callbacks=[found.masking, timer],
+        callbacks=[found.masking, timer, KeepMemory()],
     )
     before = perplexities(trainer, found.held_out)
     train_from(trainer, found.checkpoint)

@@ -95,10 +95,10 @@ class Bucket(NamedTuple):
 
     def pad(self, states: torch.Tensor) -> torch.Tensor:
         """Pad states (1, heads, tokens, head_dim) to (batch, length, heads, head_dim)."""
-        states = states[0].transpose(0, 1)  # (tokens, heads, head_dim)
+        states = states.squeeze(0).transpose(0, 1)  # (tokens, heads, head_dim)
         if self.padded is not None:
             zeros = states.new_zeros(self.batch * self.length, *states.shape[1:])
-            states = zeros.index_copy(0, self.padded, states)
+            states = zeros.index_copy_(0, self.padded, states)
         return states.unflatten(0, (self.batch, self.length))
 
     def unpad(self, states: torch.Tensor) -> torch.Tensor:

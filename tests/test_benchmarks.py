@@ -12,6 +12,7 @@ import pytest
 import ranking_losses
 import speed
 from helpers import NANO, decoder_config
+from measures import models, scoring
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
@@ -102,13 +103,14 @@ def test_memory_and_time_of_a_list_are_measured(decoder):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "SHAPES", {"270m": (32, 48, 2, 4, 1)})
+    monkeypatch.setitem(models.SHAPES, "270m", (32, 48, 2, 4, 1))
     if family != "gemma2":  # compiling takes long, and once is enough
-        monkeypatch.setattr(speed.shutil, "which", lambda name: None)
-    monkeypatch.setattr(speed, "COMMON", {**speed.COMMON, "head_dim": 16, "query_pre_attn_scalar": 16})
+        monkeypatch.setattr(scoring.shutil, "which", lambda name: None)
+    for name in ("head_dim", "query_pre_attn_scalar"):
+        monkeypatch.setitem(models.COMMON, name, 16)
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    peers = {name: (kind, {**fields, **small}) for name, (kind, fields) in speed.PEERS.items()}
-    monkeypatch.setattr(speed, "PEERS", peers)
+    for name, (kind, fields) in models.PEERS.items():
+        monkeypatch.setitem(models.PEERS, name, (kind, {**fields, **small}))
     command = ["speed.py", "--layers", "2", "--rounds", "1", "--pairs", "8", "--vocab_size", "8192", "--quick"]
     dtypes = ["float32", "bfloat16"] if family == "gemma2" and computes_in_bf16("cpu") else ["float32"]
     given = ["--families", family]
@@ -132,4 +134,5 @@ def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, caps
     assert [row["dtype"] for row in found["training"]] == [row["dtype"] for row in found["short"]] == dtypes
     assert all(row["ours / least"] > 0 for row in found["short"])
     assert found["growth"]["tokens"] == sorted(found["growth"]["tokens"])
+    assert found["start"]["first score"] > found["start"]["imports"] > 0
     assert (tmp_path / "growth.png").exists() and "| x stock sorted |" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def test_files_that_travel_stand_in_the_package_itself():
 
 def test_no_script_imports_another():
     scripts = {path.stem for path in ROOT.glob("examples/*.py")}
-    for path in [*ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [*ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
         lines = [line.split() for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
         assert not {words[1] for words in lines} & scripts, path
 

@@ -33,6 +33,7 @@ STUDIES = {
     "attention": Study(
         {
             "causal": {"attention": "causal"},
+            "causal, last token": {"attention": "causal", "pooling": "last_k"},
             "bidirectional": {"attention": "bidirectional"},
             **{f"radius {radius}": _window(radius) for radius in (1, 4, 16)},
         },

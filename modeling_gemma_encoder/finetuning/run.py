@@ -28,7 +28,7 @@ from .._scripts.training import (
     train_from,
     under_fsdp,
 )
-from ..callbacks import StepTimer
+from ..callbacks import KeepMemory, StepTimer
 from ..ranking.data import collate_lists
 from ..verification_gemma_encoder import verify_attention
 from .arguments import FineTuningArguments
@@ -235,7 +235,7 @@ def make_trainer(run: Run, model: PreTrainedModel, timer: StepTimer) -> TrainerI
         processing_class=data.tokenizer,
         compute_loss_func=weighted_loss(task, data.train) if task.class_weights and run.trains else None,
         compute_metrics=score if first else None,
-        callbacks=[timer],
+        callbacks=[timer, KeepMemory()],
     )
 
 

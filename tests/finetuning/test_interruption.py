@@ -70,8 +70,12 @@ def end(call, capsys) -> str:
 
 def test_an_interrupted_training_says_its_step_and_goes_on_there(flags, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "out" / "seed-1"
+    # Of a shell's background job SIGINT is ignored, and so it would be of this process.
     with subprocess.Popen(
-        [sys.executable, classify.__file__, *flags], env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, classify.__file__, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while process.poll() is None and not [*folder.glob("checkpoint-*/trainer_state.json")]:
             time.sleep(0.01)

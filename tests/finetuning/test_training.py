@@ -106,12 +106,12 @@ def test_the_trainer_trains_evaluates_and_predicts(tmp_path):
 
     args = arguments(
         tmp_path,
-        max_steps=160,
+        max_steps=240,
         per_device_train_batch_size=32,
         learning_rate=3e-3,
         remove_unused_columns=False,
         eval_strategy="steps",
-        eval_steps=80,
+        eval_steps=120,
         gradient_checkpointing=True,
     )
     trainer = Trainer(

@@ -1,0 +1,1 @@
+"""What `speed.py` measures: texts, models, the yardstick, and one function for each table."""
