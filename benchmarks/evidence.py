@@ -16,13 +16,14 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder._scripts.provenance import provenance
 from modeling_gemma_encoder.ablations.catalog import STUDIES
 from modeling_gemma_encoder.ablations.reports import name_seeds, plot, report_study
+from modeling_gemma_encoder.ablations.studies import Study
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,11 +60,17 @@ VARIANTS = {"attention": ["causal", "causal, last token", "bidirectional", "radi
 RATES = ("2e-5", "5e-5")
 
 
+def shape(study: str) -> Study:
+    """Return a study with the variants that are asked for here."""
+    whole = STUDIES[study]
+    names = VARIANTS.get(study, whole.variants)
+    return replace(whole, variants={name: whole.variants[name] for name in names})
+
+
 def make_command(study: str, task: str, options: argparse.Namespace, others: list[str]) -> list[str]:
     """Return the command that trains every variant of a study on a task."""
     words = ["python", "examples/ablations.py", "--study", study, "--tasks", task, *SIZES[task].flags()]
-    if study in VARIANTS:
-        words += ["--variants", *VARIANTS[study]]
+    words += ["--variants", *shape(study).variants]
     words += ["--learning_rates", *options.learning_rates, "--seeds", *map(str, options.seeds)]
     if options.model:
         words += ["--model", options.model]
@@ -98,10 +105,10 @@ def leave_tables(study: str, options: argparse.Namespace, others: list[str]) -> 
     if not found:
         print(f"{study}: no task is finished in {options.output_dir / study}")
         return
-    tables, shape = report_study(study, STUDIES[study], found, seeds), {t: asdict(SIZES[t]) for t in found}
-    plot(f"{study}, {name_seeds(seeds)}", STUDIES[study], found, options.output_dir / f"{study}.png")
+    tables, sizes = report_study(study, shape(study), found, seeds), {task: asdict(SIZES[task]) for task in found}
+    plot(f"{study}, {name_seeds(seeds)}", shape(study), found, options.output_dir / f"{study}.png")
     commands = {task: shlex.join(make_command(study, task, options, others)) for task in found}
-    report = {"study": study, "seeds": seeds, "sizes": shape, "commands": commands, "tasks": found, **provenance()}
+    report = {"study": study, "seeds": seeds, "sizes": sizes, "commands": commands, "tasks": found, **provenance()}
     write(options.output_dir / f"{study}.json", json.dumps(report, indent=2))
     write(options.output_dir / f"{study}.md", tables)
     print("\n" + tables, flush=True)

@@ -19,7 +19,8 @@ others: the same on a quarter of the pairs, in the last dtype, against stock und
 and against a causal decoder that scores by the logit of one word. The decoder computes the logits
 of the whole vocabulary, as FlagEmbedding's LLM rerankers do.
 
-training: a step of AdamW as the Trainer makes it, on the same texts for both.
+training: a step of AdamW as the Trainer makes it, on the same 32 texts for both, of 60 tokens in the
+mean, or of QNLI's lengths with `--lengths mixed`.
 
 short: such a step on 16 texts of 12 tokens, beside the matrix products and a pass of AdamW over
 the weights that are trained.
@@ -94,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help="Of random weights. Default: all of the shape's; 4 with --quick.")
     add("--device", default="cpu")
     add("--attn_implementation", help="Attention of our model. Default: the model's own choice.")
-    add("--lengths", choices=PASSAGES, default="alike", help="Of the passages: of one query, or of many.")
+    add("--lengths", choices=PASSAGES, default="alike", help="Of the texts of a batch.")
     add("--pairs", type=int, help="Default: 40; 12 with --quick.")
     add("--rounds", type=int, help="Default: 3; 1 with --quick.")
     add("--vocab_size", type=int, help="Of random weights in others and training. Default: 262144; 8192 with --quick.")

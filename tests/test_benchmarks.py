@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import evidence
 import list_memory
 import pretraining
 import pretraining_speed
@@ -19,7 +20,8 @@ from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def glue(tmp_path):
+    """A folder of SST-2 and STS-B."""
     for task in ("sst2", "stsb"):
         (tmp_path / "glue" / task).mkdir(parents=True)
         for split, number in (("train", 1040), ("validation", 12)):
@@ -31,9 +33,13 @@ def run(tmp_path, monkeypatch):
             ]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / "glue" / task / f"{split}.jsonl").write_text(text)
+    return tmp_path / "glue"
 
+
+@pytest.fixture
+def run(glue, tmp_path, monkeypatch):
     def run(*flags: str) -> dict:
-        command = ["pretraining.py", "--models", str(NANO), "scratch", "--data_dir", str(tmp_path / "glue")]
+        command = ["pretraining.py", "--models", str(NANO), "scratch", "--data_dir", str(glue)]
         command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--disable_tqdm", "true"]
         command += ["--seeds", "1", "2", "--learning_rates", "1e-3", "--per_device_eval_batch_size", "500", *flags]
         monkeypatch.setattr(sys, "argv", command)
@@ -57,6 +63,29 @@ def test_pretraining_is_compared_with_random_weights(run, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.cells.iterdir()} == written  # nothing ran again
     run("--weight_decay", "0.5", "--tasks", "sst2", "--models", str(NANO), "--seeds", "1")
     assert len(list(run.cells.iterdir())) == 2 * 2 * 3 + 2  # other options are other cells
+
+
+def test_evidence_is_one_table_of_all_tasks(glue, decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        evidence, "SIZES", {"sst2": evidence.Size(8, 1, 4, evaluated=6), "stsb": evidence.Size(8, 2, 4)}
+    )
+    monkeypatch.setattr(evidence, "VARIANTS", {"attention": ["causal, last token", "bidirectional"]})
+    command = ["evidence.py", "--model", str(decoder), "--data_dir", str(glue), "--learning_rates", "1e-3"]
+    command += ["--seeds", "1", "--output_dir", str(tmp_path / "out"), "--max_length", "16"]
+    monkeypatch.setattr(sys, "argv", command)
+    evidence.main()
+    report = json.loads((tmp_path / "out" / "attention.json").read_text())
+    assert set(report["tasks"]) == {"sst2", "stsb"} == set(report["commands"]) and report["seeds"] == [1]
+    assert all(set(of_task) == {"causal, last token", "bidirectional"} for of_task in report["tasks"].values())
+    assert "--max_train_samples 8 --num_train_epochs 2" in report["commands"]["stsb"]
+    cell = tmp_path / "out" / "attention" / "stsb" / report["tasks"]["stsb"]["bidirectional"]["cells"][0]
+    assert json.loads((cell / "results.json").read_text())["steps"] == 4  # two epochs of two batches
+    tables = (tmp_path / "out" / "attention.md").read_text()
+    assert "| bidirectional - causal, last token |" in tables and tables in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--tables_only"])
+    monkeypatch.setattr(evidence.subprocess, "run", None)  # nothing runs
+    evidence.main()
+    assert (tmp_path / "out" / "attention.md").read_text() == tables and (tmp_path / "out" / "attention.png").exists()
 
 
 def test_the_gain_of_compiling_is_printed(tmp_path, monkeypatch, capsys):

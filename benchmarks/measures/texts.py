@@ -7,13 +7,17 @@ import torch
 
 from modeling_gemma_encoder.pretraining.corpus import docstrings
 
-# Deciles of token counts with Gemma 3's tokenizer. Pairs: those of TREC DL 2020's judgments, the first 40 of one query
-# (23849) and all.
+# Deciles of token counts with Gemma 3's tokenizer. Passages: those of TREC DL 2020's judgments, of the first 40 of one
+# query (23849) and of all.
 PASSAGES = {
     "alike": (45, 51, 55, 64, 69, 73, 80, 85, 93, 106, 121),
     "mixed": (22, 56, 64, 70, 75, 80, 87, 96, 113, 136, 445),
 }
-SENTENCES = (19, 35, 40, 45, 48, 52, 57, 62, 69, 81, 242)  # of QNLI
+# Sentences: a batch of like lengths, 60 tokens in the mean, and QNLI's.
+SENTENCES = {
+    "alike": (40, 45, 48, 52, 57, 60, 63, 66, 69, 75, 81),
+    "mixed": (19, 35, 40, 45, 48, 52, 57, 62, 69, 81, 242),
+}
 SHORT = (12,) * 11  # as SST-2's and CoLA's are in the mean
 BATCH = 32
 SHORT_BATCH = 16

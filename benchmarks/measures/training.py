@@ -35,7 +35,7 @@ def make_step(model: nn.Module, batch: dict[str, torch.Tensor], bf16: bool) -> C
 def measure_training(case: Case) -> dict:
     """Return the row of a case in the table of training. Weights are in fp32 in both dtypes."""
     options = case.options
-    sizes = np.minimum(draw_lengths(SENTENCES, BATCH, options.seed), 256)
+    sizes = np.minimum(draw_lengths(SENTENCES[options.lengths], BATCH, options.seed), 256)
     stock, ours, batch, products = prepare_training(case, sizes)
     bf16 = case.dtype == torch.bfloat16
     ways = {"ours": make_step(ours, batch, bf16), "stock": make_step(stock, batch, bf16), "products": products}

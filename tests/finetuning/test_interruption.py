@@ -1,7 +1,6 @@
 """Laws of Ctrl-C: one line says what is kept and what to do, and the same command then goes on and says so."""
 
 import json
-import os
 import re
 import signal
 import subprocess
