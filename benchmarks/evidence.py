@@ -48,11 +48,11 @@ class Size:
 
 # Texts have 12, 11, 30, 53, 22, 75 and 50 tokens in the mean, with Gemma 3's tokenizer.
 SIZES = {
-    "sst2": Size(4000, 1, 16),
-    "cola": Size(4000, 1, 16),
+    "sst2": Size(4000, 1, 32),
+    "cola": Size(4000, 1, 32),
     "stsb": Size(2000, 1, 16),
     "mrpc": Size(1000, 1, 16),
-    "wic": Size(2500, 1, 16),
+    "wic": Size(2500, 1, 32),
     "cb": Size(225, 3, 8),
     "qnli": Size(1000, 1, 16, evaluated=1500),
 }
