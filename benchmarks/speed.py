@@ -1,11 +1,14 @@
 r"""Measure how fast an encoder scores and trains, beside stock transformers with the same weights.
 
-    python benchmarks/speed.py --model gemma-3-270m         # after `make gemma`; tables, JSON, plot
-    python benchmarks/speed.py                              # random weights of the same shape
+    python benchmarks/speed.py                              # tables, JSON, plot
+    python benchmarks/speed.py --model my-gemma             # of another checkpoint
     python benchmarks/speed.py --quick                      # four layers, fewer pairs, no peers
     python benchmarks/speed.py --only scoring --lengths mixed --families gemma2 --dtypes bfloat16
     python benchmarks/speed.py --device cuda --shape 2b --families gemma2 --dtypes bfloat16 \
         --pairs 1000 --attn_implementation gemma_encoder_fused --compile_layers
+
+The model is Gemma 3 270M if `make gemma` has made its folder, and else random weights of that shape,
+as with --quick, --families, --layers or --shape. The report says which.
 
 scoring: `score_pairs` with mean pooling against `Gemma*ForSequenceClassification` with
 `is_causal=False` in batches of 32. Stock runs twice: through `CrossEncoder.predict` of
@@ -77,6 +80,7 @@ COLUMNS = {
     "training": ["padded / real tokens", "steps/s", "x stock", "products / ours"],
     "short": ["steps/s", "ours / least"],
 }
+MODEL = Path(__file__).parent.parent / "gemma-3-270m"  # of `make gemma`
 FAMILIES = ("gemma2", "gemma3_text")
 # Defaults without and with --quick.
 DEFAULTS = {"rounds": (3, 1), "pairs": (40, 12), "vocab_size": (262144, 8192), "families": (["gemma3_text"],) * 2}
@@ -88,10 +92,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, parts = parser.add_argument, [*TABLES, "growth", "start"]
     add("--only", nargs="+", choices=parts, default=parts)
-    add("--model", help="A checkpoint of Gemma 2 or 3. Default: random weights of --shape.")
+    add("--model", help="A checkpoint of Gemma 2 or 3. Default: that of `make gemma`, or random weights of --shape.")
     add("--families", nargs="+", choices=FAMILIES, help="Of random weights. Default: gemma3_text.")
     add("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="Default: those the device computes in.")
-    add("--shape", choices=SHAPES, default="270m")
+    add("--shape", choices=SHAPES, help="Of random weights. Default: 270m.")
     add("--layers", type=int, help="Of random weights. Default: all of the shape's; 4 with --quick.")
     add("--device", default="cpu")
     add("--attn_implementation", help="Attention of our model. Default: the model's own choice.")
@@ -118,6 +122,10 @@ def fill_defaults(options: argparse.Namespace) -> None:
                 "bf16 is left out: this device has no instructions for it, so that it would be many times slower than "
                 "fp32. To measure it all the same, give --dtypes float32 bfloat16."
             )
+    random = options.quick or options.families or options.layers or options.shape
+    if options.model is None and not random and MODEL.is_dir():
+        options.model = os.path.relpath(MODEL)
+    options.shape = options.shape or "270m"
     if options.model:
         config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
         options.families, options.layers = [config.model_type], config.num_hidden_layers
