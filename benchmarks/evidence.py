@@ -1,14 +1,14 @@
 r"""Ask a decoder whether the paper's choices matter, task by task, and make one table of all tasks.
 
-    python benchmarks/evidence.py --model gemma-3-270m --data_dir data --study attention
-    python benchmarks/evidence.py --model gemma-3-270m --data_dir data --study attention --tasks sst2 cola --bf16
-    python benchmarks/evidence.py --study attention --tables_only
+    python benchmarks/evidence.py --model gemma-3-270m --data_dir data --question attention
+    python benchmarks/evidence.py --model gemma-3-270m --data_dir data --question attention --tasks sst2 cola --bf16
+    python benchmarks/evidence.py --question attention --tables_only
 
 Each task has its own number of rows and epochs, `SIZES`, so that a training reads about 50,000
 tokens. Each is a command of `examples/ablations.py`, which is printed before it runs; flags that
 are not named here are passed on to it. What is finished is read and not trained again. The script
-writes in `--output_dir` tables and a plot of each study, and `results.json` with every score, rate
-and command.
+writes in `--output_dir` for each question tables (`attention.md`), plots, and a JSON file with every
+score, rate and command.
 """
 
 import argparse
@@ -19,11 +19,13 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from modeling_gemma_encoder._scripts.files import write
 from modeling_gemma_encoder._scripts.provenance import provenance
 from modeling_gemma_encoder.ablations.catalog import STUDIES
 from modeling_gemma_encoder.ablations.reports import name_seeds, plot, report_study
-from modeling_gemma_encoder.ablations.studies import Study
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,27 +58,38 @@ SIZES = {
     "cb": Size(225, 3, 8),
     "qnli": Size(1000, 1, 16, evaluated=1500),
 }
-VARIANTS = {"attention": ["causal", "causal, last token", "bidirectional", "radius 16"]}
+# Question -> study -> variants.
+QUESTIONS = {
+    "attention": {
+        "attention": ["causal", "causal with last token", "bidirectional", "radius 16"],
+        "baselines": [
+            "TF-IDF with logistic regression",
+            "TF-IDF on all rows",
+            "Gemma*ForSequenceClassification",
+            "Gemma Encoder",
+        ],
+    },
+    "pooling": {"pooling": ["mean", "last token", "query probe", "4 key-value probes"]},
+    "dropout": {
+        "dropout": ["0.0", "0.05", "0.1", "0.15"],
+        "dropout_place": ["none", "attention", "feed-forward", "both"],
+    },
+}
+PAPERS_GAIN = 4.9  # points of GLUE's average, from causal to bidirectional, Gemma 2 2B (arXiv 2503.02656)
 RATES = ("2e-5", "5e-5")
 
 
-def shape(study: str) -> Study:
-    """Return a study with the variants that are asked for here."""
-    whole = STUDIES[study]
-    names = VARIANTS.get(study, whole.variants)
-    return replace(whole, variants={name: whole.variants[name] for name in names})
-
-
-def make_command(study: str, task: str, options: argparse.Namespace, others: list[str]) -> list[str]:
-    """Return the command that trains every variant of a study on a task."""
-    words = ["python", "examples/ablations.py", "--study", study, "--tasks", task, *SIZES[task].flags()]
-    words += ["--variants", *shape(study).variants]
+def make_command(question: str, task: str, options: argparse.Namespace, others: list[str]) -> list[str]:
+    """Return the command that trains every variant of a question's studies on a task."""
+    studies = QUESTIONS[question]
+    words = ["python", "examples/ablations.py", "--study", *studies, "--tasks", task, *SIZES[task].flags()]
+    words += ["--variants", *(name for names in studies.values() for name in names)]
     words += ["--learning_rates", *options.learning_rates, "--seeds", *map(str, options.seeds)]
     if options.model:
         words += ["--model", options.model]
     if options.data_dir:
         words += ["--data_dir", options.data_dir]
-    return [*words, *others, "--output_dir", str(options.output_dir / study / task)]
+    return [*words, *others, "--output_dir", str(options.output_dir / question / task)]
 
 
 def run(words: list[str]) -> None:
@@ -86,37 +99,66 @@ def run(words: list[str]) -> None:
         raise SystemExit(code)
 
 
-def collect(study: str, tasks: list[str], root: Path) -> tuple[dict, list[int]]:
-    """Return what was found on the tasks that are finished, task -> variant -> scores, and the
-    seeds."""
+def collect(question: str, tasks: list[str], root: Path) -> tuple[dict, list[int]]:
+    """Return what was found on the tasks that are finished, study -> task -> variant -> scores, and
+    the seeds."""
     found, seeds = {}, []
     for task in tasks:
-        path = root / study / task / "results.json"
+        path = root / question / task / "results.json"
         if path.exists():
             report = json.loads(path.read_text())
-            found |= report["studies"].get(study, {})
             seeds = report["seeds"]
+            for study, of_study in report["studies"].items():
+                found[study] = {**found.get(study, {}), **of_study}
     return found, seeds
 
 
-def leave_tables(study: str, options: argparse.Namespace, others: list[str]) -> None:
-    """Write and print the tables of all tasks of a study, and draw them."""
-    found, seeds = collect(study, options.tasks, options.output_dir)
+def leave_tables(question: str, options: argparse.Namespace, others: list[str]) -> None:
+    """Write and print the tables of a question, of all tasks, and draw them."""
+    found, seeds = collect(question, options.tasks, options.output_dir)
     if not found:
-        print(f"{study}: no task is finished in {options.output_dir / study}")
+        print(f"{question}: no task is finished in {options.output_dir / question}")
         return
-    tables, sizes = report_study(study, shape(study), found, seeds), {task: asdict(SIZES[task]) for task in found}
-    plot(f"{study}, {name_seeds(seeds)}", shape(study), found, options.output_dir / f"{study}.png")
-    commands = {task: shlex.join(make_command(study, task, options, others)) for task in found}
-    report = {"study": study, "seeds": seeds, "sizes": sizes, "commands": commands, "tasks": found, **provenance()}
-    write(options.output_dir / f"{study}.json", json.dumps(report, indent=2))
-    write(options.output_dir / f"{study}.md", tables)
-    print("\n" + tables, flush=True)
+    tables, tasks = [], next(iter(found.values()))
+    for name, of_study in found.items():
+        whole = STUDIES[name]
+        study = replace(whole, variants={key: whole.variants[key] for key in QUESTIONS[question][name]})
+        tables.append(report_study(name, study, of_study, seeds))
+        plot(f"{name.replace('_', ' ')}, {name_seeds(seeds)}", study, of_study, options.output_dir / f"{name}.png")
+    if question == "attention":
+        plot_gain(found["attention"], options.output_dir / "gain.png")
+    report = {
+        "seeds": seeds,
+        "sizes": {task: asdict(SIZES[task]) for task in tasks},
+        "commands": {task: shlex.join(make_command(question, task, options, others)) for task in tasks},
+        "studies": found,
+        **provenance(),
+    }
+    write(options.output_dir / f"{question}.json", json.dumps(report, indent=2))
+    write(options.output_dir / f"{question}.md", "\n\n".join(tables))
+    print("\n" + "\n\n".join(tables), flush=True)
+
+
+def plot_gain(of_study: dict, path: Path) -> None:
+    """Save a plot of bidirectional minus causal attention by task, with standard errors, and the
+    paper's average."""
+    gains = {task: variants["bidirectional"]["difference"] for task, variants in of_study.items()}
+    means, errors = (100 * np.array(values) for values in zip(*gains.values(), strict=True))
+    figure = Figure(figsize=(6, 1.2 + 0.4 * len(gains)), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(means, range(len(gains)), xerr=errors, fmt="o", capsize=3, label="ours, ± standard error")
+    axes.axvline(0, color="silver")
+    axes.axvline(PAPERS_GAIN, color="gray", linestyle="--", label="the paper's, GLUE average, Gemma 2 2B")
+    axes.set_yticks(range(len(gains)), gains)
+    axes.invert_yaxis()
+    axes.set(xlabel="bidirectional - causal, mean pooling, points", title="What bidirectional attention gains")
+    axes.legend(loc="best")
+    figure.savefig(path, dpi=120)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(VARIANTS))
+    parser.add_argument("--question", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--tasks", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--model", help="A decoder. Default: that of ablations.py.")
     parser.add_argument("--data_dir", help="Folder of the tasks' data. Default: the Hub.")
@@ -125,11 +167,11 @@ def main():
     parser.add_argument("--tables_only", action="store_true", help="Train nothing; make tables of what is finished.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
     options, others = parser.parse_known_args()
-    for study in options.study:
+    for question in options.question:
         for task in options.tasks:
             if not options.tables_only:
-                run(make_command(study, task, options, others))
-        leave_tables(study, options, others)
+                run(make_command(question, task, options, others))
+        leave_tables(question, options, others)
 
 
 if __name__ == "__main__":

@@ -69,23 +69,29 @@ def test_evidence_is_one_table_of_all_tasks(glue, decoder, tmp_path, monkeypatch
     monkeypatch.setattr(
         evidence, "SIZES", {"sst2": evidence.Size(8, 1, 4, evaluated=6), "stsb": evidence.Size(8, 2, 4)}
     )
-    monkeypatch.setattr(evidence, "VARIANTS", {"attention": ["causal, last token", "bidirectional"]})
+    variants = {"attention": ["causal", "bidirectional"], "baselines": ["TF-IDF on all rows", "Gemma Encoder"]}
+    monkeypatch.setattr(evidence, "QUESTIONS", {"attention": variants})
     command = ["evidence.py", "--model", str(decoder), "--data_dir", str(glue), "--learning_rates", "1e-3"]
     command += ["--seeds", "1", "--output_dir", str(tmp_path / "out"), "--max_length", "16"]
     monkeypatch.setattr(sys, "argv", command)
     evidence.main()
     report = json.loads((tmp_path / "out" / "attention.json").read_text())
-    assert set(report["tasks"]) == {"sst2", "stsb"} == set(report["commands"]) and report["seeds"] == [1]
-    assert all(set(of_task) == {"causal, last token", "bidirectional"} for of_task in report["tasks"].values())
+    assert set(report["studies"]["attention"]) == {"sst2", "stsb"} == set(report["commands"])
+    for study, names in variants.items():
+        assert all(list(of_task) == names for of_task in report["studies"][study].values())
     assert "--max_train_samples 8 --num_train_epochs 2" in report["commands"]["stsb"]
-    cell = tmp_path / "out" / "attention" / "stsb" / report["tasks"]["stsb"]["bidirectional"]["cells"][0]
+    cell = tmp_path / "out" / "attention" / "stsb" / report["studies"]["attention"]["stsb"]["bidirectional"]["cells"][0]
     assert json.loads((cell / "results.json").read_text())["steps"] == 4  # two epochs of two batches
     tables = (tmp_path / "out" / "attention.md").read_text()
-    assert "| bidirectional - causal, last token |" in tables and tables in capsys.readouterr().out
+    assert (
+        "| bidirectional - causal |" in tables
+        and "| TF-IDF on all rows - Gemma Encoder |" in tables
+        and tables in capsys.readouterr().out
+    )
     monkeypatch.setattr(sys, "argv", [*command, "--tables_only"])
     monkeypatch.setattr(evidence.subprocess, "run", None)  # nothing runs
     evidence.main()
-    assert (tmp_path / "out" / "attention.md").read_text() == tables and (tmp_path / "out" / "attention.png").exists()
+    assert (tmp_path / "out" / "attention.md").read_text() == tables and (tmp_path / "out" / "gain.png").exists()
 
 
 def test_the_gain_of_compiling_is_printed(tmp_path, monkeypatch, capsys):

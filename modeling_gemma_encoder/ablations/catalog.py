@@ -33,7 +33,7 @@ STUDIES = {
     "attention": Study(
         {
             "causal": {"attention": "causal"},
-            "causal, last token": {"attention": "causal", "pooling": "last_k"},
+            "causal with last token": {"attention": "causal", "pooling": "last_k"},
             "bidirectional": {"attention": "bidirectional"},
             **{f"radius {radius}": _window(radius) for radius in (1, 4, 16)},
         },
@@ -67,6 +67,7 @@ STUDIES = {
     "baselines": Study(
         {
             "TF-IDF with logistic regression": {"kind": "words"},
+            "TF-IDF on all rows": {"kind": "words", "max_train_samples": None},
             "BERT's shape with random weights": {"kind": "bert"},
             "Gemma Encoder with random weights": {"kind": "scratch"},
             "Gemma*ForSequenceClassification": {"kind": "stock"},
