@@ -148,7 +148,7 @@ def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, caps
         monkeypatch.setitem(models.PEERS, name, (kind, {**fields, **small}))
     command = ["speed.py", "--layers", "2", "--rounds", "1", "--pairs", "8", "--vocab_size", "8192", "--quick"]
     dtypes = ["float32", "bfloat16"] if family == "gemma2" and computes_in_bf16("cpu") else ["float32"]
-    given = ["--families", family]
+    given = ["--families", family, "--only", *speed.TABLES, "growth"]
     if family != "gemma2":  # by a checkpoint, with its own weights and tokenizer
         config = decoder_config(family, vocab_size=8192, max_position_embeddings=512)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
@@ -169,5 +169,5 @@ def test_what_is_timed_gives_the_same_scores(family, tmp_path, monkeypatch, caps
     assert [row["dtype"] for row in found["training"]] == [row["dtype"] for row in found["short"]] == dtypes
     assert all(row["ours / least"] > 0 for row in found["short"])
     assert found["growth"]["tokens"] == sorted(found["growth"]["tokens"])
-    assert found["start"]["first score"] > found["start"]["imports"] > 0
+    assert family == "gemma2" or found["start"]["first score"] > found["start"]["imports"] > 0
     assert (tmp_path / "growth.png").exists() and "| x stock sorted |" in capsys.readouterr().out
