@@ -418,7 +418,10 @@ def test_bags_of_words_see_what_two_texts_share(tmp_path):
         (["--study", "colour", "--tasks", "cola"], "all; got colour"),
         (["--study", "attention", "--tasks", "ax"], "; got ax"),
         (["--study", "start", "--tasks", "cola"], "compares two --starts or more"),
-        (["--study", "attention", "--tasks", "cola", "--variants", "mean"], "must be one of causal, causal with last token, bidirectional"),
+        (
+            ["--study", "attention", "--tasks", "cola", "--variants", "mean"],
+            "must be one of causal, causal with last token, bidirectional",
+        ),
         (["--study", "attention", "--tasks", "cola", "--variants", "causal,bidirectional"], "causal bidirectional"),
         (["--study", "attention", "--tasks", "cola", "--variants", "casual"], "Did you mean 'causal'?"),
         (
