@@ -1,7 +1,7 @@
 r"""Fine-tune a Gemma Encoder on your own table: CSV, TSV, JSONL, JSON or Parquet, or a data set on
 the Hub.
 
-    python examples/classify.py --model google/gemma-3-270m --train_file train.csv --validation_file dev.csv \\
+    python examples/classify.py --model google/gemma-3-270m --train_file train.csv --validation_file dev.csv \
         --text_column text --label_column label
     python examples/classify.py --model google/gemma-3-270m --dataset stanfordnlp/imdb --validation_split test
     python examples/classify.py ... --text_column question answer --template "Question: {first} Answer: {second}"
@@ -9,7 +9,7 @@ the Hub.
     python examples/classify.py ... --train_file train.jsonl --class_names toxic obscene insult     # lists of 0 and 1
     python examples/classify.py ... --label_column stars --problem regression      # or several columns of numbers
     python examples/classify.py ... --class_weights balanced                            # rare classes count as much
-    python examples/classify.py --model runs/classify/seed-42 --do_train false --do_eval false --do_predict \\
+    python examples/classify.py --model runs/classify/seed-42 --do_train false --do_eval false --do_predict \
         --test_file new.csv --output_dir runs/new                           # with a model that was trained before
 
 The names of the classes are those in the training labels, and the model's config keeps them.

@@ -10,7 +10,7 @@
     # Only queries that the training did not see
     python examples/evaluate_ranking.py --model my-ranker --data judged --run bm25 --held_out_of my-ranker
 
---data is a folder with queries, passages and qrels (see the README here), a file of labeled pairs,
+--data is a folder with queries, passages and qrels (see docs/ranking.md), a file of labeled pairs,
 or a data set on the Hub with configs `queries`, `corpus` and `qrels` (or `default`), `name:split`
 if it has several splits.
 

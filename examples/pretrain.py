@@ -3,19 +3,19 @@ r"""Pretrain a Gemma decoder as a causal language model, from a config or furthe
 This command made `nano/` in this folder, from books, one in each row, and from the documentation of
 installed packages:
 
-    python examples/pretrain.py --config examples/nano/config.json \\
-        --text gutenberg/train.parquet docstrings --validation_text gutenberg/validation.parquet docstrings \\
-        --join_lines --output_dir runs/nano --max_steps 3000 --save_steps 250 --learning_rate 2e-3 \\
+    python examples/pretrain.py --config examples/nano/config.json \
+        --text gutenberg/train.parquet docstrings --validation_text gutenberg/validation.parquet docstrings \
+        --join_lines --output_dir runs/nano --max_steps 3000 --save_steps 250 --learning_rate 2e-3 \
         --bf16 --torch_compile
 
 Other sizes and data, several GPUs, and a checkpoint trained further on text of its own field:
 
-    accelerate launch examples/pretrain.py --config google/gemma-3-270m --tokenizer google/gemma-3-270m \\
-        --text HuggingFaceFW/fineweb-edu:sample-10BT \\
-        --validation_text Salesforce/wikitext:wikitext-103-raw-v1:validation \\
-        --streaming --block_size 2048 --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \\
+    accelerate launch examples/pretrain.py --config google/gemma-3-270m --tokenizer google/gemma-3-270m \
+        --text HuggingFaceFW/fineweb-edu:sample-10BT \
+        --validation_text Salesforce/wikitext:wikitext-103-raw-v1:validation \
+        --streaming --block_size 2048 --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \
         --learning_rate 5e-4 --max_steps 20000 --bf16 --output_dir runs/gemma-3-270m
-    python examples/pretrain.py --model google/gemma-2-2b --text notes/ --learning_rate 2e-5 \\
+    python examples/pretrain.py --model google/gemma-2-2b --text notes/ --learning_rate 2e-5 \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --bf16 --output_dir runs/notes
 
 The defaults are for a few million parameters: change --learning_rate and the batch size for larger

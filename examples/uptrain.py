@@ -2,9 +2,9 @@ r"""Up-train a Gemma decoder as a bidirectional encoder on plain text, before it
 task.
 
     python examples/uptrain.py --model examples/nano --objective mntp --text docstrings --output_dir runs/nano-mntp
-    accelerate launch examples/uptrain.py --model google/gemma-2-2b --objective mlm --mask_rate 0.2 --bf16 \\
-        --text Salesforce/wikitext:wikitext-103-raw-v1 \\
-        --validation_text Salesforce/wikitext:wikitext-103-raw-v1:validation \\
+    accelerate launch examples/uptrain.py --model google/gemma-2-2b --objective mlm --mask_rate 0.2 --bf16 \
+        --text Salesforce/wikitext:wikitext-103-raw-v1 \
+        --validation_text Salesforce/wikitext:wikitext-103-raw-v1:validation \
         --block_size 512 --per_device_train_batch_size 8 --learning_rate 2e-5 --output_dir runs/gemma-2-2b-mlm
     python examples/uptrain.py --model google/gemma-2-2b ... --lora_r 16 --dtype bfloat16 --bf16 --learning_rate 2e-4
 
@@ -84,7 +84,7 @@ class UptrainingArguments(TextArguments):
         default=0.0, metadata={"help": "While up-training; the checkpoint's config asks for the paper's 0.1 again."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "What computes attention, see the README; default: gemma_encoder_unpadded."}
+        default=None, metadata={"help": "What computes attention, see docs/options.md; default: gemma_encoder_unpadded."}
     )
     lora_r: int | None = field(
         default=None, metadata={"help": "Train adapters of this rank, which are merged into what is saved."}
@@ -118,7 +118,7 @@ class UptrainingArguments(TextArguments):
             raise ValueError(f"--lora_r must be at least 1; got {self.lora_r}.")
         if find_adapter(self.model, {}):
             raise ValueError(
-                f"--model {self.model} is an adapter, which is not trained further. Merge it first, see the README."
+                f"--model {self.model} is an adapter, which is not trained further. Merge it first, see docs/adapters.md."
             )
 
 
