@@ -21,7 +21,7 @@ GEMMA := gemma-3-270m
 help: ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## Make an environment with what examples need (4-bit training: install-dev), in .venv.
+install: $(INSTALLED) ## Make an environment with what examples need, in .venv.
 
 install-dev: $(TESTABLE) ## The same, with what tests need.
 
