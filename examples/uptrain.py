@@ -84,7 +84,7 @@ class UptrainingArguments(TextArguments):
         default=0.0, metadata={"help": "While up-training; the checkpoint's config asks for the paper's 0.1 again."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "What computes attention, see docs/options.md; default: gemma_encoder_unpadded."}
+        default=None, metadata={"help": "Computes attention, see docs/options.md; default: gemma_encoder_unpadded."}
     )
     lora_r: int | None = field(
         default=None, metadata={"help": "Train adapters of this rank, which are merged into what is saved."}
@@ -118,7 +118,7 @@ class UptrainingArguments(TextArguments):
             raise ValueError(f"--lora_r must be at least 1; got {self.lora_r}.")
         if find_adapter(self.model, {}):
             raise ValueError(
-                f"--model {self.model} is an adapter, which is not trained further. Merge it first, see docs/adapters.md."
+                f"--model {self.model} is an adapter, which is not trained further. Merge it, see docs/adapters.md."
             )
 
 

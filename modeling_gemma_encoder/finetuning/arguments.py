@@ -46,7 +46,7 @@ class FineTuningArguments:
         default=False, metadata={"help": "Start with a fresh head where --model has one for other classes."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "What computes attention, see docs/options.md; default: gemma_encoder_unpadded."}
+        default=None, metadata={"help": "Computes attention, see docs/options.md; default: gemma_encoder_unpadded."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens that are read; default: the task's."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Training rows, at most, chosen by --seed."})
@@ -74,7 +74,7 @@ class FineTuningArguments:
         """Raise ValueError for options that contradict each other or the Trainer's."""
         if args.do_train and find_adapter(self.model, {}):
             raise ValueError(
-                f"--model {self.model} is an adapter, which is not trained further: merge it first, see docs/adapters.md."
+                f"--model {self.model} is an adapter, which is not trained further. Merge it, see docs/adapters.md."
             )
         if args.prediction_loss_only or args.batch_eval_metrics:
             raise ValueError("--prediction_loss_only and --batch_eval_metrics leave no predictions to score.")
