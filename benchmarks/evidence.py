@@ -4,8 +4,8 @@ r"""Ask a decoder whether the paper's choices matter, task by task, and make one
     python benchmarks/evidence.py --model gemma-3-270m --data_dir data --question attention --tasks sst2 cola --bf16
     python benchmarks/evidence.py --question attention --tables_only
 
-Each task has its own number of rows and epochs, `SIZES`, so that a training reads about 50,000
-tokens. Each is a command of `examples/ablations.py`, which is printed before it runs; flags that
+Each task has its own number of rows and epochs, `SIZES`, so that a training reads 30,000 to
+50,000 tokens. Each is a command of `examples/ablations.py`, which is printed before it runs; flags that
 are not named here are passed on to it. What is finished is read and not trained again. The script
 writes in `--output_dir` for each question tables (`attention.md`), plots, and a JSON file with every
 score, rate and command.
@@ -51,12 +51,12 @@ class Size:
 # Rows have 10 to 90 tokens in the mean, by task, with Gemma 3's tokenizer.
 SIZES = {
     "sst2": Size(4000, 1, 32),
-    "cola": Size(4000, 1, 32),
-    "stsb": Size(2000, 1, 16),
-    "mrpc": Size(1000, 1, 16),
-    "wic": Size(2500, 1, 32),
-    "cb": Size(225, 3, 8),
-    "qnli": Size(1000, 1, 16, evaluated=1500),
+    "cola": Size(3000, 1, 32),
+    "stsb": Size(1500, 1, 16),
+    "mrpc": Size(800, 1, 16),
+    "wic": Size(1500, 1, 32),
+    "cb": Size(225, 2, 8),
+    "qnli": Size(800, 1, 16, evaluated=1000),
 }
 # Question -> study -> variants.
 QUESTIONS = {
