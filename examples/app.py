@@ -20,16 +20,15 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gemma_encoder import (
     GemmaEncoderConfig,
     GemmaEncoderForRanking,
     GemmaEncoderForSequenceClassification,
-    verify_attention,
 )
 from modeling_gemma_encoder._scripts.command_line import failing
-from modeling_gemma_encoder.ranking.scoring import DTYPE, choose, score_pairs
+from modeling_gemma_encoder.ranking.scoring import DTYPE, load_trained, score_pairs
 
 MOST_TOKENS = 80  # of a text that is looked into, as the attention of all layers is kept
 EXAMPLES = {
@@ -49,14 +48,8 @@ def refuse(message: str) -> NoReturn:
 def load(checkpoint: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model onto the accelerator if there is one, and its tokenizer; raise ValueError
     without a trained head."""
-    dtype, device = choose(dtype, None)
-    config = GemmaEncoderConfig.from_pretrained(checkpoint)
-    heads = {cls.__name__: cls for cls in (GemmaEncoderForSequenceClassification, GemmaEncoderForRanking)}
-    if not config.architectures or config.architectures[0] not in heads:
-        raise ValueError(f"{checkpoint} is not a trained classifier or ranker; give the folder of a training.")
-    model = heads[config.architectures[0]].from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval().to(device)
-    verify_attention(model)
-    return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    kinds = {"classifier": GemmaEncoderForSequenceClassification, "ranker": GemmaEncoderForRanking}
+    return load_trained(checkpoint, kinds, dtype, None)
 
 
 class Page:

@@ -10,16 +10,15 @@ on either side, and return `logits`. They are compared with the model before the
 long one. settings.json has the names of the labels, the most tokens of a text, and which text of a
 pair is cut. With onnxruntime and tokenizers alone:
 
-    settings = json.load(open("exported/settings.json")) tokenizer =
-    Tokenizer.from_file("exported/tokenizer.json")
+    settings = json.load(open("exported/settings.json"))
+    tokenizer = Tokenizer.from_file("exported/tokenizer.json")
     tokenizer.enable_padding(pad_id=settings["pad_token_id"])
-    tokenizer.enable_truncation(settings["max_length"], strategy=settings["truncation"]) texts =
-    [("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")]  # or "one text",
-    "another" read = tokenizer.encode_batch(texts) inputs = {"input_ids": [text.ids for text in
-    read], "attention_mask": [text.attention_mask for text in read]} logits =
-    InferenceSession("exported/model.onnx").run(["logits"], inputs)[0] labels =
-    [settings["id2label"][str(row.argmax())] for row in logits]  # of a classifier; others return
-    numbers
+    tokenizer.enable_truncation(settings["max_length"], strategy=settings["truncation"])
+    texts = [("how do cats purr", "They vibrate."), ("how do cats purr", "Dogs bark.")]  # or "one text", "another"
+    read = tokenizer.encode_batch(texts)
+    inputs = {"input_ids": [text.ids for text in read], "attention_mask": [text.attention_mask for text in read]}
+    logits = InferenceSession("exported/model.onnx").run(["logits"], inputs)[0]
+    labels = [settings["id2label"][str(row.argmax())] for row in logits]  # of a classifier; others return numbers
 """
 
 import json

@@ -99,25 +99,40 @@ def load_ranker(
         ValueError: there is no such dtype, device or folder, or the checkpoint has no trained
             ranking head.
     """
+    return load_trained(checkpoint, {"ranker": GemmaEncoderForRanking}, dtype, device)
+
+
+def load_trained(
+    checkpoint: str, kinds: dict[str, type[PreTrainedModel]], dtype: str, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model of one of the kinds, name -> class, as `load_ranker` does."""
     dtype, device = choose(dtype, device)
     if is_missing(checkpoint):
         raise ValueError(f"There is no folder {checkpoint}. Repositories on the Hub have names like owner/name.")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of 'auto', {', '.join(map(repr, DTYPES))}; got {dtype!r}.")
-    config = GemmaEncoderConfig.from_pretrained(checkpoint)
-    if config.architectures and config.architectures[0] != GemmaEncoderForRanking.__name__:
-        raise ValueError(f"{checkpoint} is not a ranker but a {config.architectures[0]}.")
+    config, wanted = GemmaEncoderConfig.from_pretrained(checkpoint), " or ".join(kinds)
+    classes = {cls.__name__: cls for cls in kinds.values()}
+    name = config.architectures[0] if config.architectures else next(iter(classes))
+    if name not in classes:
+        raise ValueError(f"{checkpoint} is not a {wanted} but a {name}.")
     loaded_as = fast_dtype(device) if dtype == "int8" else dtype
-    model, loading = GemmaEncoderForRanking.from_pretrained(
+    model, loading = classes[name].from_pretrained(
         checkpoint, dtype=getattr(torch, loaded_as), output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{checkpoint} is not a trained ranker: {', '.join(missing)} would be random.")
+        raise ValueError(f"{checkpoint} is not a trained {wanted}: {', '.join(missing)} would be random.")
     if dtype == "int8" and not config.int8_weights:
         quantize_int8(model)
     model = model.to(device).eval()
     verify_attention(model)
     return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+def default_tokens_per_batch(device: str | torch.device) -> int:
+    """Return 2,048 on a CPU, where the activations of more tokens would not fit its caches, and
+    else 16,384."""
+    return 2048 if torch.device(device).type == "cpu" else 16384
 
 
 def score_pairs(
@@ -146,8 +161,7 @@ def score_pairs(
     if tokenless := next((pair for pair, of_pair in zip(pairs, ids, strict=True) if not of_pair), None):
         raise ValueError(f"{tokenless!r} has no token: leave such pairs out, or let the tokenizer add a `bos_token`.")
     device = model.get_input_embeddings().weight.device
-    if tokens_per_batch is None:  # on a CPU, the activations of more tokens would not fit its caches
-        tokens_per_batch = 2048 if device.type == "cpu" else 16384
+    tokens_per_batch = tokens_per_batch or default_tokens_per_batch(device)
     scores = np.empty(len(ids), dtype=np.float32)
     with evaluating(model):
         for batch in batches_of([len(of_pair) for of_pair in ids], tokens_per_batch):
