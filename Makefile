@@ -79,11 +79,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(INSTALLED): $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,gguf,ray,onnx,app]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,gguf,serve,ray,onnx,app]"
 	touch $@
 
 $(TESTABLE): $(INSTALLED)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,gguf,ray,onnx,app,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,rank,gguf,serve,ray,onnx,app,dev]"
 	touch $@
 
 clean: ## Remove environments, the demo's output and the checkpoint of `make gemma`.
