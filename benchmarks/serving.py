@@ -118,12 +118,13 @@ async def ask(url: str, requests: list[dict], clients: int, seconds: float) -> d
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*map(client, range(clients)))
-    p50, p99 = np.percentile(times, (50, 99))
+    p50, p99 = np.percentile(times, (50, 99)).tolist()
     return {
         "pairs_per_second": pairs / (time.monotonic() - begin),
         "p50_ms": p50,
         "p99_ms": p99,
         "requests": len(times),
+        "failed": failed,
     }
 
 

@@ -34,7 +34,10 @@ def named(page: Path) -> str:
 
 # The code of cards, and SECURITY.md's, is for repositories on the Hub.
 WITH_CODE = [
-    named(page) for page in PAGES if code_of(page) and not named(page).startswith(("model_cards/", "SECURITY"))
+    named(page)
+    for page in PAGES
+    # That of docs/serving.md needs a server: tests/serving/test_clients.py.
+    if code_of(page) and not named(page).startswith(("model_cards/", "SECURITY", "docs/serving"))
 ]
 
 

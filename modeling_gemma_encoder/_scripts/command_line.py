@@ -15,7 +15,6 @@ from typing import ClassVar, NoReturn, get_type_hints
 
 import torch
 import yaml
-from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
@@ -42,7 +41,9 @@ def failing(parser: ArgumentParser, begin: str = "") -> Iterator[None]:
         fail(parser, f"{begin}{in_words(error, getattr(parser, 'given', Namespace()))}")
     except (ValueError, ImportError, StrictDataclassError, SafetensorError) as error:
         fail(parser, f"{begin}{error}")
-    except DatasetGenerationError as error:
+    except Exception as error:
+        if type(error).__name__ != "DatasetGenerationError":  # of `datasets`, which may not be installed
+            raise
         fail(parser, f"{begin}{error}: {error.__cause__}")
 
 

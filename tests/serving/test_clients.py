@@ -1,5 +1,7 @@
 """Real clients, each its own library, get the model's scores from a server."""
 
+import re
+
 import cohere
 import httpx
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from haystack import Document as HaystackDocument
 from haystack.utils import Secret
 from haystack_integrations.components.rankers.huggingface_api import HuggingFaceTEIRanker
+from helpers import ROOT
 from huggingface_hub import InferenceClient
 from langchain_cohere import CohereRerank
 from langchain_core.documents import Document as LangChainDocument
@@ -76,3 +79,15 @@ def test_inference_client(classifying_server, monkeypatch):
         found = InferenceClient(address).text_classification("A fine film.")
         assert [(one.label, one.score) for one in found] == [(row["label"], row["score"]) for row in given]
         assert len(InferenceClient(address).text_classification("A fine film.", top_k=1)) == 1
+
+
+def test_the_code_of_the_page_runs(ranking_server, classifying_server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 5
+    documents = ["They vibrate their larynx.", "Dogs bark."]
+    scores = score_pairs(*load_ranker(ranking_server.args.model), [(QUERY, text) for text in documents])
+    for block in blocks:
+        names, server = {}, classifying_server if "InferenceClient" in block else ranking_server
+        exec(block.replace("http://localhost:8080", server.url), names)
+        assert names.get("label") in ("no", "maybe", "yes") or names["best"] == documents[int(np.argmax(scores))]

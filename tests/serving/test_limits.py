@@ -178,7 +178,7 @@ def refuses(url):
     ],
 )
 def test_wrong_options_are_told_in_a_line(monkeypatch, capsys, words, message):
-    import serve
+    from modeling_gemma_encoder.serving import __main__ as serve
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["serve.py", *words])
@@ -186,3 +186,20 @@ def test_wrong_options_are_told_in_a_line(monkeypatch, capsys, words, message):
         serve.main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_server_needs_its_own_extra_only():
+    """A process that has none of the libraries of training imports the whole server."""
+    code = """if True:
+        import sys
+        names = "accelerate datasets evaluate matplotlib pandas peft sklearn scipy bm25s ray cohere"
+        for name in (names + " gradio sentence_transformers ir_measures aiohttp onnx").split():
+            assert name not in sys.modules
+            sys.modules[name] = None  # as if it were not installed
+        from modeling_gemma_encoder.serving.__main__ import main
+        sys.argv = ["serve", "--help"]
+        main()
+    """
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--max_client_batch_size" in result.stdout and "--ray_address" in result.stdout
