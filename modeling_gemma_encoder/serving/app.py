@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from . import protocol
 from .description import Description
 from .engine import Cut, Scored, Texts
-from .errors import Empty, RequestError, TooLarge, Unhealthy, Unscorable
+from .errors import Empty, RequestError, TooLarge, Unhealthy, Unscorable, WrongType
 from .gate import Gate, describe
 from .metrics import Metrics
 
@@ -247,7 +247,13 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         wrong = RequestError(in_words(error.errors()))
         wrong.kind = "validation"
         wrong.status = 400 if error.errors()[0]["type"] == "json_invalid" else 422
+        if "json" not in request.headers.get("content-type", ""):
+            wrong = WrongType("Send JSON, with the header `Content-Type: application/json`.")
         return await refuse(request, wrong)
+
+    @app.exception_handler(Exception)
+    async def apologize(request: Request, error: Exception) -> JSONResponse:
+        return await refuse(request, RequestError(f"{type(error).__name__}; the server's log has more."))
 
     @app.exception_handler(Gone)
     async def end(_request: Request, _error: Gone) -> Response:

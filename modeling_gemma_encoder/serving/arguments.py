@@ -59,8 +59,10 @@ class ServingArguments(ScoringArguments):
     def validate(self) -> None:
         """Raise ValueError if an option has an impossible value or contradicts another."""
         super().validate()
-        if self.replicas is None and (self.max_replicas or self.ray_address):
-            raise ValueError("--max_replicas and --ray_address need --replicas, which serves on Ray.")
+        if self.replicas is None and self.ray_address is not None:
+            self.replicas = 1
+        if self.replicas is None and self.max_replicas is not None:
+            raise ValueError("--max_replicas needs --replicas, which serves on Ray.")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"--max_replicas {self.max_replicas} is less than --replicas {self.replicas}.")
         if self.replicas is not None and self.device is not None:

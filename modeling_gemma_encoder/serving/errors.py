@@ -32,6 +32,12 @@ class TooLarge(RequestError):
     status, kind = 413, "validation"
 
 
+class WrongType(RequestError):
+    """Say that a body is no JSON by its header."""
+
+    status, kind = 415, "validation"
+
+
 class Untokenizable(RequestError):
     """Say that texts cannot become tokens, such as a query that leaves no room for a document."""
 

@@ -228,6 +228,11 @@ def test_a_wrong_request_is_told_what_is_wrong(ranking_server, path, body, statu
     assert answer.json()["message"] == answer.json()["detail"] == answer.json()["error"]
 
 
+def test_a_body_that_is_not_called_json_is_told_so(ranking_server):
+    answer = httpx.post(ranking_server.url + "/rerank", content=b'{"query": "a", "texts": ["b"]}')
+    assert answer.status_code == 415 and "application/json" in answer.json()["error"]
+
+
 def test_metrics_have_the_names_of_tei_and_count(ranker):
     with serving(ranker) as server:
         post(server, "/rerank", {"query": QUERY, "texts": TEXTS})

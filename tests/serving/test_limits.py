@@ -170,7 +170,7 @@ def refuses(url):
             ["--model", "examples/nano", "--max_client_batch_size", "0"],
             "--max_client_batch_size must be at least 1; got 0",
         ),
-        (["--model", "examples/nano", "--max_replicas", "2"], "need --replicas"),
+        (["--model", "examples/nano", "--max_replicas", "2"], "--max_replicas needs --replicas"),
         (["--model", "examples/nano", "--replicas", "2", "--device", "cpu"], "--device does nothing on Ray"),
         (["--model", "examples/nano", "--port", "70000"], "--port must be from 0 to 65535"),
         (["--model", "examples/nano", "--host", "203.0.113.1"], "--host 203.0.113.1 --port 8080: "),
