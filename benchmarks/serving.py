@@ -11,7 +11,8 @@ process of its own. p50 and p99 are of the time of a request.
 peer: 32 clients that send `--short_documents` passages, to ours and to a plain server that calls
 `CrossEncoder.predict` in each request, with the same checkpoint.
 
-memory: the server's resident memory after a tenth of `--requests` short requests, and after all.
+memory: the server's resident memory after a tenth of `--requests` short requests, and after all,
+under load and when it has been idle.
 
 Everything runs on this machine, over loopback, clients and server on the same cores. Servers run
 one after the other in each round. Ratios are medians over the rounds. The script writes
@@ -100,37 +101,40 @@ def peer(options: argparse.Namespace):
 
 async def ask(url: str, requests: list[dict], clients: int, seconds: float) -> dict:
     """Return pairs per second, and percentiles of the milliseconds of requests, of clients that
-    send requests one after the other for so long."""
-    times, pairs, failed, begin = [], 0, 0, time.monotonic()
+    send requests one after the other for so long. What is answered before each client has had its
+    first answer is not counted, nor what is answered later than that."""
+    answers, begin = [], time.monotonic()  # answers: (client, when, pairs, ms)
 
     async def client(number: int) -> None:
-        nonlocal pairs, failed
         place = number
         while time.monotonic() < begin + seconds:
             request, sent = requests[place % len(requests)], time.monotonic()
             async with session.post(f"{url}/rerank", json=request) as answer:
                 scores = await answer.json() if answer.status == 200 else []
-            times.append(1000 * (time.monotonic() - sent))
-            failed += answer.status != 200
-            pairs += len(scores)
+            answers.append((number, time.monotonic(), len(scores), 1000 * (time.monotonic() - sent)))
             place += clients
 
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*map(client, range(clients)))
-    p50, p99 = np.percentile(times, (50, 99)).tolist()
+    firsts = {number: when for number, when, *_ in reversed(answers)}
+    start, end = max(firsts.values()), begin + seconds
+    counted = [answer for answer in answers if start < answer[1] <= end]
+    if not counted:
+        raise SystemExit(f"--seconds {seconds:g} is too short: the first answers took {start - begin:.0f} s.")
+    p50, p99 = np.percentile([ms for *_, ms in counted], (50, 99)).tolist()
     return {
-        "pairs_per_second": pairs / (time.monotonic() - begin),
+        "pairs_per_second": sum(pairs for _, _, pairs, _ in counted) / (end - start),
         "p50_ms": p50,
         "p99_ms": p99,
-        "requests": len(times),
-        "failed": failed,
+        "requests": len(answers),
+        "failed": sum(pairs == 0 for _, _, pairs, _ in answers),
     }
 
 
 def measure(url: str, requests: list[dict], clients: int, seconds: float) -> dict:
     """Return what `ask` does, after some requests that are not counted."""
-    asyncio.run(ask(url, requests, min(clients, 4), min(2, seconds)))
+    asyncio.run(ask(url, requests, 1, min(3, seconds)))
     return asyncio.run(ask(url, requests, clients, seconds))
 
 
@@ -177,13 +181,16 @@ def measure_peer(options: argparse.Namespace, pairs: list) -> list[dict]:
 
 
 def measure_memory(options: argparse.Namespace, pairs: list) -> list[dict]:
-    """Return the server's resident memory in MB after a tenth of the requests, and after all."""
+    """Return the server's resident memory in MB after a tenth of the requests, and after all: under
+    load, and three seconds later, when freed memory was given back."""
     short, sizes = requests_of(pairs, 1), []
     with ours(options) as (url, process):
         done = 0
         while done < options.requests:
             done += asyncio.run(ask(url, short, CLIENTS[-1], options.seconds))["requests"]
-            sizes.append({"requests": done, "memory_mb": process.memory_info().rss / 1e6})
+            loaded = process.memory_info().rss / 1e6
+            time.sleep(3)
+            sizes.append({"requests": done, "loaded_mb": loaded, "idle_mb": process.memory_info().rss / 1e6})
             print(sizes[-1], flush=True)
     first = next(row for row in sizes if row["requests"] >= options.requests / 10)
     return [first, sizes[-1]]

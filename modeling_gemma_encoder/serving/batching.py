@@ -24,6 +24,7 @@ import numpy as np
 from .errors import Overloaded, RequestError, Unhealthy, Unscorable
 
 SHARE_OF_OLDEST = 0.25
+IDLE = 1.0  # seconds without a request, after which there is time to tidy up
 
 
 @dataclass(eq=False)
@@ -99,6 +100,7 @@ class Batcher:
         tokens_per_batch: The most tokens of a batch.
         max_waiting_tokens: Requests are refused while more than this waits.
         observe: Called before each batch with its rows and tokens.
+        rest: Called when nothing has waited for a second.
     """
 
     def __init__(
@@ -107,8 +109,9 @@ class Batcher:
         tokens_per_batch: int,
         max_waiting_tokens: int,
         observe: Callable[[int, int], None] = lambda rows, tokens: None,
+        rest: Callable[[], None] = lambda: None,
     ):
-        self.score, self.observe = score, observe
+        self.score, self.observe, self.rest = score, observe, rest
         self.tokens_per_batch, self.max_waiting_tokens = tokens_per_batch, max_waiting_tokens
         self.rate = 0.0  # tokens per second, of the last batches
         self._jobs: list[Job] = []
@@ -159,6 +162,7 @@ class Batcher:
 
     def _next(self) -> list[tuple[Job, int]] | None:
         """Wait for requests and return the next batch, or None once there will be no more."""
+        rested = False
         with self._changed:
             while True:
                 self._jobs = [job for job in self._jobs if job.waiting and not job.future.done()]
@@ -166,7 +170,9 @@ class Batcher:
                     return take(self._jobs, self.tokens_per_batch)
                 if self._closed:
                     return None
-                self._changed.wait()
+                if not self._changed.wait(None if rested else IDLE) and not rested:
+                    rested = True
+                    self.rest()
 
     def _run(self) -> None:
         while (batch := self._next()) is not None:
