@@ -71,7 +71,11 @@ def serve_on_ray(args: ServingArguments, parser: ScriptParser) -> None:
         announce(args, args.port)
         signal.pause()
     except KeyboardInterrupt:
-        serve.shutdown()
+        pass
+    finally:
+        serve.delete(NAME)  # waits for the replicas
+        if args.ray_address is None:
+            serve.shutdown()
 
 
 def main(description: str | None = __doc__) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from . import protocol
 from .description import Description
@@ -93,10 +94,10 @@ class Service:
     async def predict(self, request: Request, response: Response, body: protocol.PredictRequest) -> list:
         """Return each text's labels and scores, the best first."""
         method = "batch" if body.is_batch else "single"
-        raw = body.raw_scores or (body.parameters or {}).get("function_to_apply") == "none"
+        parameters = body.parameters or protocol.Parameters()
         scored = await self.score(request, response, body.sequences, self.cut_of(body), method)
-        top_k = (body.parameters or {}).get("top_k")
-        predictions = [self.about.predictions(row)[:top_k] for row in self.about.shares(scored.logits, raw)]
+        shares = self.about.shares(scored.logits, body.raw_scores, parameters.function_to_apply)
+        predictions = [self.about.predictions(row)[: parameters.top_k] for row in shares]
         return predictions if body.is_batch or body.parameters is not None else predictions[0]
 
     async def score(self, request: Request, response: Response, texts: Texts, cut: Cut, method: str) -> Scored:
@@ -185,7 +186,7 @@ def create_app(service: Service, limits: dict, lifespan_end=lambda: None) -> Fas
     async def health() -> Response:
         """Say whether the model can score."""
         if not await service.backend.healthy():
-            raise Unhealthy("The thread that scores has ended.")
+            raise Unhealthy("The model does not score.")
         return Response()
 
     @app.get("/info")
@@ -249,6 +250,12 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         wrong.status = 400 if error.errors()[0]["type"] == "json_invalid" else 422
         if "json" not in request.headers.get("content-type", ""):
             wrong = WrongType("Send JSON, with the header `Content-Type: application/json`.")
+        return await refuse(request, wrong)
+
+    @app.exception_handler(HTTPException)
+    async def repeat(request: Request, error: HTTPException) -> JSONResponse:
+        wrong = RequestError(str(error.detail))
+        wrong.kind, wrong.status = "validation", error.status_code
         return await refuse(request, wrong)
 
     @app.exception_handler(Exception)

@@ -69,6 +69,10 @@ class ServingArguments(ScoringArguments):
             raise ValueError("--device does nothing on Ray; replicas have the GPUs of --gpus_per_replica, or none.")
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port must be from 0 to 65535; got {self.port}.")
+        if self.replicas is not None and self.port == 0:
+            raise ValueError("--port 0 does nothing on Ray; name a port.")
+        if self.replicas is not None and Path(self.model).exists():
+            self.model = str(Path(self.model).absolute())  # workers have folders of their own
         self.token()
 
     def token(self) -> str | None:
@@ -92,6 +96,8 @@ class ServingArguments(ScoringArguments):
 
 def describe(args: ServingArguments, config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> Description:
     """Return what is served. Raise ValueError if there is no trained head."""
+    if (config.architectures or [None])[0] not in {cls.__name__ for cls in KINDS.values()}:
+        raise ValueError(f"{args.model} is not a trained {' or '.join(KINDS)}.")
     dtype, device = choose(args.dtype, "cpu" if args.replicas and not args.gpus_per_replica else args.device)
     positions = config.get_text_config().max_position_embeddings
     return Description(
@@ -116,6 +122,9 @@ def describe_unloaded(args: ServingArguments) -> Description:
 
 def load_engine(args: ServingArguments, metrics: Metrics) -> tuple[Engine, Description]:
     """Load the model, and return what scores with it and its description."""
+    # By default oneDNN keeps what it compiled for the last 1,024 sizes; here every batch has its
+    # own. It reads this at its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     model, tokenizer = load_trained(args.model, KINDS, args.dtype, args.device)
     engine = Engine(model, tokenizer, args.max_length, args.tokens_per_batch, args.max_waiting_tokens, metrics)
     return engine, describe(args, model.config, tokenizer)

@@ -4,12 +4,13 @@ A request is a list of token sequences. Whenever the model is free, it gets a ba
 `tokens_per_batch` tokens. A long list is split, the longest sequences first, and others give what
 is about as long, which is computed faster. The requests that have been given the fewest tokens so
 far come first, as in least attained service (Rai et al., SIGMETRICS 2003), so that a short request
-waits for the batch that runs, not for the long lists before it. A quarter of each batch is for the
-oldest request, which therefore ends however many new ones arrive.
+waits for the batch that runs, not for the long lists before it. A quarter of the tokens is for
+the oldest request, which therefore ends however many new ones arrive.
 
 The model is unpadded, so that what a sequence is batched with changes its score by rounding only.
 """
 
+import logging
 import math
 import threading
 import time
@@ -23,7 +24,10 @@ import numpy as np
 
 from .errors import Overloaded, RequestError, Unhealthy, Unscorable
 
+logger = logging.getLogger(__name__)
+
 SHARE_OF_OLDEST = 0.25
+MOST_BROKEN = 3
 IDLE = 1.0  # seconds without a request, after which there is time to tidy up
 
 
@@ -37,6 +41,7 @@ class Job:
     started: float | None = None  # when its first batch began
     computing: float = 0.0  # seconds of the batches that it was in
     served: int = 0  # tokens that were taken
+    credit: float = 0.0  # tokens that it may have before others, as the oldest
     scores: list = field(default_factory=list)
     missing: int = 0  # rows without a score
     total: int = 0  # tokens
@@ -69,11 +74,13 @@ def take(jobs: Sequence[Job], budget: int) -> list[tuple[Job, int]]:
         jobs: Those with rows that wait, the oldest first.
         budget: The most tokens of the batch. A row that is longer is a batch by itself.
     """
-    batch, left = [], budget
+    batch, left, oldest = [], budget, jobs[0]
+    oldest.credit += SHARE_OF_OLDEST * budget
 
     def turn(place: int) -> tuple[int, int]:
-        first = place == 0 and left > (1 - SHARE_OF_OLDEST) * budget
-        return -1 if first else jobs[place].served, place
+        job = jobs[place]
+        first = job is oldest and len(job.rows[job.waiting[-1]]) <= job.credit
+        return -1 if first else job.served, place
 
     turns = [turn(place) for place in range(len(jobs))]
     heapify(turns)
@@ -86,6 +93,8 @@ def take(jobs: Sequence[Job], budget: int) -> list[tuple[Job, int]]:
         batch.append((job, row))
         target = len(batch[0][0].rows[batch[0][1]])  # of the first row
         left -= len(job.rows[row])
+        if job is oldest:
+            job.credit -= len(job.rows[row])
         if job.waiting:
             heappush(turns, turn(place))
     return batch
@@ -113,6 +122,7 @@ class Batcher:
     ):
         self.score, self.observe, self.rest = score, observe, rest
         self.tokens_per_batch, self.max_waiting_tokens = tokens_per_batch, max_waiting_tokens
+        self.broken = 0  # batches in a row for which the model itself failed
         self.rate = 0.0  # tokens per second, of the last batches
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
@@ -135,7 +145,7 @@ class Batcher:
             if self._closed or not self.thread.is_alive():
                 raise Unhealthy("The server is shutting down.")
             waiting = self._waiting_tokens()
-            if self._jobs and waiting + job.total > self.max_waiting_tokens:
+            if waiting and waiting + job.total > self.max_waiting_tokens:
                 seconds = min(60, max(1, round(waiting / self.rate))) if self.rate else 1
                 raise Overloaded(f"{waiting:,} tokens wait already. Try again in {seconds} s.", seconds)
             if not rows:
@@ -150,6 +160,11 @@ class Batcher:
         with self._changed:
             return len(self._jobs), self._waiting_tokens()
 
+    def healthy(self) -> bool:
+        """Return whether the thread is alive, and the model has not failed for the last three
+        batches."""
+        return self.thread.is_alive() and self.broken < MOST_BROKEN
+
     def close(self, timeout: float | None = None) -> None:
         """Accept no more requests, score those that wait, and end the thread."""
         with self._changed:
@@ -162,8 +177,8 @@ class Batcher:
 
     def _next(self) -> list[tuple[Job, int]] | None:
         """Wait for requests and return the next batch, or None once there will be no more."""
-        rested = False
         with self._changed:
+            rested = False
             while True:
                 self._jobs = [job for job in self._jobs if job.waiting and not job.future.done()]
                 if self._jobs:
@@ -172,7 +187,11 @@ class Batcher:
                     return None
                 if not self._changed.wait(None if rested else IDLE) and not rested:
                     rested = True
-                    self.rest()
+                    self._changed.release()
+                    try:
+                        self.rest()
+                    finally:
+                        self._changed.acquire()
 
     def _run(self) -> None:
         while (batch := self._next()) is not None:
@@ -194,6 +213,7 @@ class Batcher:
         jobs = {id(job): job for job, _ in batch}
         try:
             scores = self.score([job.rows[place] for job, place in batch])
+            self.broken = 0
             for (job, place), of_row in zip(batch, scores, strict=True):
                 job.scores[place] = of_row
                 job.missing -= 1
@@ -204,5 +224,8 @@ class Batcher:
                 return
             (job,) = jobs.values()
             job.missing = -1
+            if not isinstance(error, RequestError | ValueError):  # not the texts, but the model or its device
+                self.broken += 1
+                logger.exception("A batch could not be scored.")
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error if isinstance(error, RequestError) else Unscorable(str(error)))

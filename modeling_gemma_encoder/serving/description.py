@@ -49,15 +49,16 @@ class Description:
     @property
     def scores(self) -> str:
         """Say what scores are."""
+        if self.is_regression:
+            return VALUES
         if self.config.calibration_temperature is not None:
             return PROBABILITIES
-        if self.ranks:
-            return LOGITS
-        return VALUES if self.is_regression else UNCALIBRATED
+        return LOGITS if self.ranks else UNCALIBRATED
 
     @property
     def is_regression(self) -> bool:
-        return self.config.problem_type == "regression" or (not self.ranks and self.config.num_labels == 1)
+        one = self.config.problem_type is None and self.config.num_labels == 1
+        return not self.ranks and (one or self.config.problem_type == "regression")
 
     def relevance(self, logits: np.ndarray, raw: bool) -> np.ndarray:
         """Return the scores (documents,) of a ranker's logits (documents, 1): calibrated
@@ -65,11 +66,15 @@ class Description:
         scores = logits[:, 0]
         return scores if raw or self.config.calibration_temperature is None else self._calibrated(scores, False)
 
-    def shares(self, logits: np.ndarray, raw: bool) -> np.ndarray:
+    def shares(self, logits: np.ndarray, raw: bool, function: str | None = None) -> np.ndarray:
         """Return the scores of labels (texts, num_labels): calibrated probabilities if there is a
         temperature, else softmax or sigmoid as the Inference API has it; a regression's and a
-        ranker's are its numbers."""
-        if raw or self.is_regression:
+        ranker's are its numbers. `function` is "softmax", "sigmoid" or "none" of the logits
+        instead."""
+        if function in ("softmax", "sigmoid"):
+            values = torch.from_numpy(logits)
+            return (values.softmax(-1) if function == "softmax" else values.sigmoid()).numpy()
+        if raw or function == "none" or self.is_regression:
             return logits
         several = self.config.problem_type == "multi_label_classification"
         if self.config.calibration_temperature is not None:

@@ -2,9 +2,9 @@
 
 import asyncio
 import ctypes
-import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -73,8 +73,6 @@ class Engine:
         self.device = model.get_input_embeddings().weight.device
         tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
         self.batcher = Batcher(self._score, tokens_per_batch, max_waiting_tokens, self.metrics.batch, give_back_memory)
-        # By default oneDNN keeps what it compiled for the last 1,024 sizes, and here every batch has its own.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         # One thread, as truncation is a state of the tokenizer.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
 
@@ -102,6 +100,7 @@ class Engine:
             TooLarge: A text has too many tokens, and is not to be cut.
             Untokenizable: A query leaves no room for its document, or a text has no token.
         """
+        self._check_queries(texts)
         if cut.per_document:
             texts = [(first, self._shorten(second, cut.per_document)) for first, second in texts]
         try:
@@ -123,8 +122,8 @@ class Engine:
         return rows
 
     async def healthy(self) -> bool:
-        """Return whether the thread that scores is alive."""
-        return self.batcher.thread.is_alive()
+        """Return whether the model scores, see `Batcher.healthy`."""
+        return self.batcher.healthy()
 
     async def queue_size(self) -> int:
         """Return how many requests wait, or are in a batch."""
@@ -159,6 +158,16 @@ class Engine:
         finally:
             self.tokenizer.backend_tokenizer.no_truncation()
         return rows
+
+    def _check_queries(self, texts: Texts) -> None:
+        """Refuse a long query before it is made into tokens once for each of its documents."""
+        for query, count in Counter(first for first, _ in texts).items():
+            if len(query) * count > self.max_length:  # characters, at least as many as tokens
+                tokens = len(self.tokenizer(query, add_special_tokens=False, verbose=False)["input_ids"])
+                if self.ranks and tokens >= self.max_length:
+                    raise Untokenizable(f"The query has {tokens:,} tokens, and a pair may have {self.max_length:,}.")
+                if tokens * count > self.batcher.max_waiting_tokens:
+                    raise TooLarge(f"The query has {tokens:,} tokens, too many beside {count:,} documents.")
 
     def _shorten(self, text: str | None, tokens: int) -> str | None:
         """Return the beginning of a text that has so many tokens."""

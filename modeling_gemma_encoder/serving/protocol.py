@@ -54,6 +54,13 @@ class Rank(BaseModel):
     score: float
 
 
+class Parameters(BaseModel):
+    """Hold the parameters of the Inference API's text classification."""
+
+    top_k: int | None = Field(None, ge=1, description="How many labels to return. Default: all.")
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
+
+
 class PredictRequest(Truncating):
     """Ask TEI's `/predict` for the scores of labels. With `parameters`, it is a request of the
     Inference API."""
@@ -62,7 +69,7 @@ class PredictRequest(Truncating):
         description="A text; a pair [text, text]; or a batch [[text], [text, text], ...]."
     )
     raw_scores: bool = Field(False, description="Logits instead of probabilities.")
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
 
     @field_validator("inputs")
     @classmethod

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import RayServeException
 
 from .app import Service, create_app
 from .arguments import ServingArguments, describe_unloaded, load_engine
 from .engine import Cut, Scored, Texts
-from .errors import Late, RequestError, Unhealthy
+from .errors import Late, RequestError, Unhealthy, Unscorable
 from .metrics import Metrics
 
 NAME, SCORER = "gemma-encoder", "Scorer"
 ATTEMPTS = 20
+MOST_DEATHS = 3  # a request that kills replicas is not sent to all of them
 
 
 class Scorer:
@@ -61,6 +62,7 @@ class Replicas:
         return result
 
     async def _score(self, texts: Texts, cut: Cut, seconds: float | None) -> Scored | RequestError:
+        deaths = 0
         for attempt in range(ATTEMPTS):
             response = self.handle.score.remote(texts, cut, seconds)
             try:
@@ -68,7 +70,10 @@ class Replicas:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            except (RayActorError, RayServeException):
+            except (RayActorError, RayServeException) as error:
+                deaths += isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
+                if deaths == MOST_DEATHS:
+                    raise Unscorable(f"{deaths} replicas died while they scored this request.") from error
                 await asyncio.sleep(min(1.0, 0.05 * 2**attempt))
         raise Unhealthy("Replicas of the model died again and again.")
 
@@ -77,11 +82,21 @@ class Replicas:
         return serve.get_deployment_handle(SCORER, app_name=NAME)
 
     async def healthy(self) -> bool:
-        """Return True; Ray asks the replicas itself."""
+        """Return whether a replica answers within five seconds."""
+        try:
+            await asyncio.wait_for(self._queue_size(), 5)
+        except (asyncio.TimeoutError, RayActorError, RayServeException):
+            return False
         return True
 
     async def queue_size(self) -> int:
         """Return how many requests wait at one of the replicas."""
+        try:
+            return await asyncio.wait_for(self._queue_size(), 5)
+        except (asyncio.TimeoutError, RayActorError, RayServeException):
+            return 0
+
+    async def _queue_size(self) -> int:
         return await self.handle.queue_size.remote()
 
 
@@ -104,7 +119,9 @@ def application(args: ServingArguments):
     scorer = serve.deployment(
         name=SCORER, ray_actor_options=resources, health_check_period_s=5, **scale, **ongoing, **draining
     )(Scorer)
-    front = serve.deployment(name="Front", ray_actor_options={"num_cpus": 0}, **ongoing, **draining)(
+    # The front must see more requests than it accepts, to refuse them.
+    crowd = {"max_ongoing_requests": 2 * args.max_concurrent_requests, "max_queued_requests": 1000}
+    front = serve.deployment(name="Front", ray_actor_options={"num_cpus": 0}, **crowd, **draining)(
         serve.ingress(build)()
     )
     return front.bind(scorer.bind(args))

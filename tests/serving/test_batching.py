@@ -1,7 +1,9 @@
 """Laws of batches: who is next, worked out by hand; nothing is lost, nothing waits without end."""
 
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -48,6 +50,16 @@ def test_new_requests_come_before_long_lists_and_the_oldest_ends_all_the_same():
         assert oldest.served and sorted(served.values()) == [10, 10, 10]
         assert sum(len(job.rows[place]) for job, place in batch) == 40
     assert oldest.served == 40
+
+
+def test_the_oldest_has_a_quarter_of_the_tokens_however_long_its_rows():
+    oldest, served = Job(rows(*[30] * 40)), 0
+    for _ in range(40):
+        new = Job(rows(*[10] * 8))
+        batch = take([oldest, new] if oldest.waiting else [new], 40)
+        served += new.served
+        assert batch
+    assert abs(oldest.served - 40 * 40 / 4) <= 40 and served >= 40 * 40 / 2
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -144,3 +156,22 @@ def test_closing_scores_what_waits_and_takes_no_more():
 
 def test_no_text_has_no_scores(paced):
     assert paced[1].submit([]).future.result(1).shape == (0, 1)
+
+
+def test_it_tidies_up_once_when_idle_and_keeps_nothing_of_what_it_scored(monkeypatch):
+    monkeypatch.setattr("modeling_gemma_encoder.serving.batching.IDLE", 0.05)
+    rests = []
+    batcher = Batcher(sums, 100, 10_000, rest=lambda: rests.append(1))
+    jobs = [batcher.submit(rows(*range(1, 20))) for _ in range(50)]
+    for job in jobs:
+        job.future.result(5)
+    kept = [weakref.ref(job) for job in jobs]
+    del job, jobs
+    wait_until(lambda: rests)
+    time.sleep(0.2)
+    assert rests == [1]  # not again and again
+    batcher.submit(rows(1)).future.result(5)
+    wait_until(lambda: len(rests) == 2)
+    gc.collect()
+    assert not any(ref() for ref in kept)
+    batcher.close(5)

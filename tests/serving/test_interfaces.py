@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 
 import httpx
 import numpy as np
@@ -127,6 +128,7 @@ def test_texts_with_too_many_tokens_are_cut_at_the_asked_end_or_refused(ranker, 
         assert post(server, "/rerank", {**body, "texts": ["purr"], "truncate": False}).status_code == 200
         query = post(server, "/rerank", {"query": "purr " * 50, "texts": ["purr"]})
         assert query.status_code == 422 and query.json()["error_type"] == "tokenizer"
+        assert re.search(r"The query has 10\d tokens, and a pair may have 40", query.json()["error"])
     with serving(ranker, max_length=40, auto_truncate=False) as server:
         assert post(server, "/rerank", body).status_code == 413
         assert post(server, "/rerank", {**body, "truncate": True}).status_code == 200
@@ -168,6 +170,11 @@ def test_predict_gives_labels_the_best_first(classifying_server, classifier):
         check(given, expected(*texts))
     (nested,) = predict("A fine film.", parameters={"top_k": 1})
     check(nested, expected("A fine film.")[:1])
+    logits = {label: score for score, label in expected("A fine film.", raw=True)}
+    for name, function in (("sigmoid", torch.sigmoid), ("none", lambda values: values)):
+        (nested,) = predict("A fine film.", parameters={"function_to_apply": name})
+        for row in nested:
+            assert row["score"] == pytest.approx(function(torch.tensor(logits[row["label"]])).item(), abs=1e-5)
     info = httpx.get(classifying_server.url + "/info").json()
     assert info["scores"] == "probabilities that are not calibrated"
     assert info["model_type"]["classifier"]["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
@@ -215,7 +222,11 @@ def test_a_model_is_not_asked_for_what_it_does_not_do(classifying_server):
         ("/predict", {"inputs": [["a", "b", "c"]]}, 422, "`inputs`: must be a text, a pair"),
         ("/predict", {"inputs": [["a"], "b"]}, 422, "`inputs`: a batch must be lists"),
         ("/predict", {"inputs": []}, 422, "`inputs`"),
+        ("/predict", {"inputs": "a", "parameters": {"top_k": "all"}}, 422, "`parameters.top_k`"),
         ("/rerank", b'{"query": "a"', 400, "This is no JSON"),
+        ("/rerank", b'{"query": "\xff"}', 400, "error parsing the body"),
+        ("/rerank", b"[" * 100_000, 400, "error parsing the body"),
+        ("/nowhere", {}, 404, "Not Found"),
         ("/rerank", b'{"query": "\\ud800", "texts": ["a"]}', 422, "`query`: has half of a surrogate pair"),
     ],
 )

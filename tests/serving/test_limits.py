@@ -84,6 +84,13 @@ def test_a_request_has_a_deadline_and_then_frees_the_model(ranker):
         assert post(server.url).status_code == 200
 
 
+def test_a_long_query_is_not_read_once_for_each_of_many_texts(ranker):
+    with serving(ranker, max_waiting_tokens=5000) as server:
+        refused = post(server.url, {"query": "cats purr " * 30, "texts": ["a"] * 500})
+        assert refused.status_code == 413 and "too many beside 500 documents" in refused.json()["error"]
+        assert post(server.url, {"query": "cats purr " * 30, "texts": ["a"] * 5}).status_code == 200
+
+
 def test_a_client_that_goes_away_frees_the_model(ranker):
     with serving(ranker, tokens_per_batch=200) as server:
         with pytest.raises(httpx.ReadTimeout):
