@@ -18,7 +18,7 @@ KEEP_ALIVE = 75  # seconds; longer than the 60 of common load balancers
 
 def announce(args: ServingArguments, port: int) -> None:
     """Print where the server is."""
-    host = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
+    host = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host  # nosec B104
     print(f"Serving {args.model} at http://{host}:{port}, with its page at /docs", flush=True)
 
 
