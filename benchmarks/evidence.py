@@ -5,10 +5,10 @@ r"""Ask a decoder whether the paper's choices matter, task by task, and make one
     python benchmarks/evidence.py --question attention --tables_only
 
 Each task has its own number of rows and epochs, `SIZES`, so that a training reads 30,000 to
-50,000 tokens. Each is a command of `examples/ablations.py`, which is printed before it runs; flags that
-are not named here are passed on to it. What is finished is read and not trained again. The script
-writes in `--output_dir` for each question tables (`attention.md`), plots, and a JSON file with every
-score, rate and command.
+50,000 tokens. Each is a command of `examples/ablations.py`, which is printed before it runs; flags
+that are not named here are passed on to it. What is finished is read and not trained again. The
+script writes in `--output_dir` for each question tables (`attention.md`), plots, and a JSON file
+with every score, rate and command.
 """
 
 import argparse

@@ -135,6 +135,11 @@ def default_tokens_per_batch(device: str | torch.device) -> int:
     return 2048 if torch.device(device).type == "cpu" else 16384
 
 
+def most_tokens(config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+    """Return `max_length`, or if None the tokenizer's, and never more than the decoder's positions."""
+    return min(max_length or tokenizer.model_max_length, config.get_text_config().max_position_embeddings)
+
+
 def score_pairs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -156,8 +161,7 @@ def score_pairs(
         ValueError: a query leaves no room for a document, a pair has no token, or a score is not
             finite.
     """
-    positions = model.config.get_text_config().max_position_embeddings
-    ids = encode_pairs(tokenizer, pairs, min(max_length or tokenizer.model_max_length, positions))
+    ids = encode_pairs(tokenizer, pairs, most_tokens(model.config, tokenizer, max_length))
     if tokenless := next((pair for pair, of_pair in zip(pairs, ids, strict=True) if not of_pair), None):
         raise ValueError(f"{tokenless!r} has no token: leave such pairs out, or let the tokenizer add a `bos_token`.")
     device = model.get_input_embeddings().weight.device

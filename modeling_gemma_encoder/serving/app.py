@@ -20,7 +20,7 @@ from . import protocol
 from .description import Description
 from .engine import Cut, Scored, Texts
 from .errors import Empty, RequestError, TooLarge, Unhealthy, Unscorable, WrongType
-from .gate import Gate, describe
+from .gate import Gate, answer_to
 from .metrics import Metrics
 
 ERRORS = {
@@ -240,7 +240,7 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestError)
     async def refuse(_request: Request, error: RequestError) -> JSONResponse:
         metrics.failure.labels(error.kind).inc()
-        status, headers, content = describe(error)
+        status, headers, content = answer_to(error)
         return JSONResponse(content, status, headers)
 
     @app.exception_handler(RequestValidationError)

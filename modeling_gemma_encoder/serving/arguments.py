@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_gemma_encoder import GemmaEncoderConfig
 from ..modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
-from ..ranking.scoring import ScoringArguments, choose, default_tokens_per_batch, load_trained
+from ..ranking.scoring import ScoringArguments, choose, default_tokens_per_batch, load_trained, most_tokens
 from .description import Description
 from .engine import Engine
 from .metrics import Metrics
@@ -96,17 +96,17 @@ class ServingArguments(ScoringArguments):
 
 def describe(args: ServingArguments, config: GemmaEncoderConfig, tokenizer: PreTrainedTokenizerBase) -> Description:
     """Return what is served. Raise ValueError if there is no trained head."""
-    if (config.architectures or [None])[0] not in {cls.__name__ for cls in KINDS.values()}:
+    architecture = config.architectures[0] if config.architectures else None
+    if architecture not in {cls.__name__ for cls in KINDS.values()}:
         raise ValueError(f"{args.model} is not a trained {' or '.join(KINDS)}.")
     dtype, device = choose(args.dtype, "cpu" if args.replicas and not args.gpus_per_replica else args.device)
-    positions = config.get_text_config().max_position_embeddings
     return Description(
         model=args.model,
         config=config,
-        ranks=(config.architectures or [""])[0] == GemmaEncoderForRanking.__name__,
+        ranks=architecture == GemmaEncoderForRanking.__name__,
         dtype=dtype,
         device=str(device).partition(":")[0],
-        max_length=min(args.max_length or tokenizer.model_max_length, positions),
+        max_length=most_tokens(config, tokenizer, args.max_length),
         tokens_per_batch=args.tokens_per_batch or default_tokens_per_batch(device),
         max_client_batch_size=args.max_client_batch_size,
         request_seconds=args.request_seconds,

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_gemma_encoder import GemmaEncoderForRanking
-from ..ranking.scoring import default_tokens_per_batch, evaluating
+from ..ranking.scoring import default_tokens_per_batch, evaluating, most_tokens
 from ..templates import encode_pairs
 from .batching import Batcher
 from .errors import Late, TooLarge, Unscorable, Untokenizable
@@ -68,8 +68,7 @@ class Engine:
     ):
         self.model, self.tokenizer, self.metrics = model, tokenizer, metrics or Metrics()
         self.ranks = isinstance(model, GemmaEncoderForRanking)
-        positions = model.config.get_text_config().max_position_embeddings
-        self.max_length = min(max_length or tokenizer.model_max_length, positions)
+        self.max_length = most_tokens(model.config, tokenizer, max_length)
         self.device = model.get_input_embeddings().weight.device
         tokens_per_batch = tokens_per_batch or default_tokens_per_batch(self.device)
         self.batcher = Batcher(self._score, tokens_per_batch, max_waiting_tokens, self.metrics.batch, give_back_memory)
@@ -162,7 +161,7 @@ class Engine:
     def _check_queries(self, texts: Texts) -> None:
         """Refuse a long query before it is made into tokens once for each of its documents."""
         for query, count in Counter(first for first, _ in texts).items():
-            if len(query) * count > self.max_length:  # characters, at least as many as tokens
+            if len(query) * count > self.max_length:  # characters, so that most queries are not read twice
                 tokens = len(self.tokenizer(query, add_special_tokens=False, verbose=False)["input_ids"])
                 if self.ranks and tokens >= self.max_length:
                     raise Untokenizable(f"The query has {tokens:,} tokens, and a pair may have {self.max_length:,}.")

@@ -100,7 +100,7 @@ def replay(body: bytes, receive: Callable[[], Awaitable[dict]]) -> Callable[[], 
     return again
 
 
-def describe(error: RequestError) -> tuple[int, dict[str, str], dict[str, str]]:
+def answer_to(error: RequestError) -> tuple[int, dict[str, str], dict[str, str]]:
     """Return the status, headers and body of the answer to a request that failed."""
     headers = {"retry-after": str(error.retry_after)} if isinstance(error, Overloaded) else {}
     if isinstance(error, Unauthorized):
@@ -113,7 +113,7 @@ def describe(error: RequestError) -> tuple[int, dict[str, str], dict[str, str]]:
 
 async def respond(error: RequestError, send) -> None:
     """Send the answer to a request that failed."""
-    status, headers, content = describe(error)
+    status, headers, content = answer_to(error)
     headers["content-type"] = "application/json"
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})

@@ -45,7 +45,7 @@ class Scorer:
     async def check_health(self) -> None:
         """Raise if nothing scores any more, so that Ray replaces this process."""
         if not await self.engine.healthy():
-            raise RuntimeError("The thread that scores has ended.")
+            raise RuntimeError("The model does not score.")
 
 
 class Replicas:

@@ -134,6 +134,22 @@ def test_a_row_that_cannot_be_scored_fails_its_own_request_only(paced):
     assert batcher.submit(rows(2)).future.result(5) == [[4]]
 
 
+def test_a_model_that_fails_again_and_again_is_unhealthy_until_it_scores(caplog):
+    def score(batch):
+        if [13] * 13 in batch:
+            raise RuntimeError("the device is lost")
+        return sums(batch)
+
+    batcher = Batcher(score, 100, 10_000)
+    for _ in range(3):
+        assert batcher.healthy()
+        with pytest.raises(Unscorable, match="the device is lost"):
+            batcher.submit(rows(13)).future.result(5)
+    assert not batcher.healthy() and "the device is lost" in caplog.text
+    assert batcher.submit(rows(2)).future.result(5) == [[4]] and batcher.healthy()
+    batcher.close(5)
+
+
 def test_too_much_is_refused_with_a_time_and_one_large_request_is_not(paced):
     model, batcher = paced
     first = batcher.submit(rows(*[100] * 30))  # more than may wait, but nothing else does
