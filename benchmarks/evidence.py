@@ -3,12 +3,14 @@ r"""Ask a decoder whether the paper's choices matter, task by task, and make one
     python benchmarks/evidence.py --model gemma-3-270m --data_dir data --question attention
     python benchmarks/evidence.py --model gemma-3-270m --data_dir data --question attention --tasks sst2 cola --bf16
     python benchmarks/evidence.py --question attention --tables_only
+    python benchmarks/evidence.py --question attention --tasks cb --earlier docs/results/attention-gemma-3-270m.json
 
 Each task has its own number of rows and epochs, `SIZES`, so that a training reads 30,000 to
 50,000 tokens. Each is a command of `examples/ablations.py`, which is printed before it runs; flags
-that are not named here are passed on to it. What is finished is read and not trained again. The
-script writes in `--output_dir` for each question tables (`attention.md`), plots, and a JSON file
-with every score, rate and command.
+that are not named here are passed on to it. What is finished is read and not trained again, and
+`--earlier` adds the tasks of a JSON file that this script wrote elsewhere. The script writes in
+`--output_dir` for each question tables (`attention.md`), plots, and a JSON file with every score,
+rate and command.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,41 +102,61 @@ def run(words: list[str]) -> None:
         raise SystemExit(code)
 
 
-def collect(question: str, tasks: list[str], root: Path) -> tuple[dict, list[int], dict[str, str]]:
-    """Return what was found on the tasks that are finished, study -> task -> variant -> scores; the
-    seeds; and the command of each task."""
-    found, seeds, commands = {}, [], {}
+@dataclass
+class Found:
+    """Hold what was found on the tasks that are finished.
+
+    Attributes:
+        studies: Study -> task -> variant -> scores.
+        sizes: Of each task, `Size` as a dictionary.
+    """
+
+    seeds: list[int] = field(default_factory=list)
+    sizes: dict[str, dict] = field(default_factory=dict)
+    commands: dict[str, str] = field(default_factory=dict)
+    studies: dict[str, dict] = field(default_factory=dict)
+
+    def add(self, report: dict) -> None:
+        """Add the tasks of a report. Raise ValueError if its seeds are others."""
+        if self.seeds and self.seeds != report["seeds"]:
+            raise ValueError(f"Seeds {self.seeds} and {report['seeds']} cannot be in one table.")
+        self.seeds = report["seeds"]
+        self.sizes |= report["sizes"]
+        self.commands |= report["commands"]
+        for study, of_study in report["studies"].items():
+            self.studies[study] = {**self.studies.get(study, {}), **of_study}
+
+
+def collect(question: str, tasks: list[str], root: Path, earlier: Sequence[Path] = ()) -> Found:
+    """Return what earlier reports have, and what was found here on the tasks that are finished."""
+    found = Found()
+    for path in earlier:
+        found.add(json.loads(path.read_text()))
     for task in tasks:
         path = root / question / task / "results.json"
         if path.exists():
             report = json.loads(path.read_text())
-            seeds, commands[task] = report["seeds"], report["command"]
-            for study, of_study in report["studies"].items():
-                found[study] = {**found.get(study, {}), **of_study}
-    return found, seeds, commands
+            size, command = {task: asdict(SIZES[task])}, {task: report["command"]}
+            found.add({**report, "sizes": size, "commands": command})
+    return found
 
 
 def leave_tables(question: str, options: argparse.Namespace) -> None:
     """Write and print the tables of a question, of all tasks, and draw them."""
-    found, seeds, commands = collect(question, options.tasks, options.output_dir)
-    if not found:
+    found = collect(question, options.tasks, options.output_dir, options.earlier)
+    if not found.studies:
         print(f"{question}: no task is finished in {options.output_dir / question}")
         return
     tables = []
-    for name, of_study in found.items():
+    said = name_seeds(found.seeds)
+    for name, of_study in found.studies.items():
         whole = STUDIES[name]
         study = replace(whole, variants={key: whole.variants[key] for key in QUESTIONS[question][name]})
-        tables.append(report_study(name, study, of_study, seeds))
-        plot(f"{name.replace('_', ' ')}, {name_seeds(seeds)}", study, of_study, options.output_dir / f"{name}.png")
+        tables.append(report_study(name, study, of_study, found.seeds))
+        plot(f"{name.replace('_', ' ')}, {said}", study, of_study, options.output_dir / f"{name}.png")
     if question == "attention":
-        plot_gain(found["attention"], options.output_dir / "gain.png")
-    report = {
-        "seeds": seeds,
-        "sizes": {task: asdict(SIZES[task]) for task in commands},
-        "commands": commands,
-        "studies": found,
-        **provenance(),
-    }
+        plot_gain(found.studies["attention"], options.output_dir / "gain.png")
+    report = {**asdict(found), **provenance()}
     write(options.output_dir / f"{question}.json", json.dumps(report, indent=2))
     write(options.output_dir / f"{question}.md", "\n\n".join(tables))
     print("\n" + "\n\n".join(tables), flush=True)
@@ -165,6 +188,7 @@ def main():
     parser.add_argument("--learning_rates", nargs="+", default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--tables_only", action="store_true", help="Train nothing; make tables of what is finished.")
+    parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="JSON files with further tasks.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
     options, others = parser.parse_known_args()
     for question in options.question:

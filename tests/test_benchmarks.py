@@ -93,6 +93,18 @@ def test_evidence_is_one_table_of_all_tasks(glue, decoder, tmp_path, monkeypatch
     evidence.main()
     assert (tmp_path / "out" / "attention.md").read_text() == tables and (tmp_path / "out" / "gain.png").exists()
 
+    # On a machine that has only what was written, the table is the same.
+    earlier = tmp_path / "out" / "attention.json"
+    others = ["--tables_only", "--earlier", str(earlier), "--output_dir", str(tmp_path / "elsewhere")]
+    monkeypatch.setattr(sys, "argv", [*command, *others])
+    evidence.main()
+    assert (tmp_path / "elsewhere" / "attention.md").read_text() == tables
+    again = json.loads((tmp_path / "elsewhere" / "attention.json").read_text())
+    assert all(again[key] == report[key] for key in ("seeds", "sizes", "commands", "studies"))
+    earlier.write_text(json.dumps({**report, "seeds": [2]}))
+    with pytest.raises(ValueError, match=r"Seeds \[2\] and \[1\]"):
+        evidence.collect("attention", ["sst2"], tmp_path / "out", [earlier])
+
 
 def test_the_gain_of_compiling_is_printed(tmp_path, monkeypatch, capsys):
     decoder_config("gemma2", num_hidden_layers=1, layer_types=["full_attention"]).save_pretrained(tmp_path / "tiny")

@@ -105,7 +105,8 @@ class Recipe:
         """
         ranks, known = known_tasks(path)
         parser = recipe_parser(ranks)
-        words = ["--config", str(path), "--use_cpu", "true"]
+        # Counted for GPUs, whatever this processor can do.
+        words = ["--config", str(path), "--use_cpu", "true", "--force_bf16"]
         given = parser.parse_args(words)
         names = list(known) if ranks or "all" in given.task else given.task
         if unknown := [name for name in names if name not in known]:

@@ -143,7 +143,7 @@ def test_a_token_of_the_vocabulary_can_be_the_mask(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dtype", "bfloat16"], "--dtype bfloat16 needs --lora_r"),
+        (["--dtype", "bfloat16", "--force_bf16"], "--dtype bfloat16 needs --lora_r"),
         (["--lora_r", "0"], "--lora_r must be at least 1; got 0"),
         (["--lora_r", "2", "--lora_dropout", "1.5"], "got 1.5"),
         (["--mask_rate", "1.5"], "--mask_rate must be between 0 and 1; got 1.5"),

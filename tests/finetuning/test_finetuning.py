@@ -450,7 +450,7 @@ def test_a_curve_has_more_than_one_point(tmp_path, history, drawn):
         (("--task", "sst3"), "--task must be one of cola, .*, all; got sst3"),
         (("--task", "sst2", "--lora_alpha", 3), "need --lora_r"),
         (("--task", "sst2", "--load_in_4bit"), "--load_in_4bit needs --lora_r"),
-        (("--task", "sst2", "--dtype", "bfloat16"), "--dtype bfloat16 needs --lora_r"),
+        (("--task", "sst2", "--dtype", "bfloat16", "--force_bf16"), "--dtype bfloat16 needs --lora_r"),
         (("--task", "sst2", "--max_length", 0), "--max_length must be at least 1, got 0"),
         (("--task", "cola"), "cola: there is no folder .*/cola; folders in .*: .*sst2"),
         (("--task", "sst2", "--do_predict"), "sst2: .*test.jsonl does not exist"),

