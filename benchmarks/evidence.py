@@ -148,6 +148,7 @@ def leave_tables(question: str, options: argparse.Namespace) -> None:
         print(f"{question}: no task is finished in {options.output_dir / question}")
         return
     tables = []
+    options.output_dir.mkdir(parents=True, exist_ok=True)
     said = name_seeds(found.seeds)
     for name, of_study in found.studies.items():
         whole = STUDIES[name]

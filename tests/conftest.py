@@ -1,5 +1,6 @@
 """Fixtures of all tests, which tests are slow, and what must be set before transformers and torch are imported."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need the network
@@ -21,6 +22,12 @@ def pytest_collection_modifyitems(items):
         names = {*map(str, path.parents), str(path), f"{path}::{item.originalname}"}
         if not names.isdisjoint(SLOW):
             item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    # What was imported stays. Else each collection by accelerate or by us looks at it again, in half of a test's time.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,11 @@
 and what several files of tests make of them."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoConfig
 
@@ -118,3 +121,11 @@ def write_collection(folder: Path) -> Path:
     jsonl(folder / "passages.jsonl", [{"pid": pid, "text": text} for pid, text in PASSAGES.items()])
     (folder / "qrels.txt").write_text(QRELS)
     return folder
+
+
+def run_script(script: str, *words) -> None:
+    """Runs an example as a command line from the root would, in this process, which has imported everything already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [script, *map(str, words)])
+        runpy.run_path(script, run_name="__main__")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from helpers import NANO, ROOT
+from helpers import NANO, ROOT, run_script
 from transformers import AutoTokenizer
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
@@ -104,7 +104,7 @@ def test_it_ranks_as_the_model_does(tmp_path):
     assert [row[1] for row in table["data"]] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
-def test_what_is_no_head_is_said(decoder):
-    command = [sys.executable, "examples/app.py", "--model", str(decoder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and "is not a trained classifier or ranker" in result.stderr
+def test_what_is_no_head_is_said(decoder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_script("examples/app.py", "--model", decoder)
+    assert "is not a trained classifier or ranker" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, run_script
 from safetensors.torch import load_file
 
 STARRED = {path.name for path in (ROOT / "modeling_gemma_encoder").glob("*_gemma_encoder.py")}
@@ -29,8 +29,18 @@ def data(tmp_path_factory):
     return folder
 
 
+def run(launch: list | None, script: str, words: list) -> None:
+    """Runs a script in this process, or as the launcher does."""
+    if launch is None:
+        return run_script(script, *words)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*map(str, [*launch, script, *words])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def train(
-    launch: list, flags: str, decoder: Path, data: Path, output: Path, batch_size: int
+    launch: list | None, flags: str, decoder: Path, data: Path, output: Path, batch_size: int
 ) -> tuple[list, dict, list]:
     """Losses, weights and predictions, whose number, 33, two processes cannot share evenly."""
     flags += (
@@ -38,12 +48,10 @@ def train(
     )
     flags += " --attention_dropout 0 --feedforward_dropout 0 --pooling query_probe"
     flags += " --eval_strategy no --save_strategy no"
-    command = [*launch, "examples/glue.py", *flags.split(), "--use_cpu", "True", "--disable_tqdm", "True"]
-    command += ["--model", decoder, "--data_dir", data, "--output_dir", output]
-    command += ["--per_device_train_batch_size", batch_size, "--total_batch_size", 8]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [*flags.split(), "--use_cpu", "True", "--disable_tqdm", "True"]
+    words += ["--model", decoder, "--data_dir", data, "--output_dir", output]
+    words += ["--per_device_train_batch_size", batch_size, "--total_batch_size", 8]
+    run(launch, "examples/glue.py", words)
     folder = output / "stsb" / "seed-42"
     history = json.loads((folder / "results.json").read_text())["history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -59,7 +67,7 @@ def train(
 @pytest.fixture(scope="module")
 def alone(decoder, data, tmp_path_factory):
     """Flags -> what one process trains, in one step of eight rows."""
-    return cache(lambda flags: train([sys.executable], flags, decoder, data, tmp_path_factory.mktemp("alone"), 8))
+    return cache(lambda flags: train(None, flags, decoder, data, tmp_path_factory.mktemp("alone"), 8))
 
 
 FSDP2 = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2.yaml"]
@@ -94,19 +102,10 @@ def test_two_processes_weigh_classes_as_one_does(decoder, tmp_path):
     flags += " --attention_dropout 0 --feedforward_dropout 0 --warmup_steps 0 --total_batch_size 8 --use_cpu True"
     flags += " --disable_tqdm True --eval_strategy no --do_eval False --save_strategy no --logging_steps 1"
     found = []
-    for launch, batch_size in (([sys.executable], 8), (DDP, 2)):
-        command = [*launch, "examples/classify.py", *flags.split(), "--per_device_train_batch_size", batch_size]
-        command += [
-            "--model",
-            decoder,
-            "--train_file",
-            tmp_path / "train.jsonl",
-            "--output_dir",
-            tmp_path / f"{batch_size}",
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for launch, batch_size in ((None, 8), (DDP, 2)):
+        words = [*flags.split(), "--per_device_train_batch_size", batch_size, "--model", decoder]
+        words += ["--train_file", tmp_path / "train.jsonl", "--output_dir", tmp_path / f"{batch_size}"]
+        run(launch, "examples/classify.py", words)
         folder = tmp_path / f"{batch_size}" / "seed-42"
         history = json.loads((folder / "results.json").read_text())["history"]
         found.append(([entry["loss"] for entry in history if "loss" in entry], load_file(folder / "model.safetensors")))

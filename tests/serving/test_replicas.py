@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -39,14 +40,18 @@ def served(ranker, tmp_path):
     words = ["--model", ranker, "--dtype", "float32", "--replicas", "2", "--cpus_per_replica", "0.5", "--port", port]
     command = [sys.executable, "examples/serve.py", *map(str, words)]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
-    for _ in range(1200):
-        if process.poll() is not None or "Serving" in (tmp_path / "log").read_text():
-            break
-        time.sleep(0.1)
-    assert process.poll() is None, (tmp_path / "log").read_text()
-    yield process, f"http://127.0.0.1:{port}"
-    process.kill()
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"], capture_output=True)
+    try:
+        for _ in range(1200):
+            if process.poll() is not None or "Serving" in (tmp_path / "log").read_text():
+                break
+            time.sleep(0.1)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        if process.poll() is None:  # the test failed: end what it started, and no other cluster of this machine
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 def test_a_replica_is_killed_under_load_and_nothing_is_lost(served, ranker):
@@ -81,5 +86,11 @@ def test_a_replica_is_killed_under_load_and_nothing_is_lost(served, ranker):
     assert refused.status_code == 400 and json.loads(refused.text)["error_type"] == "empty"
     assert httpx.post(url + "/rerank", json={"query": "purr " * 5000, "texts": ["a"]}).status_code == 422
     assert httpx.get(url + "/info").json()["model_type"]["reranker"]
+    long = {"query": QUERY, "texts": TEXTS * 100}
+    last = threading.Thread(target=lambda: answers.append(httpx.post(url + "/rerank", json=long, timeout=60)))
+    last.start()
+    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(90) == 0
+    last.join()
+    assert answers[-1].status_code == 200 and len(answers[-1].json()) == 300  # it was answered first
