@@ -50,7 +50,9 @@ class ExportArguments:
     max_batch: int = field(default=4096, metadata={"help": "The largest batch that can be scored."})
 
     def validate(self) -> None:
-        """Raise ValueError if the output exists."""
+        """Raise ValueError if the output exists, or the model is a decoder in a GGUF file."""
+        if self.model.endswith(".gguf"):
+            raise ValueError(f"--model {self.model} has no trained head. Fine-tune it first, and name the result.")
         if Path(self.output).exists():
             raise ValueError(f"--output {self.output} is there already: delete it, or name another.")
 

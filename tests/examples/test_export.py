@@ -152,4 +152,8 @@ def test_what_has_no_trained_head_is_refused(decoder, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         command(monkeypatch, "--model", decoder, "--output", tmp_path / "out")
     assert "not a trained classifier or ranker" in capsys.readouterr().err
+    (tmp_path / "gemma.gguf").touch()
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--model", tmp_path / "gemma.gguf", "--output", tmp_path / "out")
+    assert "gemma.gguf has no trained head" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
