@@ -8,8 +8,8 @@ load: pairs per second of `examples/serve.py` with 1, 8 and 32 clients, each of 
 with `--documents` passages and waits for the answer, beside `score_pairs` on the same pairs in a
 process of its own. p50 and p99 are of the time of a request.
 
-peer: 32 clients that send `--short_documents` passages, to ours and to a plain server that calls
-`CrossEncoder.predict` in each request, with the same checkpoint.
+peer: 32 clients that send `--short_documents` passages, of at most `--short_words` words, to ours
+and to a plain server that calls `CrossEncoder.predict` in each request, with the same checkpoint.
 
 memory: the server's resident memory after a tenth of `--requests` short requests, and after all,
 under load and when it has been idle.
@@ -167,6 +167,7 @@ def measure_load(options: argparse.Namespace, pairs: list) -> list[dict]:
 
 def measure_peer(options: argparse.Namespace, pairs: list) -> list[dict]:
     """Return a row for ours and for the plain server with short requests, medians over the rounds."""
+    pairs = [(query, " ".join(text.split()[: options.short_words])) for query, text in pairs]
     rows, short = {"ours": [], "CrossEncoder.predict": []}, requests_of(pairs, options.short_documents)
     for number in range(options.rounds):
         for name, server in (("ours", ours), ("CrossEncoder.predict", peer)):
@@ -217,6 +218,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=640, help="Passages, which requests take in turn.")
     parser.add_argument("--documents", type=int, default=20, help="Passages of a request.")
     parser.add_argument("--short_documents", type=int, default=1, help="The same, beside the plain server.")
+    parser.add_argument("--short_words", type=int, help="The most words of these passages. Default: all.")
     parser.add_argument("--seconds", type=float, default=20, help="How long each load lasts.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=10_000, help="Of the measure of memory.")

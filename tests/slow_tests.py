@@ -47,6 +47,7 @@ SLOW = (
 # They are of benchmarks and estimates, or do once more what another test does: 15 to 60 seconds each.
 NIGHTLY = (
     "ablations/test_ablations.py::test_side_by_side_is_the_same",
+    "examples/test_export.py::test_a_stranger_scores_with_what_is_exported[torch]",
     "examples/test_export.py::test_other_families_and_poolers_export_to_onnx",
     "examples/test_uptrain.py::test_an_interrupted_run_ends_with_the_same_weights[flags1]",
     "finetuning/test_distributed.py::test_two_processes_train_and_predict_what_one_does[adapters under fsdp2]",

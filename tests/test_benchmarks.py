@@ -12,7 +12,7 @@ import pretraining_speed
 import pytest
 import ranking_losses
 import speed
-from helpers import NANO, ROOT, decoder_config, run_script
+from helpers import NANO, decoder_config, run_here
 from measures import models, scoring
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,12 +74,7 @@ def test_evidence_is_one_table_of_all_tasks(glue, decoder, tmp_path, monkeypatch
     command = ["evidence.py", "--model", str(decoder), "--data_dir", str(glue), "--learning_rates", "1e-3"]
     command += ["--seeds", "1", "--output_dir", str(tmp_path / "out"), "--max_length", "16"]
     monkeypatch.setattr(sys, "argv", command)
-
-    def here(words):
-        run_script(str(words[1].relative_to(ROOT)), *words[2:])
-        return subprocess.CompletedProcess(words, 0)
-
-    monkeypatch.setattr(evidence.subprocess, "run", here)  # the same command line, without importing everything again
+    monkeypatch.setattr(evidence.subprocess, "run", run_here)
     evidence.main()
     report = json.loads((tmp_path / "out" / "attention.json").read_text())
     assert set(report["studies"]["attention"]) == {"sst2", "stsb"} == set(report["commands"])

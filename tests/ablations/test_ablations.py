@@ -12,6 +12,7 @@ import pytest
 import superglue
 import torch
 from datasets import Dataset
+from helpers import run_here
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap, pearsonr
 from transformers import BertForSequenceClassification, Gemma2ForSequenceClassification
@@ -497,8 +498,9 @@ def test_several_numbers_of_a_users_table_are_scored_without_r2(tmp_path):
     assert scores == pytest.approx({"pearson": 0, "spearman": 0, **right}, abs=1e-9)
 
 
-def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder, capsys):
+def test_a_reranker_is_a_task_of_its_own(command, tmp_path, decoder, capsys, monkeypatch):
     """It is trained by `msmarco.py`; rates are chosen on queries set aside, and BM25 stands beside it."""
+    monkeypatch.setattr("modeling_gemma_encoder.ablations.reranker.subprocess.run", run_here)
     for name, size in (("train", 10), ("judged", 4)):
         (tmp_path / name).mkdir()
         rows = [(f"{name}-{n}", f"{word} {n}") for n in range(size) for word in ("rain", "sun")]
