@@ -14,10 +14,14 @@ from .arguments import ServingArguments, load_engine
 from .metrics import Metrics
 
 KEEP_ALIVE = 75  # seconds; longer than the 60 of common load balancers
+ENDING = "Ending when the open requests are answered."
 
 
-def announce(args: ServingArguments, port: int) -> None:
-    """Print where the server is."""
+def announce(args: ServingArguments, port: int | None) -> None:
+    """Print where the server is, if the port is known."""
+    if port is None:
+        print(f"Serving {args.model}", flush=True)
+        return
     host = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host  # nosec B104
     print(f"Serving {args.model} at http://{host}:{port}, with its page at /docs", flush=True)
 
@@ -32,6 +36,15 @@ def bind(args: ServingArguments) -> socket.socket:
     except OSError as error:
         raise ValueError(f"--host {args.host} --port {args.port}: {error.strerror}.") from error
     return found
+
+
+class Server(uvicorn.Server):
+    """Say why the process does not end at once."""
+
+    def handle_exit(self, sig: int, frame) -> None:
+        if self.server_state.tasks and not self.should_exit:
+            print(ENDING, flush=True)
+        super().handle_exit(sig, frame)
 
 
 def serve_here(args: ServingArguments, parser: ScriptParser) -> None:
@@ -50,7 +63,7 @@ def serve_here(args: ServingArguments, parser: ScriptParser) -> None:
     )
     listening.listen(2048)  # so that whoever reads the next line can connect
     announce(args, listening.getsockname()[1])
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config).run(sockets=[listening])
 
 
 def serve_on_ray(args: ServingArguments, parser: ScriptParser) -> None:
@@ -63,16 +76,20 @@ def serve_on_ray(args: ServingArguments, parser: ScriptParser) -> None:
 
     with failing(parser):
         app = application(args)
-    ray.init(args.ray_address, ignore_reinit_error=True, log_to_driver=False)
+        # "local": not the cluster that a variable or a file of Ray's names.
+        ray.init(args.ray_address or "local", ignore_reinit_error=True, log_to_driver=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if shared := bool(serve.status().proxies):
+            print(f"Serve runs on this cluster already: its own host and port hold, not {args.host}:{args.port}.")
         serve.start(http_options={"host": args.host, "port": args.port, "keep_alive_timeout_s": KEEP_ALIVE})
         serve.run(app, name=NAME, route_prefix="/")
-        announce(args, args.port)
+        announce(args, None if shared else args.port)
         signal.pause()
     except KeyboardInterrupt:
         pass
     finally:
+        print(ENDING, flush=True)
         serve.delete(NAME)  # waits for the replicas
         if args.ray_address is None:
             serve.shutdown()

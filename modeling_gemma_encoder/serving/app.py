@@ -27,7 +27,10 @@ ERRORS = {
     status: {"model": protocol.ErrorResponse, "description": text}
     for status, text in {
         400: "No texts, or no JSON",
+        401: "Without the token of this server",
+        408: "The body did not arrive in time",
         413: "Too many texts, tokens or bytes",
+        415: "Not `application/json` by its `Content-Type`",
         422: "Not what the interface asks for, or no tokens",
         424: "Not what this model does",
         429: "Too much waits; `Retry-After` says for how long",
@@ -69,9 +72,10 @@ class Service:
         ]
 
     async def rerank_documents(
-        self, request: Request, response: Response, body: protocol.DocumentsRequest
+        self, request: Request, response: Response, body: protocol.DocumentsRequest, version: str = "1"
     ) -> protocol.DocumentsResponse:
-        """Return the documents' places and scores, the best first, `top_n` of them."""
+        """Return the documents' places and scores, the best first, `top_n` of them. `version` is of
+        Cohere's interface."""
         self.check_ranker()
         texts = body.texts
         cut = Cut(self.about.auto_truncate, per_document=body.max_tokens_per_doc)
@@ -86,7 +90,7 @@ class Service:
             for place in np.argsort(-scores, kind="stable").tolist()[: body.top_n]
         ]
         usage = {"prompt_tokens": scored.tokens, "total_tokens": scored.tokens}
-        meta = {"api_version": {"version": "1"}, "tokens": {"input_tokens": scored.tokens}}
+        meta = {"api_version": {"version": version}, "tokens": {"input_tokens": scored.tokens}}
         return protocol.DocumentsResponse(
             id=str(uuid.uuid4()), model=self.about.model_id, results=results, usage=usage, meta=meta
         )
@@ -224,7 +228,8 @@ def add_scoring_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v2/rerank", response_model=documents, **options)
     async def rerank_v2(request: Request, response: Response, body: protocol.DocumentsRequest):
         """Rerank documents as Cohere's second version does, which returns no documents."""
-        return await service.rerank_documents(request, response, body.model_copy(update={"return_documents": False}))
+        body = body.model_copy(update={"return_documents": False})
+        return await service.rerank_documents(request, response, body, version="2")
 
     @app.post("/predict", response_model=predictions, **options)
     @app.post("/", response_model=predictions, include_in_schema=False, **options)
@@ -275,7 +280,7 @@ def in_words(errors: Sequence[dict], most: int = 3) -> str:
         if error["type"] == "json_invalid":
             return f"This is no JSON: {error['ctx']['error']} at character {error['loc'][-1]}."
         # Without "body", and without the names of classes and of the forms of `/rerank`.
-        names = [part for part in error["loc"][1:] if part not in ("str", "TextDocument")]
+        names = [part for part in error["loc"][1:] if part not in ("str", "TextDocument") and "[" not in str(part)]
         names = names[1:] if len(names) > 1 and names[0] in protocol.FORMS else names
         path = ".".join(map(str, names))
         parts.append(f"`{path}`: {error['msg'].removeprefix('Value error, ')}" if path else error["msg"])

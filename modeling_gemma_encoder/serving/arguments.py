@@ -35,7 +35,7 @@ class ServingArguments(ScoringArguments):
         metadata={"help": "A file with the token that requests must send. Or set the variable SERVE_TOKEN."},
     )
     auto_truncate: bool = field(
-        default=True, metadata={"help": "Cut texts with too many tokens, unless a request says otherwise."}
+        default=True, metadata={"help": "Whether texts with too many tokens are cut or refused, unless a request says."}
     )
     max_concurrent_requests: int = field(default=512, metadata={"help": "More at a time are answered with 429."})
     max_client_batch_size: int = field(default=1000, metadata={"help": "The most texts of a request."})
@@ -51,7 +51,8 @@ class ServingArguments(ScoringArguments):
     )
     max_replicas: int | None = field(default=None, metadata={"help": "Add processes under load, up to so many."})
     ray_address: str | None = field(
-        default=None, metadata={"help": "The Ray cluster to serve on, or auto. Default: this machine."}
+        default=None,
+        metadata={"help": "The Ray cluster to serve on, or auto. Default: one of its own here."},
     )
     cpus_per_replica: float = field(default=1.0, metadata={"help": "Cores of each process, and its threads."})
     gpus_per_replica: float = field(default=0.0, metadata={"help": "1 where there are GPUs."})

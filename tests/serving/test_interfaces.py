@@ -53,6 +53,7 @@ def test_documents_are_reranked_as_jina_and_cohere_document_it(ranking_server, o
     assert [result["index"] for result in answer["results"]] == best
     assert [result["relevance_score"] for result in answer["results"]] == pytest.approx(expected[best], abs=1e-5)
     assert answer["model"] == "ranker" and answer["id"] and answer["usage"]["total_tokens"] > 100
+    assert answer["meta"]["api_version"] == {"version": "2" if path == "/v2/rerank" else "1"}
     texts = [result.get("document", {}).get("text") for result in answer["results"]]
     assert texts == ([None, None] if path == "/v2/rerank" else [TEXTS[place] for place in best])
     whole = post(ranking_server, path, {"query": QUERY, "documents": documents, "return_documents": False}).json()
@@ -216,7 +217,12 @@ def test_a_model_is_not_asked_for_what_it_does_not_do(classifying_server):
         ("/rerank", {"query": 3, "texts": ["a", 4]}, 422, "`query`: Input should be a valid string; `texts.1`: Input"),
         ("/rerank", {"query": "a"}, 422, "`texts`: Field required"),
         ("/rerank", [], 422, "Input should be a valid dictionary"),
-        ("/v1/rerank", {"query": "a", "documents": ["b", {"title": "c"}]}, 422, "`documents.1"),
+        (
+            "/v1/rerank",
+            {"query": "a", "documents": ["b", {"title": "c"}]},
+            422,
+            "`documents.1`: Input should be a valid string; `documents.1.text`: Field",
+        ),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, 422, "`top_n`: Input should be greater than"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "rank_fields": ["title"]}, 422, "`rank_fields.0`"),
         ("/predict", {"inputs": [["a", "b", "c"]]}, 422, "`inputs`: must be a text, a pair"),

@@ -135,7 +135,8 @@ def start(*words):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()
+            process.said = []
+            threading.Thread(target=lambda: process.said.append(process.stdout.read()), daemon=True).start()
             return process, found[0]
     raise AssertionError(f"ended with {process.wait()}")
 
@@ -156,6 +157,8 @@ def test_the_script_listens_on_loopback_and_ends_after_its_last_answer(ranker):
         long.join(60)
         assert answers[0].status_code == 200 and len(answers[0].json()) == 60
         assert process.wait(20) in (0, -signal.SIGTERM)
+        wait_until(lambda: process.said)
+        assert "Ending when the open requests are answered" in process.said[0]
     finally:
         process.kill()
 
