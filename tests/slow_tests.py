@@ -4,7 +4,6 @@
 """
 
 # They start other processes, or take more than about three seconds.
-
 SLOW = (
     "ablations",
     "examples",

@@ -17,11 +17,8 @@ KEEP_ALIVE = 75  # seconds; longer than the 60 of common load balancers
 ENDING = "Ending when the open requests are answered."
 
 
-def announce(args: ServingArguments, port: int | None) -> None:
-    """Print where the server is, if the port is known."""
-    if port is None:
-        print(f"Serving {args.model}", flush=True)
-        return
+def announce(args: ServingArguments, port: int) -> None:
+    """Print where the server is."""
     host = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host  # nosec B104
     print(f"Serving {args.model} at http://{host}:{port}, with its page at /docs", flush=True)
 
@@ -80,16 +77,18 @@ def serve_on_ray(args: ServingArguments, parser: ScriptParser) -> None:
         ray.init(args.ray_address or "local", ignore_reinit_error=True, log_to_driver=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if shared := bool(serve.status().proxies):
-            print(f"Serve runs on this cluster already: its own host and port hold, not {args.host}:{args.port}.")
+        shared = bool(serve.status().proxies)
         serve.start(http_options={"host": args.host, "port": args.port, "keep_alive_timeout_s": KEEP_ALIVE})
         serve.run(app, name=NAME, route_prefix="/")
-        announce(args, None if shared else args.port)
+        if shared:
+            place = f"the host and port of the Serve that ran there already, not {args.host}:{args.port}"
+            print(f"Serving {args.model} at {place}", flush=True)
+        else:
+            announce(args, args.port)
         signal.pause()
     except KeyboardInterrupt:
-        pass
-    finally:
         print(ENDING, flush=True)
+    finally:
         serve.delete(NAME)  # waits for the replicas
         if args.ray_address is None:
             serve.shutdown()
